@@ -1,0 +1,32 @@
+# make train   a venv, the data, a trained config/mla.py, a sample (ARGS="--overwrite=True" trains it anew)
+# make test    the test suite
+# make lint    ruff
+
+PYTHON ?= python3
+BIN := .venv/bin
+CONFIG ?= config/mla.py
+
+.PHONY: train test lint clean
+
+train: .venv/run
+	$(BIN)/python train.py $(CONFIG) $(ARGS)
+	$(BIN)/python sample.py out/$(basename $(notdir $(CONFIG))) --start="def " --max_new_tokens=200
+
+test: .venv/dev
+	$(BIN)/python -m pytest -q
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt .venv/run
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
