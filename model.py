@@ -1,0 +1,555 @@
+"""A GPT whose attention is one flag: mha, mqa, gqa or mla. The whole model is in this file.
+
+- pre-norm blocks: RMSNorm, attention, RMSNorm, SwiGLU; no biases; embeddings tied or not
+- rotary position embedding (RoPE), full or partial, computed from positions: no table, no length limit
+- GroupedQueryAttention: multi-head, grouped-query and multi-query attention, optional QK-norm
+- MultiHeadLatentAttention: DeepSeek-V2's latent attention with decoupled RoPE, expanded for training
+  and absorbed for decoding
+- KVCache: preallocated, laid out by what each attention class declares that it caches
+
+Parameter names are those of the Hugging Face classes that compute the same function (`LlamaForCausalLM`,
+`Qwen3ForCausalLM`, `DeepseekV3ForCausalLM` with dense layers), less their leading `model.`.
+
+Dimensions in comments: B batch, T new tokens, S tokens held by the cache, C n_embd, H n_head, G n_kv_head,
+D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a model. A field left None is resolved by the attention it belongs to.
+
+    Raises ValueError, one line that names the fault and the remedy, if the fields do not fit together.
+    """
+
+    # model
+    attention: str = "mha"  # which attention: mha, mqa, gqa or mla
+    block_size: int = 256  # context length that the model is trained on, in tokens
+    vocab_size: int = 0  # number of token ids; 0 takes it from the data set
+    n_layer: int = 6  # number of blocks
+    n_head: int = 6  # query heads in a layer
+    n_embd: int = 384  # width of the residual stream
+    intermediate_size: int | None = None  # width of the MLP; None: 8/3 n_embd, up to a multiple of 32
+    dropout: float = 0.0  # on attention weights, on each residual branch and on the embedding
+    rope_theta: float = 10000.0  # base of RoPE's frequencies
+    tie_embeddings: bool = True  # one matrix for the token embedding and the output head
+    # mha, mqa, gqa
+    n_kv_head: int | None = None  # key and value heads, a divisor of n_head; mha: n_head, mqa: 1
+    head_dim: int | None = None  # width of a head; None: n_embd / n_head
+    rotary_dim: int | None = None  # leading dimensions of a head that RoPE rotates; None: all of them
+    qk_norm: bool | None = None  # RMSNorm on each head's query and key before RoPE; None: True
+    # mla
+    kv_lora_rank: int | None = None  # width r of the cached latent; None: n_embd / 4
+    qk_rope_head_dim: int | None = None  # width of the rotated part of a key, shared by all heads; None: D/2
+    qk_nope_head_dim: int | None = None  # width of a head's unrotated query and key; None: the rest of D
+    v_head_dim: int | None = None  # width of a head's value; None: that of its key, D
+    q_lora_rank: int | None = None  # width of the query's latent; None: a full-rank query projection
+
+    def __post_init__(self):
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"unknown attention {self.attention!r}; choose one of {', '.join(ATTENTIONS)}")
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "intermediate_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta must be above 0, not {self.rope_theta}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        attention = ATTENTIONS[self.attention]
+        for other in ATTENTIONS.values():
+            for knob in other.KNOBS:
+                if knob not in attention.KNOBS and getattr(self, knob) is not None:
+                    users = "/".join(name for name, cls in ATTENTIONS.items() if knob in cls.KNOBS)
+                    raise ValueError(f"{knob} is a knob of {users}, not of {self.attention}; remove it")
+        attention.resolve(self)
+        if self.intermediate_size is None:
+            self.intermediate_size = math.ceil(8 * self.n_embd / 3 / 32) * 32
+
+    def kv_elements_per_token_layer(self) -> int:
+        """Numbers that one layer caches for one token."""
+        return sum(math.prod(shape) for shape in ATTENTIONS[self.attention].cache_spec(self).values())
+
+    def kv_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes that all layers together cache for one token."""
+        return self.n_layer * self.kv_elements_per_token_layer() * dtype.itemsize
+
+    def kv_ratio_to_mha(self) -> float:
+        """Cache relative to multi-head attention of this width, which holds 2 n_embd a token a layer."""
+        return self.kv_elements_per_token_layer() / (2 * self.n_embd)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rope_angles(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, 1, T, width) of RoPE (Su et al. 2021) at `positions` (B, T), in fp32.
+
+    The first half of the sines carries the sign of the rotation, see `rotate`.
+    """
+    exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / max(width, 1)
+    angle = positions[:, None, :, None].float() * theta**-exponent  # (B, 1, T, width/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the leading dimensions of x (B, H, T, D), as many as `rope` is wide, in halves as Llama does.
+
+    [x1 cos - x2 sin, x2 cos + x1 sin] for the halves x1, x2: the roll swaps them, the signs are in the sines.
+    """
+    cos, sin = rope
+    width = cos.size(-1)
+    if width == 0:
+        return x
+    turned = x[..., :width]
+    turned = torch.addcmul(turned * cos, turned.roll(width // 2, -1), sin).type_as(x)
+    return turned if width == x.size(-1) else torch.cat((turned, x[..., width:]), -1)
+
+
+class LayerCache:
+    """One layer's share of a `KVCache`: a buffer (B, *heads, max_len, width) for each name declared."""
+
+    def __init__(self, parent: KVCache, spec: dict[str, tuple[int, ...]], dtype: torch.dtype, device):
+        self.parent = parent
+        self.buffers = {
+            name: torch.zeros(parent.batch_size, *heads, parent.max_len, width, dtype=dtype, device=device)
+            for name, (*heads, width) in spec.items()
+        }
+
+    def append(self, **new: Tensor) -> list[Tensor]:
+        """Store T new tokens of each row, (B, *heads, T, width), and return what attention is to read.
+
+        That is the new values themselves in the first chunk (`first`), else all S tokens held; of these a row
+        may see the ones that `mask` allows.
+        """
+        step = self.parent.step
+        for name, value in new.items():
+            buffer = self.buffers[name]
+            if step.uniform:
+                buffer.narrow(-2, step.start, value.size(-2)).copy_(value)
+            else:
+                index = step.positions.view(len(value), *[1] * (value.ndim - 3), -1, 1).expand_as(value)
+                buffer.scatter_(-2, index, value.to(buffer.dtype))
+        if step.first:
+            return list(new.values())
+        return [self.buffers[name].narrow(-2, 0, step.end).to(value.dtype) for name, value in new.items()]
+
+    @property
+    def first(self) -> bool:
+        """Whether this chunk is the first of every row, so that plain causal attention over it is right."""
+        return self.parent.step.first
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(B or 1, 1, T, S), true where a query may look; None if it may look at all S tokens."""
+        return self.parent.step.mask
+
+
+@dataclass
+class CacheStep:
+    """Where the T tokens of one forward pass go; worked out once, used by every layer."""
+
+    positions: Tensor  # (B or 1, T)
+    start: int  # tokens held before, by the longest row
+    end: int  # S, tokens held after, by the longest row
+    uniform: bool  # all rows are equally long
+    first: bool  # all rows were empty
+    mask: Tensor | None
+
+
+class KVCache:
+    """Preallocated cache of all layers, laid out as their attention class declares in `cache_spec`.
+
+    Each row b of the batch holds its own `lengths[b]` tokens from slot 0 on, so prompts of different lengths
+    share a batch: pad them on the right, run them, `rewind` to the true lengths, and later tokens overwrite
+    the padding. Memory is allocated once; `nbytes` is what was allocated.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, max_len: int, dtype: torch.dtype, device):
+        self.batch_size, self.max_len, self.device = batch_size, max_len, device
+        self.lengths = [0] * batch_size
+        self.step: CacheStep | None = None
+        spec = ATTENTIONS[config.attention].cache_spec(config)
+        self.layers = [LayerCache(self, spec, dtype, device) for _ in range(config.n_layer)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers.values())
+
+    def advance(self, n: int) -> Tensor:
+        """Make room for n tokens in every row; returns their positions (B or 1, n).
+
+        Raises ValueError if they do not fit.
+        """
+        start, old = max(self.lengths), self.lengths
+        if start + n > self.max_len:
+            raise ValueError(f"cache of {self.max_len} tokens is too short for {start} + {n} tokens")
+        uniform = min(old) == start
+        rows = torch.tensor(old[:1] if uniform else old, device=self.device)
+        positions = rows[:, None] + torch.arange(n, device=self.device)  # (B or 1, n)
+        mask = None
+        if start > 0 and not (uniform and n == 1):
+            slots = torch.arange(start + n, device=self.device)
+            mask = (slots <= positions[:, :, None])[:, None]  # (B or 1, 1, n, S)
+        self.step = CacheStep(positions, start, start + n, uniform, start == 0, mask)
+        self.lengths = [length + n for length in old]
+        return positions
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Forget all but the first lengths[b] tokens of each row b.
+
+        Raises ValueError if a row holds fewer.
+        """
+        if len(lengths) != self.batch_size or any(
+            not 0 <= n <= held for n, held in zip(lengths, self.lengths, strict=True)
+        ):
+            raise ValueError(f"cannot rewind rows of {self.lengths} tokens to {lengths}")
+        self.lengths = list(lengths)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv) -> (B, H, T, Dv).
+
+    Causal over a first chunk; over a cache, as its mask says. torch's `is_causal` aligns the mask top-left,
+    so it is right only where queries and keys start together.
+    """
+    (B, H, T, D), G, Dv = q.shape, k.size(1), v.size(-1)
+    scale = D**-0.5
+    if Dv != D:  # the fused kernels want values as wide as keys
+        width = max(D, Dv)
+        q, k, v = (F.pad(t, (0, width - t.size(-1))) for t in (q, k, v))
+    if cache is None or cache.first:
+        y = F.scaled_dot_product_attention(
+            q, k, v, None, dropout, is_causal=True, scale=scale, enable_gqa=G < H
+        )
+    else:  # fold the H/G query heads that share a key head into the query axis instead of repeating the keys
+        mask = None if cache.mask is None else cache.mask.repeat(1, 1, H // G, 1)
+        q = q.reshape(B, G, H // G * T, -1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale).view(B, H, T, -1)
+    return y[..., :Dv]
+
+
+class GroupedQueryAttention(nn.Module):
+    """Attention in which H / G query heads share each of the G key and value heads.
+
+    G = H is multi-head attention (Vaswani et al. 2017), G = 1 multi-query (Shazeer 2019), between them
+    grouped-query (Ainslie et al. 2023). Caches 2 G D numbers a token.
+    """
+
+    KNOBS = ("n_kv_head", "head_dim", "rotary_dim", "qk_norm")
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.dropout = config.dropout
+        self.q_proj = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
+        self.q_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
+
+    @staticmethod
+    def resolve(config: GPTConfig) -> None:
+        """Fill in the knobs that were left None; ValueError if they do not fit."""
+        H, G = config.n_head, config.n_kv_head
+        if config.attention == "gqa" and G is None:
+            raise ValueError(f"gqa needs n_kv_head, a divisor of n_head = {H}")
+        expected = {"mha": H, "mqa": 1}.get(config.attention, G)
+        if G is not None and expected != G:
+            raise ValueError(f"{config.attention} has n_kv_head = {expected}, not {G}; for others use gqa")
+        if expected < 1 or H % expected:
+            raise ValueError(f"n_head = {H} is not divisible by n_kv_head = {expected}")
+        config.n_kv_head = expected
+        config.head_dim = head_width(config) if config.head_dim is None else config.head_dim
+        config.rotary_dim = config.head_dim if config.rotary_dim is None else config.rotary_dim
+        config.qk_norm = True if config.qk_norm is None else config.qk_norm
+        if config.head_dim < 1 or not 0 <= config.rotary_dim <= config.head_dim:
+            raise ValueError(f"rotary_dim = {config.rotary_dim} must be in 0..head_dim = {config.head_dim}")
+        if config.rotary_dim % 2:
+            raise ValueError(f"RoPE turns pairs, so rotary_dim must be even, not {config.rotary_dim}")
+
+    @staticmethod
+    def cache_spec(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what is cached for one token."""
+        return {name: (config.n_kv_head, config.head_dim) for name in ("k", "v")}
+
+    @staticmethod
+    def rope_width(config: GPTConfig) -> int:
+        return config.rotary_dim
+
+    @staticmethod
+    def score_width(config: GPTConfig) -> int:
+        """Multiply-adds that one query spends on one key, over all heads."""
+        return config.n_head * 2 * config.head_dim
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        q = rotate(self.q_norm(q).transpose(1, 2), rope)  # (B, H, T, D)
+        k = rotate(self.k_norm(k).transpose(1, 2), rope)  # (B, G, T, D)
+        if cache is not None:
+            k, v = cache.append(k=k, v=v)  # (B, G, S, D)
+        y = attend(q, k, v, cache, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """DeepSeek-V2's multi-head latent attention (arXiv 2405.04434, section 2.1).
+
+    Keys and values of all heads are linear in one normalised latent c of width r; position enters through one
+    rotated key of width dr that the heads share. Only [c | k_rope] is cached: r + dr numbers a token.
+
+        score_h = (q_nope_h . W_uk_h c + q_rope_h . k_rope) / sqrt(dn + dr)        out_h = sum p W_uv_h c
+
+    Expanded form: compute W_uk_h c and W_uv_h c of every token, then ordinary attention. Absorbed form: move
+    W_uk_h to the query and W_uv_h behind the sum, so that the heads attend to the cached latents themselves.
+    """
+
+    KNOBS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.rank, self.dropout = config.n_head, config.kv_lora_rank, config.dropout
+        self.dn, self.dr, self.dv = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        q_width = self.n_head * (self.dn + self.dr)
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.n_embd, q_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.n_embd, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, q_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(config.n_embd, self.rank + self.dr, bias=False)
+        self.kv_a_layernorm = RMSNorm(self.rank)
+        self.kv_b_proj = nn.Linear(self.rank, self.n_head * (self.dn + self.dv), bias=False)
+        self.o_proj = nn.Linear(self.n_head * self.dv, config.n_embd, bias=False)
+
+    @staticmethod
+    def resolve(config: GPTConfig) -> None:
+        """Fill in the knobs that were left None; ValueError if they do not fit."""
+        if config.kv_lora_rank is None:
+            config.kv_lora_rank = max(config.n_embd // 4, 1)
+        if config.qk_rope_head_dim is None:
+            config.qk_rope_head_dim = head_width(config) // 4 * 2
+        if config.qk_nope_head_dim is None:
+            config.qk_nope_head_dim = head_width(config) - config.qk_rope_head_dim
+        if config.v_head_dim is None:
+            config.v_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+        if config.q_lora_rank is not None and config.q_lora_rank < 1:
+            raise ValueError(f"q_lora_rank must be at least 1, not {config.q_lora_rank}")
+        if config.qk_rope_head_dim < 0 or config.qk_rope_head_dim % 2:
+            raise ValueError(
+                f"RoPE turns pairs: qk_rope_head_dim must be even, not {config.qk_rope_head_dim}"
+            )
+
+    @staticmethod
+    def cache_spec(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what is cached for one token."""
+        return {"latent": (config.kv_lora_rank + config.qk_rope_head_dim,)}
+
+    @staticmethod
+    def rope_width(config: GPTConfig) -> int:
+        return config.qk_rope_head_dim
+
+    @staticmethod
+    def score_width(config: GPTConfig) -> int:
+        """Multiply-adds that one query spends on one key, over all heads, in the expanded form."""
+        return config.n_head * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+
+    def prefers_absorbed(self, n: int) -> bool:
+        """Whether n new tokens over a long cache cost fewer multiply-adds absorbed than expanded.
+
+        Per head and cached token: n (2 r + dr) absorbed; n (dn + dr + dv) and, once, r (dn + dv) expanded.
+        """
+        return n * (2 * self.rank - self.dn - self.dv) < self.rank * (self.dn + self.dv)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.view(B, T, self.n_head, self.dn + self.dr).transpose(1, 2)
+        q_nope, q_rope = q.split((self.dn, self.dr), -1)
+        q_rope = rotate(q_rope, rope)  # (B, H, T, dr)
+        c, k_rope = self.kv_a_proj_with_mqa(x).split((self.rank, self.dr), -1)
+        k_rope = rotate(k_rope[:, None], rope)[:, 0]  # (B, T, dr)
+        latent = torch.cat((self.kv_a_layernorm(c), k_rope), -1)  # (B, T, r + dr)
+        if cache is not None:
+            (latent,) = cache.append(latent=latent)  # (B, S, r + dr)
+        if cache is not None and not cache.first and self.prefers_absorbed(T):
+            y = self.absorbed(q_nope, q_rope, latent, cache.mask)
+        else:
+            y = self.expanded(q_nope, q_rope, latent, cache)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+    def expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, cache: LayerCache | None) -> Tensor:
+        """Attention over each head's own keys and values, made from the latents -> (B, H, T, dv)."""
+        c, k_rope = latent.split((self.rank, self.dr), -1)
+        kv = self.kv_b_proj(c).unflatten(-1, (self.n_head, self.dn + self.dv)).transpose(1, 2)
+        k_nope, v = kv.split((self.dn, self.dv), -1)  # (B, H, S, dn), (B, H, S, dv)
+        k = torch.cat((k_nope, k_rope[:, None].expand(-1, self.n_head, -1, -1)), -1)
+        return attend(torch.cat((q_nope, q_rope), -1), k, v, cache, self.dropout if self.training else 0.0)
+
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, mask: Tensor | None) -> Tensor:
+        """The same attention over the latents themselves: one shared key [c | k_rope] and value c.
+
+        The scale stays 1/sqrt(dn + dr), that of the keys which the query was trained against.
+        """
+        B, H, T, _ = q_nope.shape
+        w_uk, w_uv = self.kv_b_proj.weight.view(H, self.dn + self.dv, self.rank).split((self.dn, self.dv), 1)
+        q = torch.cat((q_nope @ w_uk, q_rope), -1).view(B, H * T, -1)  # (B, H T, r + dr)
+        scores = (q @ latent.mT).view(B, H, T, -1).float() * (self.dn + self.dr) ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        p = scores.softmax(-1).type_as(latent).view(B, H * T, -1)
+        return (p @ latent[..., : self.rank]).view(B, H, T, -1) @ w_uv.mT
+
+
+# A new attention is a class with the same members, and an entry here.
+ATTENTIONS = {
+    "mha": GroupedQueryAttention,
+    "mqa": GroupedQueryAttention,
+    "gqa": GroupedQueryAttention,
+    "mla": MultiHeadLatentAttention,
+}
+
+
+def head_width(config: GPTConfig) -> int:
+    """n_embd / n_head, the usual width of a head; ValueError if it is not whole."""
+    if config.n_embd % config.n_head:
+        raise ValueError(
+            f"n_embd = {config.n_embd} is not divisible by n_head = {config.n_head}; change one, or set the "
+            "widths of a head yourself"
+        )
+    return config.n_embd // config.n_head
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x) (Shazeer 2020)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd)
+        self.self_attn = ATTENTIONS[config.attention](config)
+        self.post_attention_layernorm = RMSNorm(config.n_embd)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class GPT(nn.Module):
+    """The language model: token embedding, blocks, final norm, output head."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Each block starts as the identity: matrices that write to the residual stream are zero.
+
+        The others keep the variance of what they read (std 1/sqrt(fan-in)), the low-rank factors of MLA
+        included: each reads a normalised vector, so no factor needs a scale of its own.
+        """
+        for name, p in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+                nn.init.zeros_(p)
+            elif name == "embed_tokens.weight":
+                nn.init.normal_(p, std=0.02 if self.config.tie_embeddings else 1.0)
+            elif p.ndim == 2:
+                nn.init.normal_(p, std=p.size(1) ** -0.5)
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) -> final hidden states (B, T, C), appending to `cache` if one is given."""
+        if cache is None:
+            positions = torch.arange(idx.size(1), device=idx.device)[None]
+        else:
+            positions = cache.advance(idx.size(1))
+        config = self.config
+        rope = rope_angles(positions, ATTENTIONS[config.attention].rope_width(config), config.rope_theta)
+        x = self.dropout(self.embed_tokens(idx))  # (B, T, C)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, None if cache is None else cache.layers[i])
+        return self.norm(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., C) -> logits (..., V)."""
+        tied = self.config.tie_embeddings
+        return F.linear(hidden, self.embed_tokens.weight if tied else self.lm_head.weight)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token ids (B, T) -> logits (B, T, V) and, given targets (B, T), their mean cross-entropy in nats.
+
+        Targets of -1 do not count. With a cache, the T tokens follow those which it holds.
+        """
+        logits = self.head(self.hidden(idx, cache))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def new_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for batch_size rows of up to max_len tokens; dtype: that of the model's weights."""
+        weight = self.embed_tokens.weight
+        return KVCache(self.config, batch_size, max_len, dtype or weight.dtype, weight.device)
+
+    def n_params(self, embedding: bool = True) -> int:
+        """Number of parameters; without `embedding`, less the token embedding and the output head."""
+        names = () if embedding else ("embed_tokens.weight", "lm_head.weight")
+        return sum(p.numel() for name, p in self.named_parameters() if name not in names)
+
+    def flops_per_token(self, context: int) -> int:
+        """Floating-point operations to train on one token, forward and backward, at a context length.
+
+        PaLM's convention (arXiv 2204.02311, appendix B): 6 a parameter that multiplies, and 6 for each
+        multiply-add with each position of the context, the causal half not deducted.
+        """
+        config = self.config
+        matmul = sum(p.numel() for p in self.parameters() if p.ndim == 2)
+        if not config.tie_embeddings:
+            matmul -= self.embed_tokens.weight.numel()  # a look-up
+        scores = config.n_layer * ATTENTIONS[config.attention].score_width(config) * context
+        return 6 * (matmul + scores)
