@@ -1,0 +1,22 @@
+# GPT-2 small with multi-head attention: 1536 numbers a token a layer.
+# torchrun --standalone --nproc_per_node=8 train.py config/124m/mha.py
+
+out_dir = "out/124m-mha"
+attention = "mha"
+intermediate_size = 2048  # equal parameters, within 1 %, in this folder's four files
+
+dataset = "fineweb_edu"
+tokenizer = "gpt2"
+vocab_size = 50304  # gpt2's 50257, rounded up to a multiple of 128, which matrix multiplication likes
+block_size = 1024
+n_layer = 12
+n_head = 12
+n_embd = 768
+
+batch_size = 16
+gradient_accumulation_steps = 32  # over all ranks, so that one GPU and eight train alike
+_tokens_per_step = batch_size * gradient_accumulation_steps * block_size  # about half a million
+max_iters = 10 * 10**9 // _tokens_per_step  # 10 billion tokens
+warmup_iters = 250
+eval_interval = 250
+eval_iters = 160
