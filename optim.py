@@ -1,0 +1,110 @@
+"""Optimizers: Muon for the matrices inside the blocks, AdamW for everything else."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from config import Config
+
+
+def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
+    """Matrices (N, m, n) -> the nearest semi-orthogonal ones, roughly, by Newton-Schulz iteration.
+
+    The quintic's coefficients are Keller Jordan's (https://kellerjordan.github.io/posts/muon): they bring all
+    singular values to about 0.7 .. 1.2, which serves as well as 1. In bf16 where the hardware has it.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.bfloat16() if g.is_cuda else g
+    tall = x.size(1) > x.size(2)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).type_as(g)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every update is orthogonalised (Jordan et al. 2024), for matrices.
+
+    Matrices of one shape are orthogonalised together. An update is scaled by sqrt(max(1, rows / columns)), so
+    that its effect on activations does not depend on the matrix's shape; weight decay is decoupled.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            same_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    same_shape[p.shape].append(p)
+            for shape, params in same_shape.items():
+                grads = [p.grad for p in params]
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                momenta = [self.state[p]["momentum"] for p in params]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
+                updates = orthogonalise(torch.stack(nesterov)).unbind()
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                scale = max(1, shape[0] / shape[1]) ** 0.5
+                torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
+
+
+def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+    """The optimizers of a run; each parameter is in one of them. Only matrices and embeddings decay."""
+    matrices, embeddings, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if p.ndim < 2:
+            vectors.append(p)
+        elif name.startswith("layers."):
+            matrices.append(p)
+        else:
+            embeddings.append(p)
+    groups = [{"params": embeddings}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers = []
+    if config.optimizer == "muon":
+        optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
+    else:
+        groups[0]["params"] = matrices + embeddings
+    adamw = torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    for optimizer in (*optimizers, adamw):
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return [*optimizers, adamw]
+
+
+def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' state, by the name of parameter and state."""
+    state = {p: values for optimizer in optimizers for p, values in optimizer.state.items()}
+    return {
+        f"{name}.{key}": value
+        for name, p in model.named_parameters()
+        for key, value in state.get(p, {}).items()
+    }
+
+
+def load_state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]):
+    """Inverse of `state_tensors`."""
+    by_name = defaultdict(dict)
+    for name, value in tensors.items():
+        parameter, key = name.rsplit(".", 1)
+        by_name[parameter][key] = value
+    for optimizer in optimizers:
+        owned = {p for group in optimizer.param_groups for p in group["params"]}
+        for name, p in model.named_parameters():
+            if p in owned and name in by_name:
+                optimizer.state[p] = {key: value.to(p.device) for key, value in by_name[name].items()}

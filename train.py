@@ -1,0 +1,450 @@
+"""Train a GPT: `python train.py config/mla.py --batch_size=32`. `--help` lists every knob."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from checkpoint import Checkpoint
+from config import Config, UserError, cli, load, pick_device, pick_dtype
+from data import Dataset, open_dataset
+from data import tokenizer as tokenizers
+from model import GPT, GPTConfig
+from optim import load_state_tensors, make_optimizers, state_tensors
+from sample import decode_probe, generate_text
+
+# Dense bf16 peak in FLOP/s, by a part of the device's name (vendors' data sheets, without sparsity).
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def main(argv: list[str]) -> None:
+    config = load(argv)
+    if config.init_from == "resume":  # what the run was started with is the default of what it goes on with
+        base = asdict(checkpoint.read_config(Path(config.out_dir)))
+        if base["lr_decay_iters"] == base["max_iters"]:
+            del base["lr_decay_iters"]  # so that a longer run decays later
+        config = load(argv, base)
+    train(config)
+
+
+def train(config: Config) -> dict:
+    """Train as `config` says; returns the run's summary.
+
+    Raises UserError for whatever is wrong with the configuration, the data or the run folder, before anything
+    in the folder is changed; SystemExit (128 + signal) after a checkpoint if SIGINT or SIGTERM ends the run.
+    """
+    # ---- on what, and where
+    run_dir, resume = Path(config.out_dir), config.init_from == "resume"
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    dataset = open_dataset(config.dataset, config.tokenizer)
+    dataset.check_block_size(config.block_size)
+    fit_vocabulary(config, dataset)
+
+    # ---- model and optimizers, new or as an earlier run left them
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, where a matrix product is left in fp32
+    with torch.device(device):
+        model = GPT(config)
+    optimizers = make_optimizers(model, config)
+    state = {"step": 0, "time": 0.0, "evaluated": None, "best": {}}
+    source = run_dir if resume else Path(config.init_from)
+    if config.init_from != "scratch":
+        check_same_model(config, checkpoint.read_config(source))
+        saved = checkpoint.load(source, "last" if resume else "best", device)
+        model.load_state_dict(saved.model)
+    if config.eval_only:
+        metrics = evaluate(model, dataset, config, autocast)
+        print(quality(metrics))
+        return metrics
+    if resume:
+        state = saved.state
+        load_state_tensors(model, optimizers, restore_random_state(saved.optimizer))
+    checkpoint.claim(run_dir, resume, config.overwrite)
+    checkpoint.write_config(run_dir, config)
+    tokenizers.save(dataset.tokenizer, run_dir)
+    facts = describe(config, model, dataset)
+    log = Log(run_dir, config, facts, state["step"] if resume else None)
+    log.say(
+        f"{config.attention}: {facts['params/total']:,} parameters, "
+        f"{facts['kv_cache/bytes_per_token']:,} bytes of cache a token (bf16); "
+        f"{config.dataset}: {len(dataset.train):,} tokens; "
+        f"{device.type}, {str(dtype).removeprefix('torch.')}; run folder {run_dir}"
+    )
+    compiled = torch.compile(model) if use_compile(config, device) else model
+
+    # ---- the loop
+    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    flops_per_token = model.flops_per_token(config.block_size)
+    peak_flops = peak_flops_of(device, dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    stop = StopSignal()
+    step, losses = state["step"], []
+    started = time.perf_counter() - state["time"]
+    lap_time, lap_step = time.perf_counter(), step
+
+    def record(metrics: dict) -> None:
+        tokens = step * tokens_per_step
+        seconds = time.perf_counter() - started
+        log({"step": step, "tokens": tokens, "time": seconds, "flops": tokens * flops_per_token} | metrics)
+
+    def save(name: str) -> None:
+        state.update(step=step, time=time.perf_counter() - started)
+        optimizer = state_tensors(model, optimizers) | random_state(device)
+        checkpoint.save(run_dir, name, Checkpoint(model.state_dict(), optimizer, state))
+
+    while True:
+        due = step % config.eval_interval == 0 or step == config.max_iters
+        if due and state["evaluated"] != step:
+            metrics = evaluate(compiled, dataset, config, autocast, stop)
+            if stop.signal is None:
+                state["evaluated"] = step
+                improved = metrics["val/loss"] < state["best"].get("best/val_loss", math.inf)
+                if improved:
+                    state["best"] = {"best/val_loss": metrics["val/loss"], "best/val_bpb": metrics["val/bpb"]}
+                record(metrics | state["best"])
+                log.say(f"step {step}: {quality(metrics)}")
+                if improved and step > 0:
+                    save("best")
+                if step >= config.max_iters or (config.always_save_checkpoint and step > 0):
+                    save("last")
+            lap_time, lap_step = time.perf_counter(), step
+        if step >= config.max_iters or stop.signal is not None:
+            break
+
+        factor = learning_rate(step, config)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+        for micro_step in range(config.gradient_accumulation_steps):
+            first = (step * config.gradient_accumulation_steps + micro_step) * config.batch_size
+            x, y = dataset.train_batch(first, config.batch_size, config.block_size, config.seed)
+            with autocast:
+                loss = compiled(x.to(device), y.to(device))[1]
+            scaler.scale(loss / config.gradient_accumulation_steps).backward()
+            losses.append(loss.detach())
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        max_norm = config.grad_clip if config.grad_clip > 0 else math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+        step += 1
+
+        if step % config.log_interval == 0 or step == config.max_iters:
+            train_loss = torch.stack(losses).mean().item()  # waits for the device, so that the lap is whole
+            now = time.perf_counter()
+            rate = (step - lap_step) * tokens_per_step / (now - lap_time)
+            lap_time, lap_step, losses = now, step, []
+            metrics = {
+                "train/loss": train_loss,
+                "train/grad_norm": grad_norm.item(),
+                "lr": config.learning_rate * factor,
+                "train/tokens_per_s": rate,
+                "train/mfu": rate * flops_per_token / peak_flops if peak_flops else None,
+                "memory/peak_bytes": peak_memory(device),
+            }
+            record(metrics)
+            log.progress(step, config.max_iters, metrics, tokens_per_step)
+
+    if stop.signal is not None:
+        save("last")
+        log.close()
+        log.say(f"{stop.signal.name}: stopped at step {step}, saved; --init_from=resume goes on from here")
+        sys.exit(128 + stop.signal)
+    stop.restore()
+
+    # ---- what came of it: a decode probe, a sample, quality and cache side by side
+    final = {
+        "final/val_loss": log.summary["val/loss"],
+        "final/val_bpb": log.summary["val/bpb"],
+        **decode_probe(model, min(config.block_size, 1024) // 2, dtype=dtype),
+    }
+    record(final)
+    log.finish()
+    print(generate_text(model, dataset.tokenizer, config.sample_tokens, seed=config.seed))
+    print(table(log.summary))
+    return log.summary
+
+
+def fit_vocabulary(config: Config, dataset: Dataset) -> None:
+    """Take the vocabulary's size from the data, unless the config asks for a larger (padded) one."""
+    config.vocab_size = config.vocab_size or dataset.vocab_size
+    if config.vocab_size < dataset.vocab_size:
+        raise UserError(
+            f"vocab_size = {config.vocab_size} is less than the {dataset.vocab_size} token ids of "
+            f"{config.dataset}; remove it or raise it"
+        )
+
+
+def check_same_model(config: Config, saved: Config) -> None:
+    """Raises UserError if weights of a run with the config `saved` do not fit a model of `config`."""
+    for knob in (field.name for field in fields(GPTConfig)):
+        value = getattr(saved, knob)
+        if knob not in ("block_size", "dropout") and getattr(config, knob) != value:
+            raise UserError(
+                f"{knob} = {getattr(config, knob)} does not fit the checkpoint's {knob} = {value}; "
+                "remove it, or train from scratch in another --out_dir"
+            )
+
+
+def use_compile(config: Config, device: torch.device) -> bool:
+    """`auto` compiles on GPUs; on a CPU compiling takes longer than it saves in a run of minutes."""
+    return device.type == "cuda" if config.compile == "auto" else config.compile
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """The factor on every learning rate at `step`: linear warm-up, then cosine decay, or stable and a linear
+    decay over the last `cooldown` share of the steps (warm-up/stable/decay); down to min_lr / learning_rate.
+    """
+    last = config.lr_decay_iters
+    floor = config.min_lr / config.learning_rate if config.learning_rate else 0.0
+    if step < config.warmup_iters:
+        return (step + 1) / (config.warmup_iters + 1)
+    if not config.decay_lr:
+        return 1.0
+    if config.schedule == "wsd":
+        begin = last - config.cooldown * last
+        ratio = min(max(step - begin, 0) / max(last - begin, 1), 1)
+        return floor + (1 - floor) * (1 - ratio)
+    ratio = min((step - config.warmup_iters) / max(last - config.warmup_iters, 1), 1)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * ratio))
+
+
+@torch.no_grad()
+def evaluate(model, dataset: Dataset, config: Config, autocast, stop=None) -> dict:
+    """Mean loss in nats a token and bits per byte, over the same validation tokens whoever asks.
+
+    Draws nothing from any random state. Ends early, with what it has, when a signal came.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    total, count = torch.zeros((), device=device), 0
+    for x, y in dataset.val_batches(config.block_size, config.batch_size, config.eval_iters):
+        n = int((y >= 0).sum())
+        with autocast:
+            total += model(x.to(device), y.to(device))[1] * n
+        count += n
+        if stop is not None and stop.signal is not None:
+            break
+    model.train()
+    loss = total.item() / count
+    return {"val/loss": loss, "val/bpb": loss / math.log(2) / dataset.val_bytes_per_token}
+
+
+def quality(metrics: dict) -> str:
+    return f"val loss {metrics['val/loss']:.4f}, {metrics['val/bpb']:.4f} bits per byte"
+
+
+class StopSignal:
+    """Remembers the first SIGINT or SIGTERM, so that the loop ends at a whole step; a second one kills."""
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+        self.before = {s: signal.signal(s, self.catch) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(self, number, frame) -> None:
+        self.signal = signal.Signals(number)
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """Writes metrics.jsonl and summary.json, the terminal's lines, and W&B if asked to."""
+
+    def __init__(self, run_dir: Path, config: Config, facts: dict, resume_step: int | None):
+        self.run_dir, self.summary, self.bar = run_dir, dict(facts), sys.stdout.isatty()
+        path = run_dir / "metrics.jsonl"
+        if resume_step is not None and path.exists():  # lines past the checkpoint will be written again
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+            path.write_text("".join(line + "\n" for line in kept))
+            for line in kept:
+                self.summary |= json.loads(line)
+        self.file = open(path, "a")  # noqa: SIM115 (open as long as the run)
+        self.wandb = start_wandb(run_dir, config, facts) if config.wandb_log else None
+
+    def __call__(self, metrics: dict) -> None:
+        self.file.write(json.dumps(metrics) + "\n")
+        self.file.flush()
+        self.summary |= metrics
+        if self.wandb:
+            self.wandb.log({k: v for k, v in metrics.items() if v is not None})
+
+    def say(self, line: str) -> None:
+        print("\r\033[K" + line if self.bar else line, flush=True)
+
+    def progress(self, step: int, last: int, metrics: dict, tokens_per_step: int) -> None:
+        rate = metrics["train/tokens_per_s"]
+        left = timedelta(seconds=round((last - step) * tokens_per_step / rate))
+        mfu = "" if metrics["train/mfu"] is None else f", mfu {metrics['train/mfu']:.1%}"
+        line = f"step {step}/{last}: loss {metrics['train/loss']:.4f}, {rate:,.0f} tokens/s{mfu}, {left} left"
+        if self.bar:
+            filled = 20 * step // last
+            print(f"\r\033[K[{'#' * filled}{'.' * (20 - filled)}] {line}", end="", flush=True)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+    def finish(self) -> None:
+        checkpoint.write_json(self.run_dir / "summary.json", self.summary)
+        if self.wandb:
+            self.wandb.summary.update({k: v for k, v in self.summary.items() if v is not None})
+        self.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for one cut short when the run was killed."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def start_wandb(run_dir: Path, config: Config, facts: dict):
+    """A W&B run, the same again on resume; offline where there is no key or no network; None without W&B."""
+    try:
+        import wandb
+    except ImportError:
+        print("wandb is not installed: metrics.jsonl only (pip install wandb)", file=sys.stderr)
+        return None
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(wandb.util.generate_id())
+    options = dict(
+        project=config.wandb_project,
+        name=config.wandb_run_name or run_dir.name,
+        id=id_file.read_text(),
+        resume="allow",
+        config=asdict(config) | facts,
+    )
+    try:
+        run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
+    except (wandb.errors.UsageError, wandb.errors.CommError) as e:
+        reason = "no network" if isinstance(e, wandb.errors.CommError) else "no API key"
+        print(f"wandb: {reason}, logging offline; `wandb sync` uploads the run later", file=sys.stderr)
+        run = wandb.init(**options, mode="offline")
+    run.define_metric("*", step_metric="tokens")
+    return run
+
+
+def describe(config: Config, model: GPT, dataset: Dataset) -> dict:
+    """What is true of the whole run: which model on which data, and what its cache takes."""
+    return {
+        "attention": config.attention,
+        "dataset": config.dataset,
+        "seed": config.seed,
+        "git_sha": git_sha(),
+        "corpus_sha256": dataset.meta.get("corpus_sha256"),
+        "tokenizer_sha256": dataset.meta.get("tokenizer_sha256"),
+        "params/total": model.n_params(),
+        "params/non_embedding": model.n_params(embedding=False),
+        "kv_cache/elements_per_token_layer": config.kv_elements_per_token_layer(),
+        "kv_cache/bytes_per_token": config.kv_bytes_per_token(torch.bfloat16),
+        "kv_cache/ratio_to_mha": config.kv_ratio_to_mha(),
+    }
+
+
+def git_sha() -> str | None:
+    """The commit of this code, with a + if files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def peak_flops_of(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s: of a GPU from its data sheet (None if unknown), of a CPU by timing a matrix product."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+        return peak and (peak / 2 if dtype == torch.float32 else peak)
+    if device.type != "cpu":
+        return None
+    a = torch.ones(1024, 1024, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - begin)
+    return 2 * 1024**3 / min(seconds)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held at once so far: on a GPU by torch's allocator, elsewhere by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Set the random-number state that `saved` holds; returns the rest of `saved`."""
+    torch.set_rng_state(saved["rng.cpu"].cpu())
+    if "rng.cuda" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["rng.cuda"].cpu())
+    return {name: value for name, value in saved.items() if not name.startswith("rng.")}
+
+
+def table(summary: dict) -> str:
+    """Quality and cache side by side, a run's result in two lines."""
+    columns = {
+        "attention": summary["attention"],
+        "parameters": f"{summary['params/total']:,}",
+        "val loss": f"{summary['final/val_loss']:.4f}",
+        "val bits/byte": f"{summary['final/val_bpb']:.4f}",
+        "best bits/byte": f"{summary['best/val_bpb']:.4f}",
+        "cache bytes/token (bf16)": f"{summary['kv_cache/bytes_per_token']:,}",
+        "of MHA": f"{summary['kv_cache/ratio_to_mha']:.1%}",
+        "decode tokens/s": f"{summary['decode/tokens_per_s']:,.0f}",
+    }
+    widths = [max(len(name), len(value)) for name, value in columns.items()]
+    rows = (columns.keys(), ["-" * width for width in widths], columns.values())
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+
+
+if __name__ == "__main__":
+    cli(main)
