@@ -1,0 +1,358 @@
+"""The token loader: data sets as folders of token ids, read as a pure function of (seed, sample number).
+
+Reads three layouts: our own (meta.json, train*.bin, val*.bin); llm.c's and modded-nanogpt's shards
+(*train*.bin, *val*.bin, each with a header); nanoGPT's (train.bin, val.bin and, for characters, meta.pkl).
+"""
+
+import difflib
+import hashlib
+import importlib
+import io
+import json
+import math
+import os
+import pickle
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import UserError
+from data import tokenizer as tokenizers
+
+ROOT = Path(__file__).resolve().parent
+LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4
+_ONE, _HALF = np.uint64(1), np.uint64(32)
+CHUNK = 1 << 20  # tokens that are read at a time to check or count them
+CHECK_ALL_BELOW = 100_000_000  # a split of more tokens is checked in this many tokens, spread over it
+
+
+def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) -> "Dataset":
+    """Opens a set by its name in data/ or by its folder.
+
+    A named set that is missing is prepared if that needs no network. `tokenizer` asks for a named set under
+    another tokenizer than its own (kept in data/NAME/TOKENIZER), or tells that of a folder that does not.
+    Raises UserError: unknown, missing, unfinished, empty or damaged set, unknown tokenizer.
+    """
+    if tokenizer is not None and tokenizer not in tokenizers.KINDS:
+        raise UserError(f"unknown tokenizer {tokenizer!r}: choose one of {', '.join(tokenizers.KINDS)}")
+    ours = sorted(path.parent.name for path in ROOT.glob("*/prepare.py"))
+    if name in ours:
+        folder = ROOT / name
+        if tokenizer is not None and not (
+            _is_set(folder) and _read_meta(folder).get("tokenizer") == tokenizer
+        ):
+            folder = folder / tokenizer
+        if not _is_set(folder):
+            _prepare(name, folder, tokenizer, prepare)
+    elif Path(name).is_dir():
+        folder = Path(name)
+    elif (ROOT / name).is_dir():
+        folder = ROOT / name
+    else:
+        close = difflib.get_close_matches(name, ours, 1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(ours)}, or give a folder"
+        raise UserError(f"unknown data set {name!r}: {hint}")
+    return Dataset(folder, tokenizer)
+
+
+class Dataset:
+    """Two splits of token ids and what is known about them.
+
+    dir: Path; meta: dict (design, section 4); vocab_size: ids are below it; train, val: Shards.
+    """
+
+    def __init__(self, folder: Path, tokenizer: str | None = None):
+        self.dir = folder
+        self.meta = _read_meta(folder)
+        if tokenizer is not None and self.meta.setdefault("tokenizer", tokenizer) != tokenizer:
+            raise UserError(
+                f"{folder} was tokenised with {self.meta['tokenizer']}, not {tokenizer}: prepare it again, "
+                f"or leave --tokenizer out"
+            )
+        self.meta.setdefault("tokenizer", "gpt2")
+        if "vocab_size" in self.meta:
+            self.vocab_size = self.meta["vocab_size"]
+        elif self.meta["tokenizer"] == "gpt2":  # without loading it, which may need the network
+            self.vocab_size = tokenizers.GPT2_N_VOCAB
+        else:
+            self.vocab_size = self.tokenizer.n_vocab
+        self._answer_bit = self.meta.get("answer_bit")
+        self.train = self._open_split("train")
+        self.val = self._open_split("val")
+        if "corpus_sha256" not in self.meta:
+            self.meta["corpus_sha256"] = hashlib.sha256(self.train.sample() + self.val.sample()).hexdigest()
+
+    def train_batch(self, first: int, count: int, block_size: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Samples first .. first + count - 1 of the endless stream that `seed` names: x, y (count, T) int64.
+
+        y is x one token on, -1 where a token is no target. Each epoch takes each window once, in an order and
+        from an offset of its own. No state: a rank or a resumed run just asks for the samples it needs.
+        """
+        self.check_block_size(block_size)
+        starts = sample_starts(
+            first, count, len(self.train), block_size, seed, aligned="example_len" in self.meta
+        )
+        return self._inputs_and_targets(self.train.windows(starts, block_size + 1))
+
+    def val_batches(
+        self, block_size: int, batch_size: int, max_batches: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """x, y (B, T) int64: each token of the val split but the first is a target once, in order.
+
+        The last window is padded with y = -1, the last batch may have fewer rows: weigh losses by targets.
+        max_batches: that many batches of windows spread evenly over the split instead of all.
+        """
+        self.check_block_size(block_size)
+        stride = self.meta.get("example_len", block_size)
+        n = -(-(len(self.val) - 1) // stride)
+        wanted = min(n, max_batches * batch_size or n)
+        starts = np.arange(wanted) * n // wanted * stride
+        for i in range(0, wanted, batch_size):
+            yield self._inputs_and_targets(self.val.windows(starts[i : i + batch_size], block_size + 1))
+
+    def check_block_size(self, block_size: int) -> None:
+        """Raises UserError if windows of `block_size` do not fit this set."""
+        if self.meta.get("example_len", block_size + 1) != block_size + 1:
+            fit = self.meta["example_len"] - 1
+            raise UserError(f"the examples of {self.dir} are {fit} tokens long: set --block_size={fit}")
+        for split, shards in (("train", self.train), ("val", self.val)):
+            if len(shards) < block_size + 1:
+                raise UserError(
+                    f"the {split} split of {self.dir} has {len(shards)} tokens, fewer than block_size + 1 = "
+                    f"{block_size + 1}: lower --block_size or prepare a larger set"
+                )
+
+    @cached_property
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """Raises UserError if it is damaged or lost, or is gpt2's, not kept with the set, and offline."""
+        if "chars" in self.meta:
+            return tokenizers.CharTokenizer(self.meta["chars"])
+        if "tokenizer_sha256" in self.meta:
+            tok = tokenizers.load(self.dir)
+            if tokenizers.sha256(tok) != self.meta["tokenizer_sha256"]:
+                raise UserError(f"the tokenizer in {self.dir} is not the one of its tokens: prepare it again")
+            return tok
+        if self.meta["tokenizer"] not in ("byte", "gpt2"):
+            raise UserError(f"{self.dir} holds no tokenizer to read it with: give --tokenizer=byte or gpt2")
+        return tokenizers.train(self.meta["tokenizer"], [])
+
+    @cached_property
+    def val_bytes_per_token(self) -> float:
+        """Bits per byte = loss in nats / ln 2 / this. nan for a set that is no text."""
+        if self.meta["tokenizer"] == "ids":
+            return float("nan")
+        if "val_bytes" in self.meta:
+            return self.meta["val_bytes"] / len(self.val)
+        lengths = tokenizers.byte_lengths(self.tokenizer)
+        return sum(int(lengths[ids].sum()) for ids in self.val.chunks(len(self.val))) / len(self.val)
+
+    def _open_split(self, split: str) -> "Shards":
+        ours = "dtype" in self.meta
+        paths = sorted(self.dir.glob(f"{split}*.bin" if ours else f"*{split}*.bin"))
+        shards = Shards(paths, np.dtype(self.meta.get("dtype", "uint16")))
+        again = f"prepare {self.dir} again"
+        if len(shards) != self.meta.get(f"{split}_tokens", len(shards)):
+            expected = self.meta[f"{split}_tokens"]
+            raise UserError(f"the {split} split has {len(shards)} tokens, meta.json says {expected}: {again}")
+        if not len(shards):
+            raise UserError(f"empty corpus: the {split} split of {self.dir} has no tokens; {again}")
+        largest = max(int(self._ids(raw).max()) for raw in shards.chunks(CHECK_ALL_BELOW))
+        if largest >= self.vocab_size:
+            raise UserError(
+                f"the {split} split of {self.dir} holds token id {largest}, beyond its vocabulary of "
+                f"{self.vocab_size}: {again}, or name the right --tokenizer"
+            )
+        return shards
+
+    def _inputs_and_targets(self, raw: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(B, T + 1), -1 beyond the end -> x, y (B, T)."""
+        x, y = np.maximum(self._ids(raw[:, :-1]), 0), self._ids(raw[:, 1:])
+        if self._answer_bit:
+            y = np.where(raw[:, 1:] >> self._answer_bit, y, -1)
+        return torch.from_numpy(x), torch.from_numpy(np.ascontiguousarray(y))
+
+    def _ids(self, raw: np.ndarray) -> np.ndarray:
+        """Tokens as stored, less the bit that marks answers."""
+        return raw & (1 << self._answer_bit) - 1 if self._answer_bit else raw
+
+
+class Shards:
+    """Token files read as if they were one array.
+
+    Read by pread rather than mapped: a file that is cut short under a running job is then an error with a
+    name, not a bus error.
+    """
+
+    def __init__(self, paths: list[Path], dtype: np.dtype):
+        """Raises UserError for a file whose size does not fit its header or `dtype`."""
+        self.dtype = dtype
+        self.files = [open(path, "rb", buffering=0) for path in paths]  # noqa: SIM115 (they stay open)
+        self.data_starts = []  # byte at which the tokens of each file start
+        self.ends = []  # number of tokens up to the end of each file
+        for file in self.files:
+            header = np.frombuffer(file.read(LLMC_HEADER_BYTES).ljust(12, b"\0")[:12], "<i4")
+            size = os.fstat(file.fileno()).st_size
+            start = LLMC_HEADER_BYTES if header[0] == LLMC_MAGIC else 0
+            count, rest = divmod(size - start, dtype.itemsize)
+            if start and header[1] != LLMC_VERSION:
+                raise UserError(f"{file.name} has shard version {header[1]}, only {LLMC_VERSION} is known")
+            if rest or count < 0 or start and header[2] != count:
+                raise UserError(f"{file.name} is damaged ({size} bytes): copy it or prepare the set again")
+            self.data_starts.append(start)
+            self.ends.append(count + len(self))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count - 1, fewer at the end: (<= count,)."""
+        i = bisect_right(self.ends, start)
+        if i == len(self.ends):
+            return np.empty(0, self.dtype)
+        take = min(count, self.ends[i] - start)
+        skip = start - (self.ends[i - 1] if i else 0)
+        size = self.dtype.itemsize
+        data = os.pread(self.files[i].fileno(), take * size, self.data_starts[i] + skip * size)
+        if len(data) < take * size:
+            raise UserError(f"{self.files[i].name} has become shorter while in use: restore it and resume")
+        ids = np.frombuffer(data, self.dtype)
+        return ids if take == count else np.concatenate([ids, self.read(start + take, count - take)])
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """(len(starts), length) int64, -1 beyond the end."""
+        out = np.full((len(starts), length), -1, np.int64)
+        for row, start in zip(out, starts.tolist(), strict=True):
+            ids = self.read(start, length)
+            row[: len(ids)] = ids
+        return out
+
+    def chunks(self, limit: int) -> Iterator[np.ndarray]:
+        """All tokens, or about `limit` of them in chunks spread evenly."""
+        n = -(-len(self) // CHUNK)
+        wanted = min(n, max(1, limit // CHUNK + 1))
+        for i in range(wanted):
+            yield self.read(i * n // wanted * CHUNK, CHUNK)
+
+    def sample(self) -> bytes:
+        """Length and first tokens of each file: tells one corpus from another without reading it all."""
+        heads = [os.pread(file.fileno(), 1 << 16, 0) for file in self.files]
+        return repr(self.ends).encode() + b"".join(heads)
+
+
+def sample_starts(
+    first: int, count: int, n_tokens: int, block_size: int, seed: int, aligned: bool = False
+) -> np.ndarray:
+    """(count,): where samples first .. first + count - 1 begin.
+
+    An epoch lays windows of block_size side by side from a random offset below block_size (targets reach one
+    token further) and takes them in random order. aligned: examples of block_size + 1 tokens, so no offset.
+    """
+    stride = block_size + 1 if aligned else block_size
+    n = n_tokens // stride if aligned else max(1, n_tokens // stride - 1)
+    room = 1 if aligned else min(stride, n_tokens - n * stride)
+    index = np.arange(first, first + count, dtype=np.uint64)
+    key = _mix(_mix(np.array([seed % 2**64], np.uint64)) + index // np.uint64(n))
+    window = permute(index % np.uint64(n), n, key)
+    return (window * np.uint64(stride) + _mix(~key) % np.uint64(room)).astype(np.int64)
+
+
+def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
+    """Where `key`'s permutation of 0 .. n-1 takes each `index`; all (B,) uint64, no memory of size n.
+
+    A Feistel network permutes a x b pairs, a b just above n, and what lands at n or above goes round again
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    a = np.uint64(math.isqrt(n - 1) + 1)
+    b = np.uint64(-(-n // int(a)))
+    round_keys = _mix(key + np.arange(1, 7, dtype=np.uint64)[:, None])  # (6, B)
+    out, outside = index.copy(), np.arange(len(index))
+    while len(outside):
+        left, right = np.divmod(out[outside], b)
+        for k in round_keys[:, outside].reshape(3, 2, -1):
+            left = (left + ((right + k[0]) * (k[0] | _ONE) >> _HALF)) % a
+            right = (right + ((left + k[1]) * (k[1] | _ONE) >> _HALF)) % b
+        out[outside] = left * b + right
+        outside = outside[out[outside] >= n]
+    return out
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64: a bijection of uint64 that looks random."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+def _is_set(folder: Path) -> bool:
+    return (folder / "meta.json").exists() or _foreign(folder)
+
+
+def _foreign(folder: Path) -> bool:
+    """nanoGPT's or llm.c's files. Shards of ours without their meta.json have neither name nor header."""
+    if all((folder / f"{split}.bin").exists() for split in ("train", "val")):
+        return True
+    headers = [
+        path.open("rb").read(4)
+        for split in ("train", "val")
+        for path in sorted(folder.glob(f"*{split}*.bin"))
+    ]
+    return bool(headers) and all(h == np.array(LLMC_MAGIC, "<i4").tobytes() for h in headers)
+
+
+def _prepare(name: str, folder: Path, tokenizer: str | None, allowed: bool) -> None:
+    module = importlib.import_module(f"data.{name}.prepare")
+    flags = [f"--out_dir={folder}"] + ([f"--tokenizer={tokenizer}"] if tokenizer else [])
+    if not (allowed and module.ON_FIRST_USE):
+        command = " ".join([f"python data/{name}/prepare.py", *(flags if tokenizer else [])])
+        raise UserError(f"data set {name!r} is not prepared: run `{command}` (--help lists its flags)")
+    print(f"preparing the data set {name}")
+    module.main(flags)
+
+
+def _read_meta(folder: Path) -> dict:
+    path = folder / "meta.json"
+    if path.exists():
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            complete = meta["dtype"] in ("uint16", "uint32") and meta["vocab_size"] > 0 and meta["tokenizer"]
+        except (ValueError, LookupError, TypeError):
+            complete = False
+        if not complete:
+            raise UserError(f"{path} is damaged: prepare the set again")
+        return meta
+    if not _foreign(folder):
+        raise UserError(
+            f"{folder} holds no complete data set: no meta.json, no train.bin and val.bin, no llm.c shards"
+        )
+    if (folder / "meta.pkl").exists():
+        chars = _read_nanogpt_chars(folder / "meta.pkl")
+        return {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}
+    if (folder / "tokenizer_spec.json").exists():  # put there by the user
+        tok = tokenizers.load(folder)
+        return {"tokenizer": tok.name, "vocab_size": tok.n_vocab, "tokenizer_sha256": tokenizers.sha256(tok)}
+    return {}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """nanoGPT's meta.pkl holds dicts of strings and numbers, which need no class: none is let in."""
+
+    def find_class(self, module, name):
+        raise UserError(f"it asks for {module}.{name}, which could run code")
+
+
+def _read_nanogpt_chars(path: Path) -> str:
+    try:
+        stoi = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()["stoi"]
+        chars = "".join(sorted(stoi, key=stoi.get))
+        if [stoi[c] for c in chars] != list(range(len(chars))):
+            raise ValueError("ids must be 0, 1, ...")
+        return chars
+    except Exception as e:  # a damaged pickle can raise almost anything
+        reason = e if isinstance(e, UserError) else "it is damaged"
+        raise UserError(f"refused {path}: {reason}; replace it by the one nanoGPT wrote") from None

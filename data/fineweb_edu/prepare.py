@@ -1,0 +1,20 @@
+"""FineWeb-Edu (Penedo et al. 2024): educational web pages, its sample of about 10 B tokens."""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from config import cli
+from data.hub import prepare_streamed
+
+ON_FIRST_USE = False
+
+
+def main(argv: list[str]) -> None:
+    prepare_streamed(argv, __file__, repo="HuggingFaceFW/fineweb-edu", subset="sample-10BT")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,97 @@
+"""Large sets from the Hugging Face hub: streamed, tokenised in batches, sharded, resumed after a kill."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from config import UserError, parse
+from data import tokenizer
+from data.writer import SHARD_TOKENS, Flags, Piece, Writer, batches, find_files, out_dir, split_of
+
+
+@dataclass
+class HubFlags(Flags):
+    tokenizer: str = "gpt2"  # byte, bpe (trained on the first 100 MB) or gpt2
+    vocab_size: int = 32768  # ids of the bpe tokenizer, <|endoftext|> included
+    val_fraction: float = 0.005  # share of the documents held out for validation
+    max_tokens: int = 0  # stop after about so many train tokens; 0: take all
+    shard_tokens: int = SHARD_TOKENS  # train tokens in a shard, and the most that a killed run does again
+    input: str = ""  # local parquet files or folders to read instead of the hub, separated by commas
+    text_key: str = "text"  # column that holds the text
+
+
+def prepare_streamed(argv: list[str], here: str, repo: str, **source: str) -> None:
+    """Writes the set of the prepare.py `here`; called again after a kill, goes on after the last whole shard.
+
+    source: subset and revision of the hub's `repo`, if need be.
+    """
+    name = Path(here).parent.name
+    flags = parse(HubFlags, argv, f"python data/{name}/prepare.py [--key=value ...]")
+    folder = out_dir(flags, here)
+    if (folder / "meta.json").exists():
+        print(f"{folder} is prepared; to make it anew, remove its meta.json")
+        return
+    made_with = asdict(flags) | {"out_dir": ""}
+    state = None
+    if (folder / "progress.json").exists():
+        state = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        if state["flags"] != made_with:
+            old = " ".join(f"--{k}={v}" for k, v in state["flags"].items() if v != made_with[k])
+            raise UserError(
+                f"{folder} was begun with {old}: give that too, or remove its progress.json to start over"
+            )
+        print(f"going on after {state['shard']} shards, {state['tokens']['train']:,} train tokens")
+
+    stream = open_stream(flags, repo, **source)
+    if state is None:
+        tok = tokenizer.train(flags.tokenizer, texts(stream, flags.text_key), flags.vocab_size)
+        stream = open_stream(flags, repo, **source)
+    else:
+        tok = tokenizer.load(folder)
+        stream.load_state_dict(state["stream"])
+    writer = Writer(folder, tok, state=state)
+    pieces = (Piece(split_of(t.encode(), flags.val_fraction), t) for t in texts(stream, flags.text_key))
+    for batch in batches(pieces):
+        writer.add(batch)
+        if writer.tokens_in_shard() >= flags.shard_tokens:
+            writer.next_shard(stream=stream.state_dict(), flags=made_with)
+        if 0 < flags.max_tokens <= writer.state["tokens"]["train"]:
+            break
+    writer.finish(source=flags.input or repo)
+
+
+def open_stream(
+    flags: HubFlags, repo: str, subset: str | None = None, revision: str | None = None
+) -> Iterable[dict]:
+    """A streamed datasets.IterableDataset. Raises UserError, at once if there is no network."""
+    try:
+        import datasets
+        import huggingface_hub
+    except ImportError:
+        raise UserError("this data set is read by datasets: `pip install datasets`") from None
+    if flags.input:
+        files = [str(path) for path in find_files(flags.input, (".parquet",))]
+        stream = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    else:
+        try:  # asked first, since load_dataset tries for half a minute
+            huggingface_hub.HfApi().dataset_info(repo, timeout=10)
+            stream = datasets.load_dataset(repo, subset, revision=revision, split="train", streaming=True)
+        except Exception as e:  # its HTTP client, and so the class of its errors, varies by version
+            raise UserError(
+                f"cannot reach {repo} on the Hugging Face hub ({type(e).__name__}): connect to the network, "
+                "or give its parquet files by --input"
+            ) from None
+    if stream.column_names is not None and flags.text_key not in stream.column_names:
+        raise UserError(
+            f"no column {flags.text_key!r}: --text_key is one of {', '.join(stream.column_names)}"
+        )
+    return stream
+
+
+def texts(stream: Iterable[dict], key: str) -> Iterator[str]:
+    try:
+        for row in stream:
+            yield row[key]
+    except Exception as e:  # as above
+        raise UserError(f"reading stopped ({type(e).__name__}: {e}): run the same command to go on") from e

@@ -1,0 +1,20 @@
+"""OpenWebText: pages that Reddit linked to, an open copy of the corpus of GPT-2, 40 GB, about 9 B tokens."""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from config import cli
+from data.hub import prepare_streamed
+
+ON_FIRST_USE = False
+
+
+def main(argv: list[str]) -> None:
+    prepare_streamed(argv, __file__, repo="Skylion007/openwebtext", revision="refs/convert/parquet")
+
+
+if __name__ == "__main__":
+    cli(main)

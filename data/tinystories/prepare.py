@@ -1,0 +1,20 @@
+"""TinyStories (Eldan and Li 2023): short stories in simple English, 2 GB, about 0.5 B tokens."""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from config import cli
+from data.hub import prepare_streamed
+
+ON_FIRST_USE = False
+
+
+def main(argv: list[str]) -> None:
+    prepare_streamed(argv, __file__, repo="roneneldan/TinyStories")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,241 @@
+"""Tokenizers, all with tiktoken's interface: `byte`, `bpe` and `gpt2` are tiktoken encodings, `char` and
+`ids` small classes that look like one. What is used of the interface:
+
+    name, n_vocab, eot_token (char, ids: None), encode_ordinary, encode_ordinary_batch, decode, decode_bytes,
+    decode_single_token_bytes
+
+Users' text goes through `encode_ordinary`, to which the characters `<|endoftext|>` are text like any other.
+"""
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from config import UserError
+
+KINDS = ("byte", "char", "bpe", "gpt2")
+END_OF_TEXT = "<|endoftext|>"
+BPE_SAMPLE_CHARS = 100_000_000  # bpe is trained on this much text from the start of the corpus
+# GPT-4's split but for two things: numbers go by two digits, and a newline stays with the indent that follows
+BPE_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_N_VOCAB = 50257
+DOWNLOAD_SECONDS = 60
+
+
+class _PlainTokenizer:
+    """What follows of tiktoken's interface from `encode_ordinary` and `decode_single_token_bytes`."""
+
+    eot_token = None
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_ordinary(text)
+
+    def encode_ordinary_batch(self, texts: list[str], num_threads: int = 1) -> list[list[int]]:
+        return [self.encode_ordinary(text) for text in texts]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self.decode_single_token_bytes(i) for i in ids)
+
+    def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors)
+
+
+class CharTokenizer(_PlainTokenizer):
+    """One id for each character of a known alphabet, in the order given."""
+
+    name = "char"
+
+    def __init__(self, chars: str):
+        self.chars = chars
+        self.n_vocab = len(chars)
+        self._ids = {c: i for i, c in enumerate(chars)}
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Raises UserError if `text` holds a character that the alphabet lacks."""
+        try:
+            return [self._ids[c] for c in text]
+        except KeyError as e:
+            raise UserError(
+                f"the char tokenizer does not know the character {e.args[0]!r}: leave it out, "
+                "or train with another tokenizer (byte or bpe)"
+            ) from None
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        return self.chars[token].encode()
+
+
+class IdsTokenizer(_PlainTokenizer):
+    """For data that is no text: reads and prints ids as numbers between spaces."""
+
+    name = "ids"
+
+    def __init__(self, n_vocab: int):
+        self.n_vocab = n_vocab
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Raises UserError if `text` is anything but ids below n_vocab."""
+        words = text.split()
+        for word in words:
+            if not (word.isascii() and word.isdigit() and int(word) < self.n_vocab):
+                raise UserError(f"{word!r} is no token id: give numbers below {self.n_vocab}, between spaces")
+        return [int(word) for word in words]
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        return b"%d " % token
+
+
+Tokenizer = tiktoken.Encoding | CharTokenizer | IdsTokenizer
+
+
+def train(kind: str, texts: Iterable[str], vocab_size: int = 0) -> Tokenizer:
+    """The tokenizer `kind`; `char` and `bpe` are made from `texts`, `vocab_size` is for `bpe`.
+
+    Raises UserError: unknown kind, no text, vocab_size too small, rustbpe missing, gpt2 without network.
+    """
+    if kind == "byte":
+        return _encoding("byte", r"(?s:.+)", [bytes([b]) for b in range(256)])
+    if kind == "gpt2":
+        return _gpt2()
+    if kind == "char":
+        chars = "".join(sorted(set().union(*texts)))
+        if not chars:
+            raise UserError("empty corpus: there is no text to make a char tokenizer from")
+        return CharTokenizer(chars)
+    if kind == "bpe":
+        return _train_bpe(texts, vocab_size)
+    raise UserError(f"unknown tokenizer {kind!r}: choose one of {', '.join(KINDS)}")
+
+
+def save(tok: Tokenizer, folder: str | Path) -> None:
+    """Writes what `load` needs: tokenizer_spec.json, and tokenizer.tiktoken if the tokenizer has ranks."""
+    spec, ranks = _describe(tok)
+    if ranks:
+        (Path(folder) / "tokenizer.tiktoken").write_bytes(ranks)
+    spec["sha256"] = sha256(tok)
+    (Path(folder) / "tokenizer_spec.json").write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
+
+
+def load(folder: str | Path) -> Tokenizer:
+    """The tokenizer that `save` wrote. Raises UserError if there is none or it is damaged."""
+    path = Path(folder) / "tokenizer_spec.json"
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        if spec["kind"] == "char":
+            tok = CharTokenizer(spec["chars"])
+        elif spec["kind"] == "ids":
+            tok = IdsTokenizer(spec["n_vocab"])
+        else:
+            lines = (Path(folder) / "tokenizer.tiktoken").read_bytes().splitlines()
+            tok = _encoding(
+                spec["kind"], spec["pattern"], [base64.b64decode(line.split()[0]) for line in lines]
+            )
+        damaged = sha256(tok) != spec["sha256"]
+    except FileNotFoundError as e:
+        raise UserError(f"{folder} holds no tokenizer: {Path(e.filename).name} is missing") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        damaged = True
+    if damaged:
+        raise UserError(
+            f"the tokenizer in {folder} is damaged: copy {path.name} from its data set, or prepare again"
+        )
+    return tok
+
+
+def sha256(tok: Tokenizer) -> str:
+    """Names the tokenizer: equal for two that encode every text alike by construction."""
+    spec, ranks = _describe(tok)
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode() + ranks).hexdigest()
+
+
+def byte_lengths(tok: Tokenizer) -> np.ndarray:
+    """(n_vocab,) int64: the bytes of text that each token stands for; 0 for <|endoftext|>."""
+    lengths = np.array([len(tok.decode_single_token_bytes(i)) for i in range(tok.n_vocab)])
+    if tok.eot_token is not None:
+        lengths[tok.eot_token] = 0
+    return lengths
+
+
+def _encoding(name: str, pattern: str, tokens: list[bytes]) -> tiktoken.Encoding:
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    if len(ranks) != len(tokens) or not all(bytes([b]) in ranks for b in range(256)):
+        raise ValueError("ranks must be distinct and hold each single byte")
+    return tiktoken.Encoding(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(tokens)}
+    )
+
+
+def _describe(tok: Tokenizer) -> tuple[dict, bytes]:
+    """What makes the tokenizer what it is: a JSON-able dict, and its ranks as a .tiktoken file."""
+    if isinstance(tok, CharTokenizer):
+        return {"kind": tok.name, "chars": tok.chars}, b""
+    if isinstance(tok, IdsTokenizer):
+        return {"kind": tok.name, "n_vocab": tok.n_vocab}, b""
+    ranks = b"".join(
+        b"%s %d\n" % (base64.b64encode(tok.decode_single_token_bytes(i)), i) for i in range(tok.eot_token)
+    )
+    return {"kind": tok.name, "pattern": tok._pat_str}, ranks
+
+
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
+    if vocab_size < 257:
+        raise UserError(
+            f"--vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}) for bpe, not {vocab_size}"
+        )
+    try:
+        import rustbpe
+    except ImportError:
+        raise UserError(
+            "the bpe tokenizer is trained by rustbpe: `pip install rustbpe`, or use --tokenizer=byte"
+        ) from None
+
+    seen = 0
+
+    def sample():
+        nonlocal seen
+        for text in texts:
+            if seen >= BPE_SAMPLE_CHARS:
+                return
+            seen += len(text)
+            yield text
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(sample(), vocab_size - 1, pattern=BPE_PATTERN)
+    if not seen:
+        raise UserError("empty corpus: there is no text to train a bpe tokenizer on")
+    tok = _encoding("bpe", BPE_PATTERN, [bytes(token) for token, _ in trainer.get_mergeable_ranks()])
+    if tok.n_vocab < vocab_size:
+        print(f"bpe: the corpus is too small for {vocab_size} tokens, the vocabulary has {tok.n_vocab}")
+    return tok
+
+
+def _gpt2() -> tiktoken.Encoding:
+    """GPT-2's tokenizer. tiktoken downloads it with no timeout; waiting in a thread bounds that."""
+    outcome = [f"no answer in {DOWNLOAD_SECONDS} s"]
+
+    def fetch():
+        try:
+            outcome[0] = tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as e:  # no network, or a damaged download
+            outcome[0] = type(e).__name__
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(DOWNLOAD_SECONDS)
+    if isinstance(outcome[0], str):
+        raise UserError(
+            f"cannot download the gpt2 tokenizer ({outcome[0]}): connect to the network, "
+            "or set TIKTOKEN_CACHE_DIR to a folder that holds it"
+        )
+    tokens = [outcome[0].decode_single_token_bytes(i) for i in range(GPT2_N_VOCAB - 1)]
+    return _encoding(
+        "gpt2", GPT2_PATTERN, tokens
+    )  # our own pattern: tiktoken's wording of it varies by version

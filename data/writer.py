@@ -1,0 +1,221 @@
+"""What all prepare.py share: flags, and writing documents as token shards.
+
+A set is `train_NNNNNN.bin`, `val_NNNNNN.bin`, the tokenizer and, written last, `meta.json`: a folder without
+meta.json is not taken for a data set, so an interrupted writer leaves nothing that could be mistaken for one.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from config import UserError
+from data import tokenizer
+
+SPLITS = ("train", "val")
+SHARD_TOKENS = 100_000_000
+BATCH_CHARS = 1 << 20  # text that is tokenised at a time
+
+
+@dataclass
+class Flags:
+    tokenizer: str = "bpe"  # byte, char, bpe (trained on this corpus) or gpt2
+    vocab_size: int = 2048  # ids of the bpe tokenizer, <|endoftext|> included
+    val_fraction: float = 0.05  # share of the documents held out for validation
+    out_dir: str = ""  # folder to write; empty: the one that holds this prepare.py
+
+    def __post_init__(self):
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"val_fraction must be above 0 and below 1, not {self.val_fraction}")
+
+
+class Piece(NamedTuple):
+    """A document, or the next part of one that is too large for one piece."""
+
+    split: str
+    text: str
+    starts_document: bool = True
+
+
+class Writer:
+    """Appends tokens to shards and counts them. `state` is what a killed writer needs to go on."""
+
+    def __init__(self, out_dir: Path, tok: tokenizer.Tokenizer, dtype=None, state: dict | None = None):
+        """Without `state` it starts over: what an earlier writer left in `out_dir` goes."""
+        self.out_dir, self.tok = out_dir, tok
+        self.dtype = np.dtype(dtype or (np.uint16 if tok.n_vocab <= 1 << 16 else np.uint32))
+        self.state = state or {
+            "shard": 0,
+            "tokens": dict.fromkeys(SPLITS, 0),
+            "bytes": dict.fromkeys(SPLITS, 0),
+            "corpus_sha256": "",
+        }
+        self.shard_start = dict(self.state["tokens"])
+        self.last_print = self.started = time.monotonic()
+        if state is None:
+            make_folder(out_dir)
+            for name in ("meta.json", "progress.json", "train_[0-9]*.bin*", "val_[0-9]*.bin*"):
+                for path in out_dir.glob(name):
+                    path.unlink()
+            tokenizer.save(tok, out_dir)
+        self.files = {}
+        self._open_shard()
+
+    def add(self, pieces: list[Piece]) -> None:
+        rows = self.tok.encode_ordinary_batch([p.text for p in pieces], num_threads=os.cpu_count())
+        for piece, row in zip(pieces, rows, strict=True):
+            if piece.starts_document and self.tok.eot_token is not None:
+                row.insert(0, self.tok.eot_token)
+        for split in SPLITS:
+            mine = [(p, row) for p, row in zip(pieces, rows, strict=True) if p.split == split]
+            ids = np.fromiter(chain.from_iterable(row for _, row in mine), self.dtype)
+            self.write(split, ids, [p.text.encode("utf-8", "replace") for p, _ in mine])
+
+    def write(self, split: str, ids: np.ndarray, contents: list[bytes]) -> None:
+        """Appends `ids` (n,), the tokens of `contents`."""
+        ids.astype(self.dtype, copy=False).tofile(self.files[split])
+        self.state["tokens"][split] += len(ids)
+        for content in contents:
+            self.state["bytes"][split] += len(content)
+            link = f"{self.state['corpus_sha256']} {split} ".encode() + content
+            self.state["corpus_sha256"] = hashlib.sha256(link).hexdigest()
+        if time.monotonic() - self.last_print > 2:
+            self._print_progress()
+
+    def tokens_in_shard(self) -> int:
+        return self.state["tokens"]["train"] - self.shard_start["train"]
+
+    def next_shard(self, **more_state) -> None:
+        """Ends the open shards and records how to go on after them."""
+        self._close_shard()
+        self.state |= more_state
+        replace_json(self.out_dir / "progress.json", self.state)
+        self.shard_start = dict(self.state["tokens"])
+        self._open_shard()
+
+    def finish(self, **more_meta) -> None:
+        """Raises UserError if a split is empty."""
+        for split in SPLITS:
+            if not self.state["tokens"][split]:
+                raise UserError(
+                    f"empty corpus: no text was found for the {split} split; "
+                    "give more text, or another --val_fraction"
+                )
+        self._close_shard()
+        self._print_progress()
+        meta = {
+            "dtype": self.dtype.name,
+            "vocab_size": self.tok.n_vocab,
+            "tokenizer": self.tok.name,
+            "tokenizer_sha256": tokenizer.sha256(self.tok),
+            **{
+                f"{split}_{what}": self.state[what][split] for what in ("tokens", "bytes") for split in SPLITS
+            },
+            "corpus_sha256": self.state["corpus_sha256"],
+            **more_meta,
+        }
+        replace_json(self.out_dir / "meta.json", meta)
+        (self.out_dir / "progress.json").unlink(missing_ok=True)
+        print(f"wrote {self.out_dir}")
+
+    def _shard_path(self, split: str) -> Path:
+        return self.out_dir / f"{split}_{self.state['shard']:06d}.bin"
+
+    def _open_shard(self) -> None:
+        for split in SPLITS:
+            self.files[split] = open(f"{self._shard_path(split)}.tmp", "wb")  # noqa: SIM115
+
+    def _close_shard(self) -> None:
+        for split, file in self.files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            os.replace(file.name, self._shard_path(split))
+        self.state["shard"] += 1
+
+    def _print_progress(self) -> None:
+        self.last_print = time.monotonic()
+        tokens, size = self.state["tokens"], sum(self.state["bytes"].values())
+        print(
+            f"{size / 1e6:,.1f} MB: train {tokens['train']:,} tokens, val {tokens['val']:,} tokens, "
+            f"{self.last_print - self.started:.0f} s",
+            flush=True,
+        )
+
+
+def prepare(flags: Flags, here: str, documents: Callable[[], Iterable[Piece]], **more_meta) -> None:
+    """Writes a set from `documents()`, which is called twice: to train the tokenizer and to tokenise.
+
+    `here` is the __file__ of the calling prepare.py.
+    """
+    texts = (p.text for p in documents() if p.split == "train" or flags.tokenizer == "char")
+    writer = Writer(out_dir(flags, here), tokenizer.train(flags.tokenizer, texts, flags.vocab_size))
+    for pieces in batches(documents()):
+        writer.add(pieces)
+        if writer.tokens_in_shard() >= SHARD_TOKENS:
+            writer.next_shard()
+    writer.finish(**more_meta)
+
+
+def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Never reads ahead of what it yields, so that `pieces` stands where the last batch ended."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def split_of(key: bytes, val_fraction: float) -> str:
+    """The split of the document that `key` names: the same at any time and in any order."""
+    draw = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64
+    return "val" if draw < val_fraction else "train"
+
+
+def find_files(patterns: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files named by `a,b,...`: files, folders (searched for `suffixes`) and globs; sorted, each once."""
+    found = set()
+    for pattern in patterns.split(","):
+        for path in map(Path, [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)):
+            inside = (p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
+            found.update(inside if path.is_dir() else [path])
+    if not found:
+        raise UserError(
+            f"--input={patterns} names no {', '.join(suffixes)} file: give files, folders or globs"
+        )
+    return sorted(found)
+
+
+def out_dir(flags: Flags, here: str) -> Path:
+    return Path(flags.out_dir or Path(here).parent)
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError("permission denied")
+    except OSError as e:
+        raise UserError(f"cannot write to {path} ({e.strerror or e}): give another --out_dir") from None
+
+
+def replace_json(path: Path, content: dict) -> None:
+    """Writes aside and swaps in, so that a reader finds the old file or the new one, never a part."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(aside, path)

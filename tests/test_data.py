@@ -1,0 +1,691 @@
+import hashlib
+import importlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+import torch
+
+import data
+from config import UserError
+from data import Dataset, open_dataset, sample_starts, tokenizer, writer
+from data.writer import Piece, Writer
+
+REPO = Path(data.__file__).parents[1]
+BYTE = tokenizer.train("byte", [])
+
+
+def main(name):
+    return importlib.import_module(f"data.{name}.prepare").main
+
+
+def make_set(folder, train, val, shards=1, **meta):
+    """A set of ours whose splits are the given ids, train in `shards` files."""
+    out = Writer(folder, BYTE)
+    out.write("val", np.array(val), [b"v" * len(val)])
+    for part in np.array_split(np.array(train), shards):
+        out.write("train", part, [part.tobytes()])
+        if shards > 1:
+            out.next_shard()
+    out.finish(**meta)
+    return folder
+
+
+def rewrite_meta(folder, **changes):
+    path = folder / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def bins(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
+
+
+# the stream
+
+
+@pytest.mark.parametrize("n", [*range(1, 40), 64, 65, 1000, 4096, 4097, 99_991])
+def test_permute_is_a_bijection(n):
+    key = np.full(n, 12345, np.uint64)
+    image = data.permute(np.arange(n, dtype=np.uint64), n, key)
+    assert np.array_equal(np.sort(image), np.arange(n))
+
+
+def test_permutations_look_uniform():
+    draws = 20_000
+    keys = data._mix(np.arange(draws, dtype=np.uint64))
+    for i in range(10):
+        image = data.permute(np.full(draws, i, np.uint64), 10, keys)
+        share = np.bincount(image.astype(int), minlength=10) / draws
+        assert np.abs(share - 0.1).max() < 0.012  # 5.7 standard deviations
+
+
+@pytest.mark.parametrize(("n_tokens", "block_size"), [(1000, 7), (1000, 64), (17, 16), (31, 16), (33, 16)])
+def test_an_epoch_takes_each_window_once(n_tokens, block_size):
+    n = max(1, n_tokens // block_size - 1)
+    orders, offsets = set(), set()
+    for epoch in range(20):
+        starts = sample_starts(epoch * n, n, n_tokens, block_size, seed=1)
+        offset = starts.min()
+        assert np.array_equal(np.sort(starts), offset + block_size * np.arange(n))
+        assert 0 <= offset < block_size
+        assert starts.max() + block_size + 1 <= n_tokens
+        orders.add(tuple(starts - offset))
+        offsets.add(offset)
+    if n > 5:
+        assert len(orders) == 20
+    if n_tokens > block_size + 1:
+        assert len(offsets) > 1
+
+
+def test_seeds_differ_and_repeat():
+    a, b, c = (sample_starts(0, 100, 10**9, 64, seed) for seed in (1, 2, 1))
+    assert not np.array_equal(a, b)
+    assert np.array_equal(a, c)
+
+
+def test_any_number_of_ranks_sees_the_same_global_batches(tmp_path):
+    ds = Dataset(make_set(tmp_path, np.arange(1000) % 256, range(50)))
+    whole, _ = ds.train_batch(first=3 * 24, count=24, block_size=16, seed=5)
+    for ranks in (2, 3, 4):
+        count = 24 // ranks
+        parts = [ds.train_batch(3 * 24 + r * count, count, 16, 5)[0] for r in range(ranks)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_resumed_run_needs_only_the_sample_number(tmp_path):
+    make_set(tmp_path, np.arange(1000) % 256, range(50))
+    one = Dataset(tmp_path)
+    through = [one.train_batch(i * 8, 8, 16, 5)[0] for i in range(30)]
+    assert torch.equal(Dataset(tmp_path).train_batch(29 * 8, 8, 16, 5)[0], through[29])
+
+
+def test_y_is_x_one_token_on(tmp_path):
+    ds = Dataset(make_set(tmp_path, np.arange(2000) % 251, range(50)))
+    x, y = ds.train_batch(0, 40, 32, 0)
+    assert x.dtype == y.dtype == torch.int64
+    assert x.shape == y.shape == (40, 32)
+    assert torch.equal(y, (x + 1) % 251)
+
+
+def test_shards_read_as_their_concatenation(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 256, 1000)
+    one = Dataset(make_set(tmp_path / "one", ids, range(120)))
+    many = Dataset(make_set(tmp_path / "many", ids, range(120), shards=37))
+    assert len(list((tmp_path / "many").glob("train_*.bin"))) >= 37
+    assert np.array_equal(many.train.read(0, 2000), ids)
+    for block_size in (8, 100):  # windows within a shard, and over several
+        assert torch.equal(
+            one.train_batch(0, 99, block_size, 1)[0], many.train_batch(0, 99, block_size, 1)[0]
+        )
+
+
+@pytest.mark.parametrize(("block_size", "batch_size"), [(16, 4), (16, 100), (7, 3), (98, 2)])
+def test_val_batches_predict_each_token_once_in_order(tmp_path, block_size, batch_size):
+    val = np.random.default_rng(0).integers(0, 256, 99)
+    ds = Dataset(make_set(tmp_path, range(200), val))
+    batches = list(ds.val_batches(block_size, batch_size))
+    y = torch.cat([y.flatten() for _, y in batches])
+    assert y[y >= 0].tolist() == val[1:].tolist()
+    x = torch.cat([x.flatten() for x, _ in batches])
+    assert x[y >= 0].tolist() == val[:-1].tolist()
+    assert all(x.shape == y.shape and len(x) <= batch_size for x, y in batches)
+
+
+def test_some_val_batches_are_spread_over_the_split(tmp_path):
+    ds = Dataset(make_set(tmp_path, range(200), np.arange(1601) // 16))
+    batches = list(ds.val_batches(16, 5, max_batches=4))
+    assert [len(x) for x, _ in batches] == [5] * 4
+    assert torch.cat([x[:, 0] for x, _ in batches]).tolist() == list(range(0, 100, 5))
+    assert len(list(ds.val_batches(16, 5, max_batches=1000))) == 20
+
+
+def test_bytes_per_token_is_that_of_the_text(tmp_path):
+    out = Writer(tmp_path, BYTE)
+    out.add([Piece("train", "abc"), Piece("val", "añb"), Piece("val", "c")])
+    out.finish()
+    ds = Dataset(tmp_path)
+    assert len(ds.val) == 7  # 5 bytes, 2 <|endoftext|>
+    assert ds.val_bytes_per_token == 5 / 7
+
+
+# layouts of others
+
+
+def write_llmc(path, ids, version=1, count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, version, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + np.array(ids, "<u2").tobytes())
+
+
+def test_llmc_shards(tmp_path):
+    write_llmc(tmp_path / "fineweb_val_000000.bin", range(100))
+    write_llmc(tmp_path / "fineweb_train_000001.bin", range(500))
+    write_llmc(tmp_path / "fineweb_train_000002.bin", range(500, 900))
+    ds = open_dataset(str(tmp_path))
+    assert ds.vocab_size == 50257
+    assert ds.meta["tokenizer"] == "gpt2"
+    assert ds.train.read(0, 10**6).tolist() == list(range(900))
+    x, y = ds.train_batch(0, 50, 10, 0)
+    assert torch.equal(x + 1, y)
+    assert len(ds.meta["corpus_sha256"]) == 64
+
+
+def test_llmc_shards_under_another_tokenizer(tmp_path):
+    write_llmc(tmp_path / "x_val.bin", [256, 104, 105])
+    write_llmc(tmp_path / "x_train.bin", [104, 105])
+    ds = open_dataset(str(tmp_path), tokenizer="byte")
+    assert ds.vocab_size == 257
+    assert ds.tokenizer.decode(ds.train.read(0, 2).tolist()) == "hi"
+    assert ds.val_bytes_per_token == 2 / 3
+
+
+def test_llmc_shards_with_a_tokenizer_put_beside_them(tmp_path):
+    write_llmc(tmp_path / "x_val.bin", [0, 1])
+    write_llmc(tmp_path / "x_train.bin", [1, 2])
+    tokenizer.save(tokenizer.CharTokenizer("abc"), tmp_path)
+    ds = open_dataset(str(tmp_path))
+    assert (ds.vocab_size, ds.meta["tokenizer"]) == (3, "char")
+    assert ds.tokenizer.decode(ds.train.read(0, 2).tolist()) == "bc"
+
+
+def test_llmc_shards_under_a_tokenizer_that_is_not_there(tmp_path):
+    write_llmc(tmp_path / "x_val.bin", [0, 1])
+    write_llmc(tmp_path / "x_train.bin", [1, 2])
+    with pytest.raises(UserError, match="holds no tokenizer to read it with"):
+        open_dataset(str(tmp_path), tokenizer="bpe")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [({"version": 2}, "version 2"), ({"count": 999}, "is damaged")],
+    ids=["version", "count"],
+)
+def test_llmc_faults(tmp_path, fault, message):
+    write_llmc(tmp_path / "x_val_0.bin", range(100))
+    write_llmc(tmp_path / "x_train_1.bin", range(100), **fault)
+    with pytest.raises(UserError, match=f"x_train_1.bin.*{message}"):
+        open_dataset(str(tmp_path))
+
+
+def write_nanogpt(folder, meta=None):
+    np.arange(60, dtype=np.uint16).tofile(folder / "train.bin")
+    np.arange(30, dtype=np.uint16).tofile(folder / "val.bin")
+    if meta is not None:
+        (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+
+
+def test_nanogpt_folder_of_characters(tmp_path):
+    chars = [chr(200 + i) for i in range(65)]
+    stoi = {c: i for i, c in enumerate(chars)}
+    write_nanogpt(tmp_path, {"vocab_size": 65, "itos": dict(enumerate(chars)), "stoi": stoi})
+    ds = open_dataset(str(tmp_path))
+    assert (ds.vocab_size, ds.tokenizer.name) == (65, "char")
+    assert ds.tokenizer.encode_ordinary("Éè") == [1, 32]
+    assert ds.val_bytes_per_token == 2.0
+    tokenizer.save(ds.tokenizer, tmp_path)
+    assert tokenizer.load(tmp_path).chars == "".join(chars)
+
+
+def test_nanogpt_folder_without_meta_is_gpt2(tmp_path):
+    write_nanogpt(tmp_path)
+    ds = open_dataset(str(tmp_path))
+    assert (ds.vocab_size, ds.meta["tokenizer"]) == (50257, "gpt2")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_nanogpt(tmp_path, {"stoi": {"a": 0}, "itos": Bomb()})
+    with pytest.raises(UserError, match=r"refused .*meta\.pkl.*mkdir"):
+        open_dataset(str(tmp_path))
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04", pickle.dumps({"stoi": {"a": 1}}), pickle.dumps([1])])
+def test_a_damaged_pickle_is_refused(tmp_path, content):
+    write_nanogpt(tmp_path)
+    (tmp_path / "meta.pkl").write_bytes(content)
+    with pytest.raises(UserError, match=r"refused .*meta\.pkl: it is damaged"):
+        open_dataset(str(tmp_path))
+
+
+# faults
+
+
+def test_unknown_sets():
+    with pytest.raises(UserError, match="unknown data set 'stdlb': did you mean stdlib?"):
+        open_dataset("stdlb")
+    with pytest.raises(UserError, match="choose one of fineweb_edu, mqar, openwebtext"):
+        open_dataset("/no/such/folder")
+
+
+def test_unknown_tokenizer():
+    with pytest.raises(UserError, match="unknown tokenizer 'bite'"):
+        open_dataset("stdlib", tokenizer="bite")
+
+
+def bare_root(tmp_path, monkeypatch, *names):
+    """data/ as in a fresh clone."""
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prepare.py").touch()
+    monkeypatch.setattr(data, "ROOT", tmp_path)
+
+
+def test_a_missing_set_that_needs_the_network_says_what_to_run(tmp_path, monkeypatch):
+    bare_root(tmp_path, monkeypatch, "openwebtext")
+    with pytest.raises(UserError, match=r"not prepared: run `python data/openwebtext/prepare\.py`"):
+        open_dataset("openwebtext")
+
+
+def test_a_set_tokenised_otherwise_is_kept_apart(tmp_path, monkeypatch):
+    small_stdlib(tmp_path / "lib", monkeypatch)
+    bare_root(tmp_path, monkeypatch, "stdlib")
+    with pytest.raises(UserError, match="not prepared"):
+        open_dataset("stdlib", prepare=False)
+    assert open_dataset("stdlib", tokenizer="byte").dir == tmp_path / "stdlib" / "byte"
+    assert open_dataset("stdlib").meta["tokenizer"] == "bpe"
+    assert open_dataset("stdlib", tokenizer="bpe").dir == tmp_path / "stdlib"
+    assert open_dataset("stdlib", tokenizer="byte", prepare=False).vocab_size == 257
+
+
+def test_the_wrong_tokenizer_for_a_folder(tmp_path):
+    make_set(tmp_path, range(100), range(50))
+    with pytest.raises(UserError, match="tokenised with byte, not gpt2"):
+        open_dataset(str(tmp_path), tokenizer="gpt2")
+
+
+def test_a_folder_without_a_set(tmp_path):
+    with pytest.raises(UserError, match="holds no complete data set"):
+        open_dataset(str(tmp_path))
+
+
+def test_a_split_shorter_than_a_block(tmp_path):
+    ds = Dataset(make_set(tmp_path, range(100), range(16)))
+    ds.check_block_size(15)
+    with pytest.raises(UserError, match="val split .* has 16 tokens, fewer than block_size [+] 1 = 17"):
+        next(ds.val_batches(16, 4))
+    with pytest.raises(UserError, match="train split .* has 100 tokens"):
+        ds.train_batch(0, 1, 100, 0)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_ids_beyond_the_vocabulary(tmp_path, split):
+    splits = {"train": [0] * 100, "val": [0] * 50} | {split: [0] * 40 + [257] + [0] * 9}
+    make_set(tmp_path, **splits)
+    with pytest.raises(UserError, match=f"{split} split .* token id 257, beyond its vocabulary of 257"):
+        Dataset(tmp_path)
+
+
+def test_truncated_shards(tmp_path):
+    make_set(tmp_path, range(100), range(50))
+    path = tmp_path / "train_000000.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"train_000000\.bin is damaged"):
+        Dataset(tmp_path)
+    path.write_bytes(whole[:-2])
+    with pytest.raises(UserError, match="has 99 tokens, meta.json says 100"):
+        Dataset(tmp_path)
+
+
+def test_a_shard_cut_short_under_a_running_job(tmp_path):
+    ds = Dataset(make_set(tmp_path, range(100), range(50)))
+    os.truncate(tmp_path / "train_000000.bin", 20)
+    with pytest.raises(UserError, match="has become shorter"):
+        ds.train_batch(0, 10, 16, 0)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"dtype": "O", "vocab_size": 5, "tokenizer": "byte"}', '{"dtype": "uint16"']
+)
+def test_damaged_meta(tmp_path, content):
+    make_set(tmp_path, range(100), range(50))
+    (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(UserError, match=r"meta\.json is damaged"):
+        Dataset(tmp_path)
+
+
+def test_a_tokenizer_that_is_not_that_of_the_tokens(tmp_path):
+    ds = Dataset(make_set(tmp_path, range(100), range(50)))
+    tokenizer.save(tokenizer.CharTokenizer("ab"), tmp_path)
+    with pytest.raises(UserError, match="is not the one of its tokens"):
+        _ = ds.tokenizer
+
+
+def test_an_empty_corpus(tmp_path):
+    for pieces, split in ([], "train"), ([Piece("train", "some text")], "val"):
+        out = Writer(tmp_path, BYTE)
+        out.add(pieces)
+        with pytest.raises(UserError, match=f"empty corpus: no text was found for the {split} split"):
+            out.finish()
+        with pytest.raises(UserError, match="holds no complete data set"):
+            Dataset(tmp_path)
+
+
+def test_an_interrupted_writer_leaves_no_set_even_over_an_old_one(tmp_path):
+    make_set(tmp_path, range(100), range(50), shards=3)
+    out = Writer(tmp_path, BYTE)
+    out.add([Piece("train", "some text"), Piece("val", "more")])
+    out.next_shard()
+    with pytest.raises(UserError, match="holds no complete data set"):
+        Dataset(tmp_path)
+
+
+def test_an_out_dir_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to .*--out_dir"):
+        Writer(tmp_path / "file" / "folder", BYTE)
+
+
+def test_a_large_vocabulary_takes_four_bytes(tmp_path):
+    out = Writer(tmp_path, tokenizer.IdsTokenizer(100_000))
+    out.write("train", np.array([99_999, 1]), [b""])
+    out.write("val", np.array([70_000, 2]), [b""])
+    out.finish()
+    assert Dataset(tmp_path).train.read(0, 2).tolist() == [99_999, 1]
+
+
+# the sets
+
+
+def small_stdlib(folder, monkeypatch):
+    """Some modules, and files that must be left out, as the standard library."""
+    for i in range(120):
+        path = folder / f"package{i % 3}" / f"module{i}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"def function{i}():\n    return {i}\n" * 20)
+    for left_out in (
+        "test/a.py",
+        "package0/tests/b.py",
+        "site-packages/c.py",
+        "_sysconfigdata_x.py",
+        "d.txt",
+    ):
+        path = folder / left_out
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("LEFT OUT")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(folder)})
+
+
+def test_stdlib_is_deterministic_and_leaves_tests_out(tmp_path, monkeypatch):
+    small_stdlib(tmp_path / "lib", monkeypatch)
+    for name in ("one", "two"):
+        main("stdlib")([f"--out_dir={tmp_path / name}", "--vocab_size=400", "--val_fraction=0.2"])
+    assert bins(tmp_path / "one") == bins(tmp_path / "two")
+    one, two = Dataset(tmp_path / "one"), Dataset(tmp_path / "two")
+    assert one.meta == two.meta
+    text = "".join(one.tokenizer.decode(split.read(0, 10**6).tolist()) for split in (one.train, one.val))
+    documents = text.split("<|endoftext|>")[1:]
+    modules = list((tmp_path / "lib").glob("package?/*.py"))
+    assert sorted(documents) == sorted(path.read_text() for path in modules)
+    assert one.meta["train_bytes"] + one.meta["val_bytes"] == sum(path.stat().st_size for path in modules)
+
+
+def test_a_corpus_that_differs_has_another_hash(tmp_path, monkeypatch):
+    small_stdlib(tmp_path / "lib", monkeypatch)
+    hashes = []
+    for name, flag in (("a", "bpe"), ("b", "byte"), ("c", "byte")):
+        if name == "c":
+            (tmp_path / "lib/package0/module0.py").write_text("changed")
+        main("stdlib")([f"--out_dir={tmp_path / name}", f"--tokenizer={flag}", "--val_fraction=0.2"])
+        hashes.append(Dataset(tmp_path / name).meta["corpus_sha256"])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_prepare_runs_as_a_command_from_any_folder(tmp_path):
+    def run(*argv):
+        command = [sys.executable, REPO / "data/mqar/prepare.py", f"--out_dir={tmp_path / 'set'}", *argv]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    assert run("--n_train=10", "--n_val=5").returncode == 0
+    assert len(Dataset(tmp_path / "set").train) == 10 * 65
+    failed = run("--seq_len=3")
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: ")
+    assert "Traceback" not in failed.stderr
+
+
+def test_shakespeare_char_splits_as_nanogpt(tmp_path, monkeypatch):
+    text = "To be, or not to be: that is the question.\n" * 100
+    module = importlib.import_module("data.shakespeare_char.prepare")
+    monkeypatch.setattr(module, "INPUT", tmp_path / "input.txt")
+    (tmp_path / "input.txt").write_text(text)
+    module.main([f"--out_dir={tmp_path / 'set'}"])
+    ds = Dataset(tmp_path / "set")
+    chars = sorted(set(text))
+    cut = int(len(text) * 0.9)
+    assert ds.vocab_size == len(chars)
+    assert ds.train.read(0, 10**6).tolist() == [chars.index(c) for c in text[:cut]]
+    assert ds.val.read(0, 10**6).tolist() == [chars.index(c) for c in text[cut:]]
+    assert ds.val_bytes_per_token == 1.0
+
+
+def test_shakespeare_char_without_network_or_with_another_file(tmp_path, monkeypatch):
+    module = importlib.import_module("data.shakespeare_char.prepare")
+    monkeypatch.setattr(module, "INPUT", tmp_path / "input.txt")
+    monkeypatch.setattr(module, "URL", (tmp_path / "nowhere").as_uri())
+    with pytest.raises(UserError, match=r"cannot download .*put its text at .*input\.txt"):
+        module.main([f"--out_dir={tmp_path / 'set'}"])
+    (tmp_path / "nowhere").write_text("not Shakespeare")
+    with pytest.raises(UserError, match="is not the Tiny Shakespeare"):
+        module.main([f"--out_dir={tmp_path / 'set'}"])
+    assert not (tmp_path / "input.txt").exists()
+    monkeypatch.setattr(module, "SHA256", hashlib.sha256(b"not Shakespeare").hexdigest())
+    module.main([f"--out_dir={tmp_path / 'set'}"])
+    assert (tmp_path / "input.txt").read_text() == "not Shakespeare"
+
+
+def write_parquet(path, texts):
+    parquet.write_table(pa.table({"text": texts, "url": [""] * len(texts)}), path, row_group_size=16)
+
+
+def test_text_reads_txt_jsonl_and_parquet(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("alpha " * 100)
+    (tmp_path / "in/b.jsonl").write_text(
+        "".join(json.dumps({"text": f"bé {i}"}) + "\n" for i in range(60)) + "\n"
+    )
+    write_parquet(tmp_path / "in/c.parquet", [f"gamma {i}" for i in range(60)])
+    (tmp_path / "in/d.png").write_bytes(b"\xff")
+    out = tmp_path / "set"
+    main("text")(
+        [f"--input={tmp_path / 'in'}", "--tokenizer=byte", "--val_fraction=0.25", f"--out_dir={out}"]
+    )
+    ds = Dataset(out)
+    train, val = (
+        BYTE.decode(s.read(0, 10**6).tolist()).split("<|endoftext|>")[1:] for s in (ds.train, ds.val)
+    )
+    rows = {f"bé {i}" for i in range(60)} | {f"gamma {i}" for i in range(60)}
+    assert rows == {t for t in train + val if not t.startswith(("alpha", " alpha"))}
+    assert not set(train) & set(val)
+    assert 0.1 < (len(val) - 1) / 120 < 0.4
+    assert train[0] + val[0] == "alpha " * 100
+    assert len(val[0]) == 150
+
+
+def test_a_large_text_file_is_read_in_pieces(tmp_path, monkeypatch):
+    module = importlib.import_module("data.text.prepare")
+    monkeypatch.setattr(module, "READ_BYTES", 10)
+    path = tmp_path / "a.txt"
+    text = "日本語 naïve\n" * 50 + "unbroken" * 20
+    path.write_text(text)
+    pieces = list(module.text_file(path, None, 0.5))
+    assert "".join(p.text for p in pieces) == text
+    assert max(len(p.text) for p in pieces) <= 30
+    assert [p.starts_document for p in pieces].count(True) == 2
+    splits = [p.split for p in pieces]
+    assert splits == sorted(splits)
+    train_bytes = sum(len(p.text.encode()) for p in pieces if p.split == "train")
+    assert abs(train_bytes - len(text.encode()) / 2) <= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"\xff\xfe\x00", "is not UTF-8 text"),
+        ("a.jsonl", b'{"text": "x"}\n{"text', "line 2 is no JSON"),
+        ("a.jsonl", b'{"body": "x"}\n', "line 1 has no text under 'text': name it by --text_key"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1 has no text under 'text'"),
+        ("a.txt", b"", "empty corpus"),
+        ("a.md/", b"", "names no .txt, .jsonl, .parquet file"),
+    ],
+)
+def test_faults_of_text(tmp_path, name, content, message):
+    path = tmp_path / name
+    if name.endswith("/"):
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        main("text")([f"--input={path}", "--tokenizer=byte", f"--out_dir={tmp_path / 'set'}"])
+
+
+def test_text_parquet_names_its_columns(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["x"])
+    with pytest.raises(UserError, match="no column 'body': --text_key is one of text, url"):
+        main("text")(
+            [f"--input={tmp_path / 'a.parquet'}", "--text_key=body", f"--out_dir={tmp_path / 'set'}"]
+        )
+
+
+@pytest.fixture
+def parquet_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "BATCH_CHARS", 1000)
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        texts = [f"document {i} {j} " + "ab c" * int(rng.integers(1, 40)) for j in range(100)]
+        write_parquet(tmp_path / f"in/{i}.parquet", texts)
+    return tmp_path / "in"
+
+
+def stop_after(monkeypatch, calls):
+    add = Writer.add
+
+    def stopping(self, pieces):
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            raise KeyboardInterrupt
+        add(self, pieces)
+
+    monkeypatch.setattr(Writer, "add", stopping)
+
+
+@pytest.mark.parametrize("tok", ["byte", "bpe"])
+def test_a_streamed_set_resumed_after_kills_is_the_same(tmp_path, parquet_folder, monkeypatch, tok):
+    flags = [f"--input={parquet_folder}", f"--tokenizer={tok}", "--shard_tokens=3000", "--val_fraction=0.1"]
+    flags.append("--vocab_size=300")
+    main("fineweb_edu")([*flags, f"--out_dir={tmp_path / 'once'}"])
+    whole = bins(tmp_path / "once")
+    assert len(whole) > 5
+    for kills in range(3):
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            stop_after(m, 7)  # so few that only a run that keeps its shards can end
+            main("fineweb_edu")([*flags, f"--out_dir={tmp_path / 'killed'}"])
+        assert not (tmp_path / "killed/meta.json").exists(), kills
+    main("fineweb_edu")([*flags, f"--out_dir={tmp_path / 'killed'}"])
+    assert bins(tmp_path / "killed") == whole
+    once, killed = Dataset(tmp_path / "once"), Dataset(tmp_path / "killed")
+    assert once.meta == killed.meta
+    assert not (tmp_path / "killed/progress.json").exists()
+    text = "".join(once.tokenizer.decode(split.read(0, 10**6).tolist()) for split in (once.train, once.val))
+    documents = text.split("<|endoftext|>")[1:]
+    rows = [t for path in parquet_folder.glob("*") for t in parquet.read_table(path)["text"].to_pylist()]
+    assert sorted(documents) == sorted(rows)
+
+
+def test_a_resumed_set_keeps_its_shards(tmp_path, parquet_folder, monkeypatch):
+    flags = [
+        f"--input={parquet_folder}",
+        "--tokenizer=byte",
+        "--shard_tokens=3000",
+        f"--out_dir={tmp_path / 'set'}",
+    ]
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        stop_after(m, 10)
+        main("tinystories")(flags)
+    kept = json.loads((tmp_path / "set/progress.json").read_text())["shard"]
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "set").glob("train_*.bin")}
+    assert kept == len(before) >= 2
+    with pytest.raises(UserError, match="was begun with --shard_tokens=3000"):
+        main("tinystories")([*flags, "--shard_tokens=4000"])
+    main("tinystories")(flags)
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "set").glob("train_*.bin")}
+    assert before.items() <= after.items()
+
+
+def test_max_tokens_stops_a_stream(tmp_path, parquet_folder, capsys):
+    flags = [
+        f"--input={parquet_folder}",
+        "--tokenizer=byte",
+        f"--out_dir={tmp_path / 'set'}",
+        "--max_tokens=5000",
+    ]
+    main("openwebtext")([*flags, "--val_fraction=0.1"])
+    assert 5000 <= len(Dataset(tmp_path / "set").train) < 7000
+    main("openwebtext")(flags)
+    assert "is prepared" in capsys.readouterr().out
+
+
+def test_a_stream_without_network_fails_at_once(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
+    with pytest.raises(UserError, match=r"cannot reach HuggingFaceFW/fineweb-edu .*ConnectionError.*--input"):
+        main("fineweb_edu")([f"--out_dir={tmp_path / 'set'}"])
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_stream_without_the_text_column(tmp_path, parquet_folder):
+    with pytest.raises(UserError, match="no column 'body': --text_key is one of text, url"):
+        main("fineweb_edu")([f"--input={parquet_folder}", "--text_key=body", f"--out_dir={tmp_path / 'set'}"])
+
+
+@pytest.mark.parametrize("flags", [(8, 64, 512), (4, 17, 10), (1, 4, 4)], ids=str)
+def test_mqar_marks_the_value_that_was_paired_with_each_key(tmp_path, flags):
+    n_pairs, seq_len, vocab_size = flags
+    sizes = [f"--n_pairs={n_pairs}", f"--seq_len={seq_len}", f"--vocab_size={vocab_size}"]
+    main("mqar")([f"--out_dir={tmp_path}", "--n_train=40", "--n_val=20", *sizes])
+    ds = Dataset(tmp_path)
+    assert ds.vocab_size == vocab_size
+    assert np.isnan(ds.val_bytes_per_token)
+    val = list(ds.val_batches(seq_len, 8))
+    assert sum(len(x) for x, _ in val) == 20
+    for x, y in [ds.train_batch(0, 40, seq_len, 0), *val]:
+        assert x.shape == y.shape == (len(x), seq_len)
+        assert x.max() < vocab_size
+        for inputs, targets in zip(x.tolist(), y.tolist(), strict=True):
+            pairs = dict(zip(inputs[0 : 2 * n_pairs : 2], inputs[1 : 2 * n_pairs : 2], strict=True))
+            assert len(pairs) == n_pairs
+            assert max(pairs) < vocab_size // 2 <= min(pairs.values())
+            asked = {inputs[t]: target for t, target in enumerate(targets) if target >= 0}
+            assert asked == pairs
+            assert all(target == -1 for target in targets[: 2 * n_pairs - 1])
+    with pytest.raises(UserError, match=f"set --block_size={seq_len}"):
+        ds.train_batch(0, 1, seq_len + 1, 0)
+
+
+def test_mqar_repeats_by_seed_and_takes_each_example_once(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        main("mqar")([f"--out_dir={tmp_path / name}", "--n_train=30", "--n_val=5", f"--seed={seed}"])
+    assert bins(tmp_path / "a") == bins(tmp_path / "b") != bins(tmp_path / "c")
+    ds = Dataset(tmp_path / "a")
+    x, _ = ds.train_batch(0, 30, 64, 0)
+    stored = ds.train.read(0, 10**6).reshape(30, 65)[:, :64] & 0x7FFF
+    assert sorted(x.tolist()) == sorted(stored.tolist())
