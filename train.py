@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import secrets
 import signal
 import subprocess
 import sys
@@ -345,7 +346,7 @@ def start_wandb(run_dir: Path, config: Config, facts: dict):
         return None
     id_file = run_dir / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(secrets.token_hex(4))
     options = dict(
         project=config.wandb_project,
         name=config.wandb_run_name or run_dir.name,

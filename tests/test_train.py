@@ -1,0 +1,305 @@
+"""The training loop, run for real on a small text: what it writes, resume, signals, faults."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import train
+from config import Config, UserError, load
+from data import open_dataset
+from data.text import prepare
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--warmup_iters=2"]
+TINY += ["--device=cpu", "--dtype=float32", "--compile=False", "--sample_tokens=8"]
+RUN_KEYS = [
+    "step",
+    "tokens",
+    "time",
+    "flops",
+    "train/loss",
+    "train/grad_norm",
+    "lr",
+    "train/tokens_per_s",
+    "train/mfu",
+    "memory/peak_bytes",
+    "val/loss",
+    "val/bpb",
+    "best/val_loss",
+    "best/val_bpb",
+    "final/val_loss",
+    "final/val_bpb",
+    "params/total",
+    "params/non_embedding",
+    "kv_cache/elements_per_token_layer",
+    "kv_cache/bytes_per_token",
+    "kv_cache/ratio_to_mha",
+    "kv_cache/allocated_bytes",
+    "decode/tokens_per_s",
+    "decode/context",
+    "attention",
+    "dataset",
+    "seed",
+    "git_sha",
+    "corpus_sha256",
+    "tokenizer_sha256",
+]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    text = "".join(f"the cat number {i % 37} sat on the mat {i * i % 91}\n" for i in range(900))
+    (folder / "text.txt").write_text(text)
+    prepare.main([f"--input={folder / 'text.txt'}", "--tokenizer=byte", f"--out_dir={folder / 'set'}"])
+    return folder / "set"
+
+
+@pytest.fixture
+def run(corpus, tmp_path, capsys):
+    """Trains in this process: run("name", "--knob=value" ...) -> run folder."""
+
+    def run(name: str, *knobs: str) -> Path:
+        train.main([*TINY, f"--dataset={corpus}", f"--out_dir={tmp_path / name}", *knobs])
+        return tmp_path / name
+
+    return run
+
+
+def command(corpus: Path, out_dir: Path, *knobs: str) -> list[str]:
+    return [sys.executable, "train.py", *TINY, f"--dataset={corpus}", f"--out_dir={out_dir}", *knobs]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(run_dir, "last").model
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def events(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("attention", ["mha", "mqa", "gqa", "mla"])
+def test_a_run_learns_and_reports_quality_and_cache(run, attention, capsys):
+    heads = ["--n_kv_head=1"] if attention == "gqa" else []
+    folder = run("run", f"--attention={attention}", *heads, "--max_iters=40", "--eval_interval=20")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert not set(RUN_KEYS) - summary.keys()
+    logged = {key for event in events(folder) for key in event}
+    assert logged <= summary.keys() and {"train/loss", "val/loss", "decode/tokens_per_s"} <= logged
+    first = next(event["val/loss"] for event in events(folder) if "val/loss" in event)
+    assert first == pytest.approx(math.log(257), abs=0.3)
+    assert summary["final/val_loss"] < first - 1
+    assert summary["final/val_bpb"] == pytest.approx(summary["final/val_loss"] / math.log(2), rel=0.02)
+    config = checkpoint.read_config(folder)
+    assert summary["kv_cache/bytes_per_token"] == config.kv_bytes_per_token(torch.bfloat16)
+    assert summary["tokens"] == 40 * 4 * 32
+    out = capsys.readouterr().out
+    assert "cache bytes/token" in out and attention in out and "step 40: val loss" in out
+
+
+def test_resume_is_bit_identical(run):
+    """Dropout draws from the random state, micro-batches accumulate; the schedule knows where it is."""
+    knobs = ["--dropout=0.1", "--gradient_accumulation_steps=2", "--eval_interval=4", "--max_iters=12"]
+    whole = run("whole", *knobs)
+    half = run("half", *knobs, "--lr_decay_iters=12", "--max_iters=8")
+    run("half", "--init_from=resume", "--max_iters=12")
+    assert same(weights(whole), weights(half))
+    whole_losses, half_losses = (
+        [(e["step"], e["val/loss"]) for e in events(folder) if "val/loss" in e] for folder in (whole, half)
+    )
+    assert half_losses == whole_losses
+
+
+@pytest.mark.parametrize(("number", "optimizer"), [(signal.SIGINT, "muon"), (signal.SIGTERM, "adamw")])
+def test_a_signal_saves_and_resume_goes_on_bit_identically(corpus, tmp_path, run, number, optimizer):
+    knobs = [f"--optimizer={optimizer}", "--max_iters=60", "--eval_interval=25", "--log_interval=1"]
+    whole = run("whole", *knobs)
+    process = subprocess.Popen(
+        command(corpus, tmp_path / "cut", *knobs), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(number)
+            sent = time.monotonic()
+    assert process.wait() == 128 + number
+    assert time.monotonic() - sent < 10
+    stopped = checkpoint.load(tmp_path / "cut", "last").state["step"]
+    assert 3 <= stopped < 60
+    run("cut", "--init_from=resume", *knobs)
+    assert same(weights(whole), weights(tmp_path / "cut"))
+
+
+def test_resume_of_a_finished_run_changes_nothing(run):
+    folder = run("run", "--max_iters=6", "--eval_interval=3")
+    before = weights(folder)
+    run("run", "--init_from=resume")
+    assert same(before, weights(folder))
+    run("run", "--init_from=resume", "--max_iters=9")
+    config = checkpoint.read_config(folder)
+    assert (config.max_iters, config.lr_decay_iters) == (9, 9)
+    assert checkpoint.load(folder, "last").state["step"] == 9
+
+
+def test_resume_drops_lines_past_the_checkpoint(run):
+    folder = run("run", "--max_iters=6", "--eval_interval=3", "--log_interval=1")
+    with open(folder / "metrics.jsonl", "a") as f:
+        f.write('{"step": 7, "train/loss": 1.0}\n{"step": 8, "trai')
+    run("run", "--init_from=resume", "--max_iters=8")
+    steps = [event["step"] for event in events(folder) if "train/loss" in event]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_best_is_kept_where_last_is_worse(run):
+    """A learning rate that explodes after the first evaluation."""
+    knobs = ["--max_iters=20", "--eval_interval=10", "--optimizer=adamw", "--grad_clip=0"]
+    folder = run("run", *knobs, "--warmup_iters=0", "--learning_rate=0.01", "--decay_lr=False")
+    good = json.loads((folder / "summary.json").read_text())["best/val_loss"]
+    run("run", "--init_from=resume", "--learning_rate=100", "--max_iters=30")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["final/val_loss"] > summary["best/val_loss"] == good
+    assert checkpoint.load(folder, "best").state["step"] == 20
+
+
+def test_evaluation_draws_nothing_and_repeats(corpus, run):
+    folder = run("run", "--max_iters=4", "--eval_interval=2", "--dropout=0.2")
+    again = run("again", "--max_iters=4", "--eval_interval=4", "--dropout=0.2")
+    assert same(weights(folder), weights(again))
+    config = checkpoint.read_config(folder)
+    model = train.GPT(config)
+    model.load_state_dict(weights(folder))
+    state = torch.get_rng_state()
+    dataset = open_dataset(str(corpus))
+    first, second = (train.evaluate(model, dataset, config, train.nullcontext()) for _ in range(2))
+    assert first == second == {key: events(folder)[-1 - 1][key] for key in first}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_accumulation_equals_one_large_batch(run):
+    a = run("a", "--max_iters=3", "--batch_size=8")
+    b = run("b", "--max_iters=3", "--batch_size=2", "--gradient_accumulation_steps=4")
+    for name, weight in weights(a).items():
+        torch.testing.assert_close(weights(b)[name], weight, rtol=0, atol=2e-5)
+
+
+def test_init_from_a_run_takes_its_weights(run, tmp_path, capsys):
+    folder = run("first", "--max_iters=20", "--eval_interval=10")
+    loss = json.loads((folder / "summary.json").read_text())["best/val_loss"]
+    second = run("second", f"--init_from={folder}", "--max_iters=2", "--eval_interval=1")
+    assert events(second)[0]["val/loss"] == pytest.approx(loss, abs=1e-6)
+    capsys.readouterr()
+    dataset = checkpoint.read_config(folder).dataset
+    knobs = [
+        f"--dataset={dataset}",
+        "--eval_only=True",
+        f"--init_from={folder}",
+        f"--out_dir={tmp_path / 'none'}",
+    ]
+    metrics = train.train(load([*TINY, *knobs]))
+    assert metrics["val/loss"] == pytest.approx(loss, abs=1e-6)
+    assert not (tmp_path / "none").exists()
+
+
+def test_learning_rate_schedules():
+    cosine = Config(schedule="cosine", learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
+    rates = [train.learning_rate(step, cosine) for step in range(120)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1 and rates[60] == pytest.approx(0.55)
+    assert rates[110] == pytest.approx(0.1) == rates[119]
+    wsd = Config(schedule="wsd", learning_rate=1.0, min_lr=0.0, warmup_iters=10, max_iters=100, cooldown=0.2)
+    rates = [train.learning_rate(step, wsd) for step in range(101)]
+    assert rates[10:81] == [1] * 71 and rates[90] == pytest.approx(0.5) and rates[100] == 0
+    short = Config(learning_rate=1.0, warmup_iters=100, max_iters=5)
+    assert all(0 < train.learning_rate(step, short) <= 1 for step in range(6))
+    assert train.learning_rate(3, Config(decay_lr=False, warmup_iters=2)) == 1
+
+
+def test_wandb_offline_has_every_key_and_resumes_the_same_run(corpus, tmp_path):
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    knobs = ["--wandb_log=True", "--max_iters=4", "--eval_interval=2", "--log_interval=1", "--attention=mla"]
+    subprocess.run(command(corpus, tmp_path / "run", *knobs), cwd=ROOT, env=environment, check=True)
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    shown = subprocess.run(inspect, capture_output=True, text=True, check=True, env=environment).stdout
+    for key in RUN_KEYS:
+        assert key in shown, key
+    knobs = ["--wandb_log=True", "--init_from=resume", "--max_iters=6"]
+    subprocess.run(command(corpus, tmp_path / "run", *knobs), cwd=ROOT, env=environment, check=True)
+    ids = {path.name.rsplit("-", 1)[1] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert ids == {(tmp_path / "run/wandb_id").read_text()}
+
+
+FAULTS = {
+    "unknown key": (["--n_heads=4"], "n_head"),
+    "wrong type": (["--n_layer=two"], "int"),
+    "unknown attention": (["--attention=mhla"], "attention"),
+    "unknown dataset": (["--dataset=stdlibb"], "stdlib"),
+    "unknown tokenizer": (["--tokenizer=bpee"], "tokenizer"),
+    "unknown optimizer": (["--optimizer=adam"], "adamw"),
+    "unknown dtype": (["--dtype=float8"], "float"),
+    "unknown device": (["--device=gpu"], "device"),
+    "heads not divisible": (["--attention=gqa", "--n_kv_head=3", "--n_head=4"], "divisible"),
+    "width not divisible": (["--n_embd=33"], "divisible"),
+    "odd rope width": (["--rotary_dim=3"], "even"),
+    "mla knob on mha": (["--kv_lora_rank=8"], "mla"),
+    "missing config file": (["config/mlaa.py"], "config/mla.py"),
+    "vocabulary too small": (["--vocab_size=100"], "257"),
+    "block longer than val": (["--block_size=5000"], "block_size"),
+    "nothing to resume": (["--init_from=resume"], "run"),
+    "no run to start from": (["--init_from=out/none"], "run folder"),
+    "out_dir not writable": (["--out_dir=/proc/nanokv"], "out_dir"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_one_line(run, corpus, tmp_path, fault):
+    knobs, word = FAULTS[fault]
+    with pytest.raises(UserError) as caught:
+        train.main([*TINY, f"--dataset={corpus}", f"--out_dir={tmp_path / 'run'}", "--max_iters=2", *knobs])
+    assert word in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_faults_leave_an_existing_run_untouched(run):
+    folder = run("run", "--max_iters=4", "--eval_interval=2", "--attention=mla")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for knobs, word in (
+        (["--max_iters=4"], "already holds a run"),
+        (["--init_from=resume", "--n_layer=3"], "n_layer"),
+        (["--init_from=resume", "--kv_lora_rank=4"], "kv_lora_rank"),
+        (["--init_from=resume", "--attention=mqa"], "mla"),
+        (["--overwrite=True", "--n_embd=33"], "divisible"),
+        (["--overwrite=True", "--dataset=nowhere"], "nowhere"),
+    ):
+        with pytest.raises(UserError, match=word):
+            run("run", *knobs)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    (folder / "last/model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="damaged"):
+        run("run", "--init_from=resume")
+
+
+def test_exit_code_2_and_no_traceback(corpus, tmp_path):
+    done = subprocess.run(
+        command(corpus, tmp_path / "run", "--n_embed=12"), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "n_embd" in done.stderr
+
+
+def test_help_is_the_manual():
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    for knob in Config.__dataclass_fields__:
+        assert f"--{knob}=" in done.stdout
