@@ -104,6 +104,8 @@ def read_config(run_dir: Path) -> Config:
 def save(run_dir: Path, name: str, checkpoint: Checkpoint) -> None:
     """Write `run_dir/name`; until it is whole the one before stays in place."""
     target, new, old = (run_dir / (name + suffix) for suffix in ("", ".new", ".old"))
+    if not target.exists() and (new / "manifest.json").exists():
+        new.rename(target)  # the process before was stopped just short of this
     _remove(new)
     new.mkdir()
     for part, tensors in zip(PARTS, (checkpoint.model, checkpoint.optimizer), strict=False):

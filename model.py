@@ -60,6 +60,8 @@ class GPTConfig:
         for name in ("block_size", "n_layer", "n_head", "n_embd", "intermediate_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.vocab_size < 0:
+            raise ValueError(f"vocab_size must be at least 0, not {self.vocab_size}")
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta must be above 0, not {self.rope_theta}")
         if not 0 <= self.dropout < 1:
@@ -124,25 +126,43 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return turned if width == x.size(-1) else torch.cat((turned, x[..., width:]), -1)
 
 
+@dataclass
+class CacheStep:
+    """Where the T tokens of one forward pass go; worked out once, read by every layer."""
+
+    positions: Tensor | None = None  # (B or 1, T)
+    start: int = 0  # tokens held before, by the longest row
+    end: int = 0  # S, tokens held after, by the longest row
+    uniform: bool = True  # all rows are equally long
+    mask: Tensor | None = None  # (B or 1, 1, T, S), true where a query may look; None: at all S tokens
+
+    @property
+    def first(self) -> bool:
+        """All rows were empty, so that plain causal attention over the new tokens is right."""
+        return self.start == 0
+
+
 class LayerCache:
     """One layer's share of a `KVCache`: a buffer (B, *heads, max_len, width) for each name declared."""
 
-    def __init__(self, parent: KVCache, spec: dict[str, tuple[int, ...]], dtype: torch.dtype, device):
-        self.parent = parent
+    def __init__(
+        self, spec: dict[str, tuple[int, ...]], batch_size: int, max_len: int, step: CacheStep, **options
+    ):
+        self.step = step
         self.buffers = {
-            name: torch.zeros(parent.batch_size, *heads, parent.max_len, width, dtype=dtype, device=device)
+            name: torch.zeros(batch_size, *heads, max_len, width, **options)
             for name, (*heads, width) in spec.items()
         }
 
     def append(self, **new: Tensor) -> list[Tensor]:
         """Store T new tokens of each row, (B, *heads, T, width), and return what attention is to read.
 
-        That is the new values themselves in the first chunk (`first`), else all S tokens held; of these a row
-        may see the ones that `mask` allows.
+        That is the new values themselves in the first chunk, else all S tokens held; of these a row may see
+        the ones that `step.mask` allows.
         """
-        step = self.parent.step
+        step = self.step
         for name, value in new.items():
-            buffer = self.buffers[name]
+            buffer, value = self.buffers[name], value.detach()
             if step.uniform:
                 buffer.narrow(-2, step.start, value.size(-2)).copy_(value)
             else:
@@ -151,28 +171,6 @@ class LayerCache:
         if step.first:
             return list(new.values())
         return [self.buffers[name].narrow(-2, 0, step.end).to(value.dtype) for name, value in new.items()]
-
-    @property
-    def first(self) -> bool:
-        """Whether this chunk is the first of every row, so that plain causal attention over it is right."""
-        return self.parent.step.first
-
-    @property
-    def mask(self) -> Tensor | None:
-        """(B or 1, 1, T, S), true where a query may look; None if it may look at all S tokens."""
-        return self.parent.step.mask
-
-
-@dataclass
-class CacheStep:
-    """Where the T tokens of one forward pass go; worked out once, used by every layer."""
-
-    positions: Tensor  # (B or 1, T)
-    start: int  # tokens held before, by the longest row
-    end: int  # S, tokens held after, by the longest row
-    uniform: bool  # all rows are equally long
-    first: bool  # all rows were empty
-    mask: Tensor | None
 
 
 class KVCache:
@@ -186,9 +184,12 @@ class KVCache:
     def __init__(self, config: GPTConfig, batch_size: int, max_len: int, dtype: torch.dtype, device):
         self.batch_size, self.max_len, self.device = batch_size, max_len, device
         self.lengths = [0] * batch_size
-        self.step: CacheStep | None = None
+        self.step = CacheStep()
         spec = ATTENTIONS[config.attention].cache_spec(config)
-        self.layers = [LayerCache(self, spec, dtype, device) for _ in range(config.n_layer)]
+        self.layers = [
+            LayerCache(spec, batch_size, max_len, self.step, dtype=dtype, device=device)
+            for _ in range(config.n_layer)
+        ]
 
     @property
     def nbytes(self) -> int:
@@ -199,19 +200,18 @@ class KVCache:
 
         Raises ValueError if they do not fit.
         """
-        start, old = max(self.lengths), self.lengths
-        if start + n > self.max_len:
-            raise ValueError(f"cache of {self.max_len} tokens is too short for {start} + {n} tokens")
-        uniform = min(old) == start
-        rows = torch.tensor(old[:1] if uniform else old, device=self.device)
-        positions = rows[:, None] + torch.arange(n, device=self.device)  # (B or 1, n)
-        mask = None
-        if start > 0 and not (uniform and n == 1):
-            slots = torch.arange(start + n, device=self.device)
-            mask = (slots <= positions[:, :, None])[:, None]  # (B or 1, 1, n, S)
-        self.step = CacheStep(positions, start, start + n, uniform, start == 0, mask)
+        step, old = self.step, self.lengths
+        if max(old) + n > self.max_len:
+            raise ValueError(f"cache of {self.max_len} tokens is too short for {max(old)} + {n} tokens")
+        step.start, step.end, step.uniform = max(old), max(old) + n, min(old) == max(old)
+        rows = torch.tensor(old[:1] if step.uniform else old, device=self.device)
+        step.positions = rows[:, None] + torch.arange(n, device=self.device)  # (B or 1, n)
+        step.mask = None
+        if not step.first and not (step.uniform and n == 1):
+            slots = torch.arange(step.end, device=self.device)
+            step.mask = (slots <= step.positions[:, :, None])[:, None]  # (B or 1, 1, n, S)
         self.lengths = [length + n for length in old]
-        return positions
+        return step.positions
 
     def rewind(self, lengths: list[int]) -> None:
         """Forget all but the first lengths[b] tokens of each row b.
@@ -225,23 +225,22 @@ class KVCache:
         self.lengths = list(lengths)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv) -> (B, H, T, Dv).
+def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, scale: float, dropout=0.0) -> Tensor:
+    """softmax(scale q k^T) v: q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv) -> (B, H, T, Dv).
 
     Causal over a first chunk; over a cache, as its mask says. torch's `is_causal` aligns the mask top-left,
     so it is right only where queries and keys start together.
     """
     (B, H, T, D), G, Dv = q.shape, k.size(1), v.size(-1)
-    scale = D**-0.5
     if Dv != D:  # the fused kernels want values as wide as keys
         width = max(D, Dv)
         q, k, v = (F.pad(t, (0, width - t.size(-1))) for t in (q, k, v))
-    if cache is None or cache.first:
+    if cache is None or cache.step.first:
         y = F.scaled_dot_product_attention(
             q, k, v, None, dropout, is_causal=True, scale=scale, enable_gqa=G < H
         )
     else:  # fold the H/G query heads that share a key head into the query axis instead of repeating the keys
-        mask = None if cache.mask is None else cache.mask.repeat(1, 1, H // G, 1)
+        mask = None if cache.step.mask is None else cache.step.mask.repeat(1, 1, H // G, 1)
         q = q.reshape(B, G, H // G * T, -1)
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale).view(B, H, T, -1)
     return y[..., :Dv]
@@ -271,9 +270,9 @@ class GroupedQueryAttention(nn.Module):
     def resolve(config: GPTConfig) -> None:
         """Fill in the knobs that were left None; ValueError if they do not fit."""
         H, G = config.n_head, config.n_kv_head
-        if config.attention == "gqa" and G is None:
-            raise ValueError(f"gqa needs n_kv_head, a divisor of n_head = {H}")
         expected = {"mha": H, "mqa": 1}.get(config.attention, G)
+        if expected is None:
+            raise ValueError(f"{config.attention} needs n_kv_head, a divisor of n_head = {H}")
         if G is not None and expected != G:
             raise ValueError(f"{config.attention} has n_kv_head = {expected}, not {G}; for others use gqa")
         if expected < 1 or H % expected:
@@ -310,7 +309,8 @@ class GroupedQueryAttention(nn.Module):
         k = rotate(self.k_norm(k).transpose(1, 2), rope)  # (B, G, T, D)
         if cache is not None:
             k, v = cache.append(k=k, v=v)  # (B, G, S, D)
-        y = attend(q, k, v, cache, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        y = attend(q, k, v, cache, self.head_dim**-0.5, dropout)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -332,6 +332,7 @@ class MultiHeadLatentAttention(nn.Module):
         super().__init__()
         self.n_head, self.rank, self.dropout = config.n_head, config.kv_lora_rank, config.dropout
         self.dn, self.dr, self.dv = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.scale = (self.dn + self.dr) ** -0.5  # in the absorbed form too, whose keys are wider
         q_width = self.n_head * (self.dn + self.dr)
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(config.n_embd, q_width, bias=False)
@@ -397,8 +398,8 @@ class MultiHeadLatentAttention(nn.Module):
         latent = torch.cat((self.kv_a_layernorm(c), k_rope), -1)  # (B, T, r + dr)
         if cache is not None:
             (latent,) = cache.append(latent=latent)  # (B, S, r + dr)
-        if cache is not None and not cache.first and self.prefers_absorbed(T):
-            y = self.absorbed(q_nope, q_rope, latent, cache.mask)
+        if cache is not None and not cache.step.first and self.prefers_absorbed(T):
+            y = self.absorbed(q_nope, q_rope, latent, cache)
         else:
             y = self.expanded(q_nope, q_rope, latent, cache)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -409,21 +410,17 @@ class MultiHeadLatentAttention(nn.Module):
         kv = self.kv_b_proj(c).unflatten(-1, (self.n_head, self.dn + self.dv)).transpose(1, 2)
         k_nope, v = kv.split((self.dn, self.dv), -1)  # (B, H, S, dn), (B, H, S, dv)
         k = torch.cat((k_nope, k_rope[:, None].expand(-1, self.n_head, -1, -1)), -1)
-        return attend(torch.cat((q_nope, q_rope), -1), k, v, cache, self.dropout if self.training else 0.0)
+        q = torch.cat((q_nope, q_rope), -1)
+        return attend(q, k, v, cache, self.scale, self.dropout if self.training else 0.0)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, mask: Tensor | None) -> Tensor:
-        """The same attention over the latents themselves: one shared key [c | k_rope] and value c.
-
-        The scale stays 1/sqrt(dn + dr), that of the keys which the query was trained against.
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, cache: LayerCache) -> Tensor:
+        """The same attention over the latents themselves, as multi-query attention: the heads share one key
+        [c | k_rope], and one value, of which the first r columns, c, count. One read serves both.
         """
-        B, H, T, _ = q_nope.shape
-        w_uk, w_uv = self.kv_b_proj.weight.view(H, self.dn + self.dv, self.rank).split((self.dn, self.dv), 1)
-        q = torch.cat((q_nope @ w_uk, q_rope), -1).view(B, H * T, -1)  # (B, H T, r + dr)
-        scores = (q @ latent.mT).view(B, H, T, -1).float() * (self.dn + self.dr) ** -0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        p = scores.softmax(-1).type_as(latent).view(B, H * T, -1)
-        return (p @ latent[..., : self.rank]).view(B, H, T, -1) @ w_uv.mT
+        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (self.n_head, -1)).split((self.dn, self.dv), 1)
+        q = torch.cat((q_nope @ w_uk, q_rope), -1)  # (B, H, T, r + dr)
+        y = attend(q, latent[:, None], latent[:, None], cache, self.scale)
+        return y[..., : self.rank] @ w_uv.mT
 
 
 # A new attention is a class with the same members, and an entry here.
@@ -477,6 +474,8 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError("a model needs a vocab_size of at least 1")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
@@ -491,20 +490,26 @@ class GPT(nn.Module):
         """Each block starts as the identity: matrices that write to the residual stream are zero.
 
         The others keep the variance of what they read (std 1/sqrt(fan-in)), the low-rank factors of MLA
-        included: each reads a normalised vector, so no factor needs a scale of its own.
+        included: each reads a normalised vector, so no factor needs a scale of its own. A head that is the
+        embedding would see in every token that token itself, so the last norm starts it at a whisper.
         """
+        tied, std = self.config.tie_embeddings, 0.02
         for name, p in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
                 nn.init.zeros_(p)
             elif name == "embed_tokens.weight":
-                nn.init.normal_(p, std=0.02 if self.config.tie_embeddings else 1.0)
+                nn.init.normal_(p, std=std if tied else 1.0)
             elif p.ndim == 2:
                 nn.init.normal_(p, std=p.size(1) ** -0.5)
+        if tied:  # a token's own logit starts at std * C * norm = 0.5
+            nn.init.constant_(self.norm.weight, 0.5 / (std * self.config.n_embd))
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) -> final hidden states (B, T, C), appending to `cache` if one is given."""
         if cache is None:
             positions = torch.arange(idx.size(1), device=idx.device)[None]
+        elif len(idx) != cache.batch_size:
+            raise ValueError(f"a batch of {len(idx)} rows does not fit a cache for {cache.batch_size}")
         else:
             positions = cache.advance(idx.size(1))
         config = self.config

@@ -1,0 +1,138 @@
+"""What every attention must satisfy, as checks that take a model.
+
+test_model.py runs them for each entry of `model.ATTENTIONS`, one that you add included. An attention whose
+knobs have no defaults, or which has variants worth a test of their own, gets a line in VARIANTS.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import ATTENTIONS, GPT, GPTConfig
+
+VOCAB = 61
+
+VARIANTS = {
+    "mha": {
+        "": {},
+        "no-qk-norm": {"qk_norm": False},
+        "free-head": {"head_dim": 12, "n_embd": 30},
+        "no-rope": {"rotary_dim": 0},
+    },
+    "mqa": {"": {}, "partial-rope": {"rotary_dim": 4}},
+    "gqa": {"": {"n_kv_head": 2}, "partial-rope": {"n_kv_head": 2, "rotary_dim": 6, "tie_embeddings": False}},
+    "mla": {
+        "": {},
+        "q-lora": {"q_lora_rank": 10, "tie_embeddings": False},
+        "narrow-values": {"v_head_dim": 6},
+        "wide-values": {"v_head_dim": 20},
+        "free-head": {"n_embd": 30, "qk_nope_head_dim": 10, "qk_rope_head_dim": 4, "kv_lora_rank": 9},
+        "no-rope": {"qk_rope_head_dim": 0},
+    },
+}
+CASES = {
+    f"{attention}-{variant}" if variant else attention: {"attention": attention, **knobs}
+    for attention in ATTENTIONS
+    for variant, knobs in VARIANTS.get(attention, {"": {}}).items()
+}
+
+
+def small_config(**knobs) -> GPTConfig:
+    small = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": VOCAB, "block_size": 64}
+    return GPTConfig(**{**small, **knobs})
+
+
+def small_model(dtype: torch.dtype = torch.float32, seed: int = 0, **knobs) -> GPT:
+    """A model without a single trivial weight, whose logits have a standard deviation of about 1."""
+    model = GPT(small_config(**knobs)).to(dtype).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.normal_(std=p.size(1) ** -0.5, generator=generator)
+            else:
+                p.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    assert a.shape == b.shape
+    difference = (a.double() - b.double()).abs().max().item()
+    assert difference <= tolerance, f"differ by {difference:.2e}"
+
+
+def force_form(model: GPT, absorbed: bool) -> None:
+    """Make MLA use one of its two forms, whatever it would prefer."""
+    for layer in model.layers:
+        layer.self_attn.prefers_absorbed = lambda n: absorbed
+
+
+@torch.no_grad()
+def cached_logits(model: GPT, idx: Tensor, chunks: list[int], cache=None) -> Tensor:
+    """Logits of idx (B, T), fed through a cache in chunks of these lengths."""
+    assert sum(chunks) == idx.size(1)
+    cache = cache or model.new_cache(len(idx), idx.size(1))
+    return torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, 1)], 1)
+
+
+@torch.no_grad()
+def check_chunks(model: GPT, chunks: list[int], cache_dtype=None, tolerance: float = 1e-5) -> None:
+    """Fed in chunks through a cache, the logits are those of one pass without a cache."""
+    idx = tokens(2, sum(chunks), seed=len(chunks))
+    cache = model.new_cache(2, idx.size(1), dtype=cache_dtype)
+    close(cached_logits(model, idx, chunks, cache), model(idx)[0], tolerance)
+    assert cache.lengths == [idx.size(1)] * 2
+
+
+@torch.no_grad()
+def check_ragged(
+    model: GPT, lengths: list[int], chunks: list[int], cache_dtype=None, tolerance: float = 1e-5
+) -> None:
+    """A batch of prompts of unequal length, padded then rewound, continues as each prompt does alone."""
+    longest, B = max(lengths), len(lengths)
+    prompts, rest = tokens(B, longest, seed=1), tokens(B, sum(chunks), seed=2)
+    cache = model.new_cache(B, longest + sum(chunks), dtype=cache_dtype)
+    if longest:
+        prefill = model(prompts, cache=cache)[0]
+        cache.rewind(lengths)
+    continued = cached_logits(model, rest, chunks, cache)
+    assert cache.lengths == [n + sum(chunks) for n in lengths]
+    for b, n in enumerate(lengths):
+        alone = model(torch.cat((prompts[b : b + 1, :n], rest[b : b + 1]), 1))[0][0]
+        close(continued[b], alone[n:], tolerance)
+        if n:
+            close(prefill[b, :n], alone[:n], tolerance)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is on."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.total += out.untyped_storage().nbytes()
+        return out
+
+
+def check_footprint(model: GPT, dtype: torch.dtype, batch_size: int = 3, max_len: int = 7) -> None:
+    """Formula = declaration = bytes allocated, and decoding allocates no other buffers."""
+    config = model.config
+    spec = ATTENTIONS[config.attention].cache_spec(config)
+    declared = config.n_layer * sum(math.prod(shape) for shape in spec.values()) * dtype.itemsize
+    assert config.kv_bytes_per_token(dtype) == declared
+    with Allocations() as allocations:
+        cache = model.new_cache(batch_size, max_len, dtype=dtype)
+    assert allocations.total == cache.nbytes == declared * batch_size * max_len
+    buffers = [buffer for layer in cache.layers for buffer in layer.buffers.values()]
+    assert all(buffer.dtype == dtype for buffer in buffers)
+    addresses = [buffer.data_ptr() for buffer in buffers]
+    cached_logits(model, tokens(batch_size, max_len), [max_len - 2, 1, 1], cache)
+    assert [buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers.values()] == addresses
+    assert cache.nbytes == allocations.total
