@@ -1,0 +1,465 @@
+"""Generate text from a run: `python sample.py out/mla --start="def " --num_samples=3`. `--help` lists all.
+
+As a library: `model, tokenizer = load_run("out/mla")`, then `generate` for token ids as they come, or
+`generate_text`. The prompts of a batch may differ in length. What a row gets depends on its prompt, its seed
+and the options, never on the rows beside it.
+
+At the context's end, when a row holds block_size tokens, it keeps its last block_size // 2 and goes on.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import statistics
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import checkpoint
+from config import UserError, cli, parse, pick_device, pick_dtype
+from data import tokenizer as tokenizers
+from model import GPT, GPTConfig, KVCache
+
+PREFILL_CHUNK = 2048  # tokens of a prompt that go through the model at once; bounds the memory of a long one
+SEPARATOR = "---------------"
+USAGE = """python sample.py RUN [--key=value ...]
+
+Samples go to standard output, what they cost to standard error."""
+
+
+@dataclass
+class Options:
+    """The command line. Raises ValueError, one line, if a value is out of its range."""
+
+    out_dir: str  # the run: its folder, or the best/ or last/ in it; --out_dir= may be left out
+    which: Literal["best", "last"] = "best"  # which checkpoint; last where there is no best
+    device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: the best there is
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of weights and cache
+    # prompts
+    start: str = ""  # the prompt: text, FILE:path, or - for stdin; empty: a new document
+    split_lines: bool = False  # each line of --start that is not empty is a prompt; all run as one batch
+    num_samples: int = 1  # samples of each prompt; sample i draws with seed + i
+    # sampling
+    max_new_tokens: int = 500  # tokens of a sample; it ends earlier at <|endoftext|> or at a stop string
+    temperature: float = 0.8  # below 1: likelier tokens more often; 0: greedy
+    greedy: bool = False  # always the likeliest token, as --temperature=0
+    top_k: int = 200  # draw from the k likeliest tokens; 0: from all
+    top_p: float = 1.0  # draw from the fewest likeliest tokens that have this share of the probability
+    min_p: float = 0.0  # draw from tokens at least min_p times as likely as the likeliest
+    stop: str = ""  # end a sample at this text, which is not printed; || between several, \n for a newline
+    seed: int = 1337  # of the sampling
+
+    def __post_init__(self):
+        check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+        for name in ("num_samples", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, not {self.seed}")
+        if self.greedy:
+            self.temperature = 0.0
+
+
+@dataclass
+class Stats:
+    """What a generation cost. Seconds exclude the time in which the caller held the iterator."""
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0  # until the first token of each row
+    decode_tokens: int = 0  # all later ones
+    decode_seconds: float = 0.0
+    cache_bytes: int = 0  # allocated
+
+
+@torch.inference_mode()
+def prefill(model: GPT, prompts: Sequence[list[int]], cache: KVCache) -> Tensor:
+    """Run prompts, of any lengths, through an empty cache; fp32 logits (B, V) after each one's last token."""
+    lengths, weight = [len(prompt) for prompt in prompts], model.embed_tokens.weight
+    longest = max(lengths)
+    padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
+    idx = torch.tensor(padded, dtype=torch.long, device=weight.device)  # (B, T)
+    last = weight.new_zeros(len(prompts), model.config.n_embd)
+    for start in range(0, longest, PREFILL_CHUNK):
+        hidden = model.hidden(idx[:, start : start + PREFILL_CHUNK], cache)  # (B, chunk, C)
+        rows = [i for i, n in enumerate(lengths) if start < n <= start + PREFILL_CHUNK]
+        last[rows] = hidden[rows, [lengths[i] - 1 - start for i in rows]]
+    cache.rewind(lengths)
+    return model.head(last).float()
+
+
+@torch.inference_mode()
+def decode_one_token(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
+    """The next token of each row (B,) -> fp32 logits (B, V) after it."""
+    return model.head(model.hidden(tokens[:, None], cache)[:, -1]).float()
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    """Raises ValueError, one line, if a value is out of its range."""
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, not {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be at least 0, not {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must be from 0 to 1, not {min_p}")
+
+
+def sample(
+    logits: Tensor,
+    uniform: Tensor,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Tensor:
+    """Draw a token from each row: logits (B, V) fp32, uniform (B,) in [0, 1) -> ids (B,).
+
+    In this order: temperature (0: the likeliest token), the top_k likeliest, of these the fewest likeliest
+    that reach top_p (Holtzman et al. 2020), of these the ones at least min_p times as likely as the first
+    (Nguyen et al. 2024); then the token at which the cumulated probability passes `uniform`. Drawing one
+    number a row leaves rows independent without a random generator, or a launch, for each in every step.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    filtered = top_k > 0 or top_p < 1 or min_p > 0
+    if filtered:
+        logits, order = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), descending
+    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if filtered:
+        keep = (p.cumsum(-1) - p < top_p) & (p >= min_p * p[:, :1])
+        p = p * keep
+    cumulated = p.cumsum(-1)
+    choice = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)  # (B, 1)
+    choice = choice.clamp(max=p.size(-1) - 1)  # out of range only if the logits are not finite
+    return (order.gather(-1, choice) if filtered else choice)[:, 0]
+
+
+def uniforms(seed: int, rows: int, device) -> Iterator[Tensor]:
+    """Endless vectors (rows,) in [0, 1), drawn some steps ahead; row i's come from seed + i on any device."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(rows)]
+    while True:
+        yield from torch.stack([torch.rand(256, generator=g) for g in generators], 1).to(device)
+
+
+def make_room(model: GPT, cache: KVCache, held: list[list[int]], dtype: torch.dtype | None) -> None:
+    """Cut the rows that fill their cache to the last block_size // 2 of the tokens they hold.
+
+    Positions start at 0 again, so these tokens are computed anew, in a cache of their own: the other rows are
+    left as they are.
+    """
+    full = [i for i, n in enumerate(cache.lengths) if n == cache.max_len]
+    if not full:
+        return
+    keep = cache.max_len // 2
+    for i in full:
+        held[i] = held[i][len(held[i]) - keep :]
+    part = model.new_cache(len(full), keep, dtype)
+    prefill(model, [held[i] for i in full], part)
+    for layer, fresh in zip(cache.layers, part.layers, strict=True):
+        for name, buffer in layer.buffers.items():
+            buffer[full, ..., :keep, :] = fresh.buffers[name]
+    cache.rewind([keep if i in full else n for i, n in enumerate(cache.lengths)])
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 1337,
+    stop_ids: Collection[int] = (),
+    n_vocab: int | None = None,
+    cache_dtype: torch.dtype | None = None,
+    stats: Stats | None = None,
+) -> Iterator[list[int | None]]:
+    """Yield, step by step, the new token of each row; None for a row that has drawn one of `stop_ids`.
+
+    Row i draws with seed + i. Ids from `n_vocab` on, the padding of a vocabulary, are never drawn. A prompt
+    longer than block_size is cut to its last tokens. The model should be in eval mode. Raises ValueError if a
+    prompt is empty or an option out of range.
+    """
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    check_sampling(**options)
+    if not prompts or not all(prompts):
+        raise ValueError("generate needs at least one prompt, and in each prompt at least one token")
+    clock = time.perf_counter()
+    stats = Stats() if stats is None else stats
+    block_size = model.config.block_size
+    held = [list(prompt[-block_size:]) for prompt in prompts]  # the tokens in each row of the cache
+    cache = model.new_cache(len(held), min(block_size, max(map(len, held)) + max_new_tokens), cache_dtype)
+    uniform = uniforms(seed, len(held), model.embed_tokens.weight.device)
+    stats.prompt_tokens, stats.cache_bytes = sum(map(len, held)), cache.nbytes
+    live = [True] * len(held)
+    logits = prefill(model, held, cache)
+    for step in range(max_new_tokens):
+        ids = sample(logits[:, :n_vocab], next(uniform), **options)
+        tokens = ids.tolist()  # the one transfer, and wait, of a step
+        live = [alive and token not in stop_ids for alive, token in zip(live, tokens, strict=True)]
+        if step == 0:
+            stats.prefill_seconds = time.perf_counter() - clock
+        else:
+            stats.decode_seconds += time.perf_counter() - clock
+            stats.decode_tokens += sum(live)
+        if not any(live):
+            return
+        yield [token if alive else None for token, alive in zip(tokens, live, strict=True)]
+        if step + 1 < max_new_tokens:
+            clock = time.perf_counter()
+            make_room(model, cache, held, cache_dtype)
+            logits = decode_one_token(model, ids, cache)
+            for row, token in zip(held, tokens, strict=True):
+                row.append(token)
+
+
+def generate_lists(model: GPT, prompts: Sequence[Sequence[int]], *args, **options) -> list[list[int]]:
+    """The new tokens of each row; arguments as for `generate`."""
+    rows = [[] for _ in prompts]
+    for tokens in generate(model, prompts, *args, **options):
+        for row, token in zip(rows, tokens, strict=True):
+            row += [] if token is None else [token]
+    return rows
+
+
+class TextStream:
+    """The text of one sample, from its tokens, as far as it is certain; it may end at a stop string.
+
+    Bytes of an unfinished character wait for the rest of it, and what may be the beginning of a stop string
+    waits until it is one or is not. Bytes that are no UTF-8 become U+FFFD.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, stop: Collection[str] = ()):
+        self.tokenizer, self.stop, self.ended = tokenizer, stop, False
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.held = ""
+
+    def push(self, token: int) -> str:
+        """The text that this token makes certain; nothing once the stream has ended."""
+        return self._release(self.tokenizer.decode_single_token_bytes(token))
+
+    def close(self) -> str:
+        """End the stream: the text still held."""
+        return self._release(b"", last=True)
+
+    def _release(self, new: bytes, last: bool = False) -> str:
+        if self.ended:
+            return ""
+        self.held += self.decoder.decode(new, last)
+        found = [at for stop in self.stop if (at := self.held.find(stop)) >= 0]
+        self.ended = last or bool(found)
+        maybe = 0 if last else max((self._overlap(stop) for stop in self.stop), default=0)
+        cut = min(found, default=len(self.held) - maybe)
+        text, self.held = self.held[:cut], self.held[cut:]
+        return text
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that begins `stop`."""
+        return next((n for n in range(len(stop) - 1, 0, -1) if self.held.endswith(stop[:n])), 0)
+
+
+def inference_model(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
+    """A model in eval mode whose parameters are `weights` themselves, not copies.
+
+    Raises RuntimeError if their names or shapes do not fit.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def load_run(
+    path: str | Path, device: str = "auto", dtype: str = "auto", which: str = "best"
+) -> tuple[GPT, tokenizers.Tokenizer]:
+    """Model, in eval mode on `device`, and tokenizer of a run.
+
+    `path` is the run's folder, or the best/ or last/ in it; `which` counts for the former, and falls back to
+    last where there is no best. Raises UserError if it is no run, or a damaged one.
+    """
+    run_dir, device = Path(path), pick_device(device)
+    if run_dir.absolute().name in ("best", "last") and not (run_dir / "config.json").exists():
+        run_dir, which = run_dir.absolute().parent, run_dir.absolute().name
+    elif which == "best" and not any(run_dir.glob("best*")):
+        which = "last"
+    config = checkpoint.read_config(run_dir)
+    weights = checkpoint.load(run_dir, which).model
+    try:
+        model = inference_model(config, weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"the weights in {run_dir / which} do not fit the model in its config.json"
+        ) from error
+    return model.to(device, pick_dtype(dtype, device)), tokenizers.load(run_dir)
+
+
+def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    """Token ids of a prompt. An empty one begins a document: with <|endoftext|>, else as in nanoGPT with a
+    newline, else with id 0. Raises UserError if the tokenizer cannot encode the text.
+    """
+    if text:
+        ids = tokenizer.encode_ordinary(text)
+        if not ids:
+            raise UserError(f"the prompt {text!r} holds no token; give another --start")
+        return ids
+    if tokenizer.eot_token is not None:
+        return [tokenizer.eot_token]
+    with suppress(UserError):
+        return tokenizer.encode_ordinary("\n") or [0]
+    return [0]
+
+
+def stop_ids(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """The token that ends a document, if the tokenizer has one."""
+    return () if tokenizer.eot_token is None else (tokenizer.eot_token,)
+
+
+def generate_text(
+    model: GPT, tokenizer: tokenizers.Tokenizer, max_new_tokens: int, start: str = "", **options
+) -> str:
+    """One sample as text, `start` included; options as for `generate`, with the defaults of the command."""
+    model = inference_model(model.config, model.state_dict())
+    options = dict(temperature=Options.temperature, top_k=Options.top_k) | options
+    options |= dict(stop_ids=stop_ids(tokenizer), n_vocab=tokenizer.n_vocab)
+    (tokens,) = generate_lists(model, [encode_prompt(tokenizer, start)], max_new_tokens, **options)
+    stream = TextStream(tokenizer)
+    return start + "".join(map(stream.push, tokens)) + stream.close()
+
+
+def decode_probe(
+    model: GPT, context: int, n: int = 32, dtype: torch.dtype | None = None, repeats: int = 5
+) -> dict[str, float | int]:
+    """Decoding speed at batch 1 over a cache of `context` random tokens, weights and cache in `dtype`.
+
+    The median of `repeats` timings of n tokens each; the keys are those of metrics.jsonl.
+    """
+    model = inference_model(model.config, model.state_dict()).to(dtype or model.embed_tokens.weight.dtype)
+    random = torch.Generator().manual_seed(0)
+    prompt = torch.randint(model.config.vocab_size, (context,), generator=random).tolist()
+    cache = model.new_cache(1, context + n)
+    first = prefill(model, [prompt], cache).argmax(-1)
+    first.tolist()  # waits for the device
+    seconds = []
+    for _ in range(1 + repeats):  # the first one warms up
+        cache.rewind([context])
+        ids, clock = first, time.perf_counter()
+        for _ in range(n):
+            ids = decode_one_token(model, ids, cache).argmax(-1)
+            ids.tolist()
+        seconds.append(time.perf_counter() - clock)
+    return {
+        "decode/tokens_per_s": n / statistics.median(seconds[1:]),
+        "decode/context": context,
+        "kv_cache/allocated_bytes": cache.nbytes,
+    }
+
+
+def read_prompts(start: str, split_lines: bool) -> list[str]:
+    """The prompts that --start stands for. Raises UserError if they cannot be read or there are none."""
+    where = start if start.startswith("FILE:") else "on standard input" if start == "-" else "--start"
+    try:
+        if start == "-":
+            raw = sys.stdin.buffer.read()
+        elif start.startswith("FILE:"):
+            raw = Path(start.removeprefix("FILE:")).read_bytes()
+        else:
+            raw = os.fsencode(start)
+        text = raw.decode()
+    except OSError as error:
+        raise UserError(f"cannot read the prompt {where}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt {where} is not UTF-8 text") from error
+    prompts = [line for line in text.splitlines() if line.strip()] if split_lines else [text]
+    if where != "--start" and not text or not prompts:
+        raise UserError(f"the prompt {where} is empty; use --start= to begin a new document")
+    return prompts
+
+
+def print_samples(steps: Iterator[list[int | None]], prompts: list[str], streams: list[TextStream]) -> None:
+    """Print samples one after another, each as it comes; what the next ones have meanwhile waits its turn."""
+    ready = list(prompts)  # of each row, the text not yet printed
+    current = 0
+
+    def flush() -> None:
+        nonlocal current
+        while current < len(ready):
+            sys.stdout.write(ready[current])
+            ready[current] = ""
+            if not streams[current].ended:
+                break
+            current += 1
+            sys.stdout.write("\n" if current == len(ready) else f"\n{SEPARATOR}\n")
+        sys.stdout.flush()
+
+    flush()
+    for tokens in steps:
+        for row, token in enumerate(tokens):
+            ready[row] += streams[row].close() if token is None else streams[row].push(token)
+        flush()
+        if current == len(ready):
+            return
+    for row, stream in enumerate(streams):
+        ready[row] += stream.close()
+    flush()
+
+
+def report(stats: Stats, config: GPTConfig, dtype: torch.dtype, rows: int) -> str:
+    """Two lines: speed, and cache."""
+    prefill_rate = stats.prompt_tokens / stats.prefill_seconds
+    decode_rate = stats.decode_tokens / stats.decode_seconds if stats.decode_seconds else 0.0
+    per_token = config.kv_bytes_per_token(dtype)
+    return (
+        f"prefill {stats.prompt_tokens:,} tokens, {prefill_rate:,.0f} tokens/s; "
+        f"decode {stats.decode_tokens:,} tokens, {decode_rate:,.0f} tokens/s; batch of {rows}\n"
+        f"kv cache ({config.attention}, {str(dtype).removeprefix('torch.')}) {per_token:,} bytes a token, "
+        f"{stats.cache_bytes:,} bytes allocated"
+    )
+
+
+def main(argv: list[str]) -> None:
+    if argv and not argv[0].startswith("-"):
+        argv = [f"--out_dir={argv[0]}", *argv[1:]]
+    options = parse(Options, argv, USAGE)
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
+    texts = read_prompts(options.start, options.split_lines)
+    model, tokenizer = load_run(options.out_dir, options.device, options.dtype, options.which)
+    prompts = [ids for text in texts for ids in [encode_prompt(tokenizer, text)] * options.num_samples]
+    block_size, longest = model.config.block_size, max(map(len, prompts))
+    if longest > block_size:
+        print(f"a prompt of {longest} tokens is cut to its last {block_size}, the context", file=sys.stderr)
+    # what is printed is what was encoded; an empty prompt's <|endoftext|> is not text
+    shown = ["" if tuple(ids) == stop_ids(tokenizer) else tokenizer.decode(ids) for ids in prompts]
+    stop = [text for text in options.stop.replace("\\n", "\n").split("||") if text]
+    stats = Stats()
+    steps = generate(
+        model,
+        prompts,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        seed=options.seed,
+        stop_ids=stop_ids(tokenizer),
+        n_vocab=tokenizer.n_vocab,
+        stats=stats,
+    )
+    print_samples(steps, shown, [TextStream(tokenizer, stop) for _ in prompts])
+    print(report(stats, model.config, model.embed_tokens.weight.dtype, len(prompts)), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli(main)
