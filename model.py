@@ -38,10 +38,10 @@ class GPTConfig:
     n_layer: int = 6  # number of blocks
     n_head: int = 6  # query heads in a layer
     n_embd: int = 384  # width of the residual stream
-    intermediate_size: int | None = None  # width of the MLP; None: 8/3 n_embd, up to a multiple of 32
+    intermediate_size: int | None = None  # width of the MLP; None: 8/3 n_embd, down to a multiple of 64
     dropout: float = 0.0  # on attention weights, on each residual branch and on the embedding
     rope_theta: float = 10000.0  # base of RoPE's frequencies
-    tie_embeddings: bool = True  # one matrix for the token embedding and the output head
+    tie_embeddings: bool = False  # one matrix for the token embedding and the output head
     # mha, mqa, gqa
     n_kv_head: int | None = None  # key and value heads, a divisor of n_head; mha: n_head, mqa: 1
     head_dim: int | None = None  # width of a head; None: n_embd / n_head
@@ -74,7 +74,7 @@ class GPTConfig:
                     raise ValueError(f"{knob} is a knob of {users}, not of {self.attention}; remove it")
         attention.resolve(self)
         if self.intermediate_size is None:
-            self.intermediate_size = math.ceil(8 * self.n_embd / 3 / 32) * 32
+            self.intermediate_size = max(8 * self.n_embd // 3 // 64, 1) * 64
 
     def kv_elements_per_token_layer(self) -> int:
         """Numbers that one layer caches for one token."""
@@ -98,7 +98,28 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        if x.is_cuda or x.dtype != torch.float32 or torch.compiler.is_compiling():
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return UnfusedRMSNorm.apply(x, self.weight, self.eps)
+
+
+class UnfusedRMSNorm(torch.autograd.Function):
+    """RMSNorm where torch has no fused kernel for it (CPUs): a third of the passes over memory of autograd's."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()  # (..., 1), 1 / rms(x)
+        unit = x * scale
+        ctx.save_for_backward(unit, scale, weight)
+        return unit * weight
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        unit, scale, weight = ctx.saved_tensors
+        product = (grad * unit).flatten(0, -2)
+        along = torch.mv(product, weight).div_(unit.size(-1)).view_as(scale)  # what would change rms(x)
+        return (grad * weight).addcmul_(unit, along, value=-1).mul_(scale), product.sum(0), None
 
 
 def rope_angles(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from config import Config
 
+EMBEDDING_LR = 10  # learning rate of an embedding that is not the head too, in units of learning_rate
+
 
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
     """Matrices (N, m, n) -> the nearest semi-orthogonal ones, roughly, by Newton-Schulz iteration.
@@ -60,22 +62,28 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
     """The optimizers of a run; each parameter is in one of them. Only matrices and embeddings decay."""
-    matrices, embeddings, vectors = [], [], []
+    embedding, heads, matrices, vectors = [], [], [], []
     for name, p in model.named_parameters():
         if p.ndim < 2:
             vectors.append(p)
-        elif name.startswith("layers."):
-            matrices.append(p)
+        elif name == "embed_tokens.weight" and not config.tie_embeddings:
+            embedding.append(p)
+        elif name in ("embed_tokens.weight", "lm_head.weight"):
+            heads.append(p)
         else:
-            embeddings.append(p)
-    groups = [{"params": embeddings}, {"params": vectors, "weight_decay": 0.0}]
+            matrices.append(p)
     optimizers = []
     if config.optimizer == "muon":
         optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
     else:
-        groups[0]["params"] = matrices + embeddings
+        heads += matrices
     adamw = torch.optim.AdamW(
-        groups,
+        [
+            {"params": heads},
+            {"params": vectors, "weight_decay": 0.0},
+            # entries of size 1, each touched by few tokens: they can take, and need, larger steps
+            {"params": embedding, "lr": config.learning_rate * EMBEDDING_LR},
+        ],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,

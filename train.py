@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import resource
@@ -70,6 +71,8 @@ def train(config: Config) -> dict:
     fit_vocabulary(config, dataset)
 
     # ---- model and optimizers, new or as an earlier run left them
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, where a matrix product is left in fp32
     with torch.device(device):
@@ -216,6 +219,18 @@ def check_same_model(config: Config, saved: Config) -> None:
                 f"{knob} = {getattr(config, knob)} does not fit the checkpoint's {knob} = {value}; "
                 "remove it, or train from scratch in another --out_dir"
             )
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed instead of returning it to the kernel, to be faulted in again every step.
+
+    Without it a step on a CPU is some 5 to 10 % slower. Does nothing where there is no glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def use_compile(config: Config, device: torch.device) -> bool:

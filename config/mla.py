@@ -1,22 +1,23 @@
-# Multi-head latent attention (DeepSeek-V2, 2024): one latent and one rope key, 128 numbers a token a layer.
+# Multi-head latent attention (DeepSeek-V2, 2024): one latent and one rope key, 80 numbers a token a layer.
 
 attention = "mla"
-kv_lora_rank = 96  # with the rope key, 32, the cache is as small as mqa's
-qk_nope_head_dim = 32  # this + the next = the value's width, as fused attention kernels want
-qk_rope_head_dim = 32
-v_head_dim = 64
-intermediate_size = 592  # equal parameters, within 1 %, in mha.py, mqa.py, gqa.py and mla.py
+kv_lora_rank = 64
+qk_rope_head_dim = 16
+qk_nope_head_dim = 16  # with the rope key as wide as the value, as fused attention kernels want
+v_head_dim = 32
+intermediate_size = 344  # equal parameters, within 1 %, in mha.py, mqa.py, gqa.py and mla.py
 
 dataset = "stdlib"
 block_size = 256
 n_layer = 4
 n_head = 4
-n_embd = 256
+n_embd = 128
 
-# about 3 minutes on 2 CPU cores: 2048 tokens a step, half a million in all
-batch_size = 8
-max_iters = 250
+# about 3 minutes on 2 CPU cores
+batch_size = 16
+max_iters = 375
 warmup_iters = 20
-eval_interval = 50
-eval_iters = 20
+learning_rate = 0.01
+muon_lr = 0.02
+eval_interval = 125
 log_interval = 10

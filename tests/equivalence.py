@@ -22,10 +22,10 @@ VARIANTS = {
         "no-rope": {"rotary_dim": 0},
     },
     "mqa": {"": {}, "partial-rope": {"rotary_dim": 4}},
-    "gqa": {"": {"n_kv_head": 2}, "partial-rope": {"n_kv_head": 2, "rotary_dim": 6, "tie_embeddings": False}},
+    "gqa": {"": {"n_kv_head": 2}, "partial-rope": {"n_kv_head": 2, "rotary_dim": 6, "tie_embeddings": True}},
     "mla": {
         "": {},
-        "q-lora": {"q_lora_rank": 10, "tie_embeddings": False},
+        "q-lora": {"q_lora_rank": 10, "tie_embeddings": True},
         "narrow-values": {"v_head_dim": 6},
         "wide-values": {"v_head_dim": 20},
         "free-head": {"n_embd": 30, "qk_nope_head_dim": 10, "qk_rope_head_dim": 4, "kv_lora_rank": 9},

@@ -13,6 +13,7 @@ block_size = 1024
 n_layer = 12
 n_head = 12
 n_embd = 768
+tie_embeddings = True
 
 batch_size = 16
 gradient_accumulation_steps = 32  # over all ranks, so that one GPU and eight train alike
