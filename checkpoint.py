@@ -28,7 +28,8 @@ from torch import Tensor
 
 from config import Config, UserError, from_dict
 
-RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "wandb_id", "last", "best")
+CHECKPOINTS = tuple(name + suffix for name in ("last", "best") for suffix in ("", ".new", ".old"))
+RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "wandb_id", *CHECKPOINTS)
 PARTS = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -56,18 +57,20 @@ def read_json(path: Path):
         return json.loads(path.read_text())
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is damaged: it is not valid JSON") from e
 
 
 def claim(run_dir: Path, resume: bool, overwrite: bool) -> None:
     """Make `run_dir` ready to be written. A run that is there survives, unless `overwrite` gives it up.
 
-    Raises UserError if there is a run that would be overwritten, none to resume, or no way to write there.
+    Without a checkpoint there is no run to lose. Raises UserError if there is one that would be overwritten,
+    or no way to write there.
     """
-    exists = any((run_dir / name).exists() for name in RUN_FILES)
-    if resume and not any((run_dir / name).exists() for name in ("last", "last.old", "last.new")):
-        raise UserError(f"no run to resume in {run_dir}: it has no last/ checkpoint; drop --init_from=resume")
+    try:
+        exists = any((run_dir / name).exists() for name in CHECKPOINTS)
+    except (OSError, ValueError) as e:
+        raise UserError(f"out_dir is not a usable path: {e}") from e
     if exists and not resume and not overwrite:
         raise UserError(
             f"{run_dir} already holds a run; continue it with --init_from=resume, choose another --out_dir, "
@@ -78,11 +81,17 @@ def claim(run_dir: Path, resume: bool, overwrite: bool) -> None:
         probe = run_dir / ".writable"
         probe.touch()
         probe.unlink()
-        if exists and not resume:
+        if not resume:
             for name in RUN_FILES:
                 _remove(run_dir / name)
     except OSError as e:
         raise UserError(f"cannot write to out_dir {run_dir}: {e.strerror}; choose another --out_dir") from e
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether a run came to its end and reported."""
+    path = run_dir / "summary.json"
+    return path.exists() and "final/val_loss" in read_json(path)
 
 
 def write_config(run_dir: Path, config: Config) -> None:
@@ -124,14 +133,40 @@ def save(run_dir: Path, name: str, checkpoint: Checkpoint) -> None:
 
 def load(run_dir: Path, name: str, device="cpu") -> Checkpoint:
     """Read and verify `run_dir/name`. Raises UserError if it is missing or damaged."""
+    folder = _verified(run_dir, name, PARTS)
+    weights, optimizer = (_read_tensors(folder / part, device) for part in PARTS[:2])
+    state = read_json(folder / "state.json")
+    if not isinstance(state, dict):
+        raise UserError(f"checkpoint {folder} is damaged: state.json is no JSON object")
+    return Checkpoint(weights, optimizer, state)
+
+
+def best_or_last(run_dir: Path) -> str:
+    """The name of the checkpoint to use of a run: last where there is no best."""
+    return (
+        "best"
+        if any((run_dir / name).exists() for name in CHECKPOINTS if name.startswith("best"))
+        else "last"
+    )
+
+
+def load_weights(run_dir: Path, name: str, device="cpu") -> dict[str, Tensor]:
+    """The weights alone, a third of a checkpoint. Raises UserError if they are missing or damaged."""
+    return _read_tensors(_verified(run_dir, name, PARTS[:1]) / PARTS[0], device)
+
+
+def _verified(run_dir: Path, name: str, parts: tuple[str, ...]) -> Path:
+    """The folder of a checkpoint whose `parts` are what its manifest says."""
     folder = run_dir / name
     if not folder.exists():  # stopped between the two renames of `save`
         aside = (run_dir / (name + suffix) for suffix in (".new", ".old"))
         folder = next((path for path in aside if (path / "manifest.json").exists()), None)
         if folder is None:
             raise UserError(f"{run_dir} has no checkpoint {name}/")
+    if not (folder / "manifest.json").exists():
+        raise UserError(f"checkpoint {folder} is damaged: it has no manifest.json; use another one")
     manifest = read_json(folder / "manifest.json")
-    for part in PARTS:
+    for part in parts:
         try:
             sound = manifest[part] == _fingerprint(folder / part)
         except (OSError, KeyError, TypeError):
@@ -140,11 +175,14 @@ def load(run_dir: Path, name: str, device="cpu") -> Checkpoint:
             raise UserError(
                 f"checkpoint {folder} is damaged: {part} does not match its manifest; use another one"
             )
+    return folder
+
+
+def _read_tensors(path: Path, device) -> dict[str, Tensor]:
     try:
-        weights, optimizer = (load_file(folder / part, device=str(device)) for part in PARTS[:2])
+        return load_file(path, device=str(device))
     except SafetensorError as e:
-        raise UserError(f"checkpoint {folder} is damaged: not a safetensors file; use another one") from e
-    return Checkpoint(weights, optimizer, read_json(folder / "state.json"))
+        raise UserError(f"{path} is damaged: not a safetensors file; use another checkpoint") from e
 
 
 def _fingerprint(path: Path) -> dict:

@@ -104,7 +104,7 @@ class RMSNorm(nn.Module):
 
 
 class UnfusedRMSNorm(torch.autograd.Function):
-    """RMSNorm where torch has no fused kernel for it (CPUs): a third of the passes over memory of autograd's."""
+    """RMSNorm where torch has no fused kernel for it (CPUs), in fewer passes over memory than autograd's."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -558,9 +558,15 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def new_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for batch_size rows of up to max_len tokens; dtype: that of the model's weights."""
+        """An empty cache for batch_size rows of up to max_len tokens; dtype: that of the model's weights.
+
+        Raises ValueError for a dtype that is not a floating-point one.
+        """
         weight = self.embed_tokens.weight
-        return KVCache(self.config, batch_size, max_len, dtype or weight.dtype, weight.device)
+        dtype = dtype or weight.dtype
+        if not dtype.is_floating_point:
+            raise ValueError(f"a cache holds floating-point numbers, not {dtype}")
+        return KVCache(self.config, batch_size, max_len, dtype, weight.device)
 
     def n_params(self, embedding: bool = True) -> int:
         """Number of parameters; without `embedding`, less the token embedding and the output head."""

@@ -293,17 +293,20 @@ def load_run(
     run_dir, device = Path(path), pick_device(device)
     if run_dir.absolute().name in ("best", "last") and not (run_dir / "config.json").exists():
         run_dir, which = run_dir.absolute().parent, run_dir.absolute().name
-    elif which == "best" and not any(run_dir.glob("best*")):
+    elif which == "best" and checkpoint.best_or_last(run_dir) == "last":
         which = "last"
     config = checkpoint.read_config(run_dir)
-    weights = checkpoint.load(run_dir, which).model
+    weights = checkpoint.load_weights(run_dir, which)
     try:
         model = inference_model(config, weights)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the weights in {run_dir / which} do not fit the model in its config.json"
         ) from error
-    return model.to(device, pick_dtype(dtype, device)), tokenizers.load(run_dir)
+    tokenizer = tokenizers.load(run_dir)
+    if tokenizer.n_vocab > config.vocab_size:
+        raise UserError(f"the tokenizer in {run_dir} is not this run's: it has more ids than the model")
+    return model.to(device, pick_dtype(dtype, device)), tokenizer
 
 
 def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
@@ -384,7 +387,7 @@ def read_prompts(start: str, split_lines: bool) -> list[str]:
         raise UserError(f"the prompt {where} is not UTF-8 text") from error
     prompts = [line for line in text.splitlines() if line.strip()] if split_lines else [text]
     if where != "--start" and not text or not prompts:
-        raise UserError(f"the prompt {where} is empty; use --start= to begin a new document")
+        raise UserError(f"the prompt {where} is empty; leave --start out to begin a new document")
     return prompts
 
 
@@ -457,7 +460,10 @@ def main(argv: list[str]) -> None:
         n_vocab=tokenizer.n_vocab,
         stats=stats,
     )
-    print_samples(steps, shown, [TextStream(tokenizer, stop) for _ in prompts])
+    try:
+        print_samples(steps, shown, [TextStream(tokenizer, stop) for _ in prompts])
+    except KeyboardInterrupt:
+        print()
     print(report(stats, model.config, model.embed_tokens.weight.dtype, len(prompts)), file=sys.stderr)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import os
 import resource
 import secrets
 import signal
@@ -27,19 +28,18 @@ from model import GPT, GPTConfig
 from optim import load_state_tensors, make_optimizers, state_tensors
 from sample import decode_probe, generate_text
 
-# Dense bf16 peak in FLOP/s, by a part of the device's name (vendors' data sheets, without sparsity).
+# Dense peak in FLOP/s in 16 bits, by a word of the device's name (vendors' data sheets, without sparsity).
 PEAK_FLOPS = {
     "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
     "GH200": 989e12,
+    "H200": 989e12,
+    "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
     "A10G": 70e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    "4090": 165e12,
+    "3090": 71e12,
     "V100": 125e12,
     "T4": 65e12,
 }
@@ -50,7 +50,9 @@ def main(argv: list[str]) -> None:
     if config.init_from == "resume":  # what the run was started with is the default of what it goes on with
         base = asdict(checkpoint.read_config(Path(config.out_dir)))
         if base["lr_decay_iters"] == base["max_iters"]:
-            del base["lr_decay_iters"]  # so that a longer run decays later
+            del base["lr_decay_iters"]  # follows max_iters, which may grow now
+        if base["min_lr"] == base["learning_rate"] / 10:
+            del base["min_lr"]  # follows learning_rate
         config = load(argv, base)
     train(config)
 
@@ -78,23 +80,34 @@ def train(config: Config) -> dict:
     with torch.device(device):
         model = GPT(config)
     optimizers = make_optimizers(model, config)
-    state = {"step": 0, "time": 0.0, "evaluated": None, "best": {}}
-    source = run_dir if resume else Path(config.init_from)
-    if config.init_from != "scratch":
-        check_same_model(config, checkpoint.read_config(source))
-        saved = checkpoint.load(source, "last" if resume else "best", device)
-        model.load_state_dict(saved.model)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    facts = describe(config, model, dataset)
+    state = {"step": 0, "samples": 0, "time": 0.0, "evaluated": None, "best": {}}
+    if resume:
+        check_fits(config, dataset, run_dir, resume)
+        saved = checkpoint.load(run_dir, "last")
+        state = saved.state
+        if state["corpus_sha256"] != facts["corpus_sha256"]:
+            raise UserError(f"{run_dir} cannot resume: {config.dataset} is other data than it was trained on")
+        if state["step"] >= config.max_iters and checkpoint.is_finished(run_dir):
+            raise UserError(f"{run_dir} is complete at step {state['step']}; raise --max_iters to go on")
+        load_weights(model, saved.model, run_dir)
+        load_state_tensors(model, optimizers, restore_random_state(saved.optimizer))
+        scaler.load_state_dict(state["scaler"])
+        del saved
+    elif config.init_from != "scratch":
+        source = Path(config.init_from)
+        if not source.is_dir():
+            raise UserError(f"init_from is scratch, resume or a run folder, not {config.init_from}")
+        check_fits(config, dataset, source, resume)
+        load_weights(model, checkpoint.load_weights(source, checkpoint.best_or_last(source)), source)
     if config.eval_only:
         metrics = evaluate(model, dataset, config, autocast)
         print(quality(metrics))
         return metrics
-    if resume:
-        state = saved.state
-        load_state_tensors(model, optimizers, restore_random_state(saved.optimizer))
     checkpoint.claim(run_dir, resume, config.overwrite)
     checkpoint.write_config(run_dir, config)
     tokenizers.save(dataset.tokenizer, run_dir)
-    facts = describe(config, model, dataset)
     log = Log(run_dir, config, facts, state["step"] if resume else None)
     log.say(
         f"{config.attention}: {facts['params/total']:,} parameters, "
@@ -102,42 +115,47 @@ def train(config: Config) -> dict:
         f"{config.dataset}: {len(dataset.train):,} tokens; "
         f"{device.type}, {str(dtype).removeprefix('torch.')}; run folder {run_dir}"
     )
-    compiled = torch.compile(model) if use_compile(config, device) else model
+    compiled = model
+    if use_compile(config, device):
+        log.say("compiling: the first step and the first evaluation take a minute or so")
+        compiled = torch.compile(model)
 
     # ---- the loop
-    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    samples_per_step = config.gradient_accumulation_steps * config.batch_size
+    tokens_per_step = samples_per_step * config.block_size
     flops_per_token = model.flops_per_token(config.block_size)
     peak_flops = peak_flops_of(device, dtype)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     stop = StopSignal()
-    step, losses = state["step"], []
+    step, samples, losses = state["step"], state["samples"], []
     started = time.perf_counter() - state["time"]
     lap_time, lap_step = time.perf_counter(), step
 
     def record(metrics: dict) -> None:
-        tokens = step * tokens_per_step
+        tokens = samples * config.block_size
         seconds = time.perf_counter() - started
         log({"step": step, "tokens": tokens, "time": seconds, "flops": tokens * flops_per_token} | metrics)
 
     def save(name: str) -> None:
-        state.update(step=step, time=time.perf_counter() - started)
+        state.update(step=step, samples=samples, time=time.perf_counter() - started)
+        state.update(corpus_sha256=facts["corpus_sha256"], scaler=scaler.state_dict())
         optimizer = state_tensors(model, optimizers) | random_state(device)
         checkpoint.save(run_dir, name, Checkpoint(model.state_dict(), optimizer, state))
+        log.write_summary()
 
     while True:
         due = step % config.eval_interval == 0 or step == config.max_iters
         if due and state["evaluated"] != step:
             metrics = evaluate(compiled, dataset, config, autocast, stop)
             if stop.signal is None:
-                state["evaluated"] = step
+                state |= {"evaluated": step} | metrics
                 improved = metrics["val/loss"] < state["best"].get("best/val_loss", math.inf)
                 if improved:
                     state["best"] = {"best/val_loss": metrics["val/loss"], "best/val_bpb": metrics["val/bpb"]}
                 record(metrics | state["best"])
                 log.say(f"step {step}: {quality(metrics)}")
-                if improved and step > 0:
+                if improved:
                     save("best")
-                if step >= config.max_iters or (config.always_save_checkpoint and step > 0):
+                if step >= config.max_iters or config.always_save_checkpoint:
                     save("last")
             lap_time, lap_step = time.perf_counter(), step
         if step >= config.max_iters or stop.signal is not None:
@@ -148,7 +166,7 @@ def train(config: Config) -> dict:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
         for micro_step in range(config.gradient_accumulation_steps):
-            first = (step * config.gradient_accumulation_steps + micro_step) * config.batch_size
+            first = samples + micro_step * config.batch_size
             x, y = dataset.train_batch(first, config.batch_size, config.block_size, config.seed)
             with autocast:
                 loss = compiled(x.to(device), y.to(device))[1]
@@ -158,11 +176,13 @@ def train(config: Config) -> dict:
             scaler.unscale_(optimizer)
         max_norm = config.grad_clip if config.grad_clip > 0 else math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        overflow = scaler.is_enabled() and not torch.isfinite(grad_norm)  # fp16: no step at all
         for optimizer in optimizers:
-            scaler.step(optimizer)
+            if not overflow:
+                scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
-        step += 1
+        step, samples = step + 1, samples + samples_per_step
 
         if step % config.log_interval == 0 or step == config.max_iters:
             train_loss = torch.stack(losses).mean().item()  # waits for the device, so that the lap is whole
@@ -189,12 +209,13 @@ def train(config: Config) -> dict:
 
     # ---- what came of it: a decode probe, a sample, quality and cache side by side
     final = {
-        "final/val_loss": log.summary["val/loss"],
-        "final/val_bpb": log.summary["val/bpb"],
+        "final/val_loss": state["val/loss"],
+        "final/val_bpb": state["val/bpb"],
         **decode_probe(model, min(config.block_size, 1024) // 2, dtype=dtype),
     }
     record(final)
-    log.finish()
+    log.write_summary()
+    log.close()
     print(generate_text(model, dataset.tokenizer, config.sample_tokens, seed=config.seed))
     print(table(log.summary))
     return log.summary
@@ -210,15 +231,26 @@ def fit_vocabulary(config: Config, dataset: Dataset) -> None:
         )
 
 
-def check_same_model(config: Config, saved: Config) -> None:
-    """Raises UserError if weights of a run with the config `saved` do not fit a model of `config`."""
-    for knob in (field.name for field in fields(GPTConfig)):
-        value = getattr(saved, knob)
-        if knob not in ("block_size", "dropout") and getattr(config, knob) != value:
+def check_fits(config: Config, dataset: Dataset, run_dir: Path, resume: bool) -> None:
+    """Raises UserError if a run's weights do not fit the model of `config` or the tokens of `dataset`."""
+    saved = checkpoint.read_config(run_dir)
+    knobs = {field.name for field in fields(GPTConfig)} - {"dropout"} | {"optimizer"}
+    for knob in sorted(knobs if resume else knobs - {"block_size", "optimizer"}):
+        ours, theirs = getattr(config, knob), getattr(saved, knob)
+        if ours != theirs:
             raise UserError(
-                f"{knob} = {getattr(config, knob)} does not fit the checkpoint's {knob} = {value}; "
+                f"{knob} = {ours} does not fit the checkpoint in {run_dir}, which has {knob} = {theirs}; "
                 "remove it, or train from scratch in another --out_dir"
             )
+    if tokenizers.sha256(tokenizers.load(run_dir)) != tokenizers.sha256(dataset.tokenizer):
+        raise UserError(f"{run_dir} was trained with another tokenizer than that of {config.dataset}")
+
+
+def load_weights(model: GPT, weights: dict[str, torch.Tensor], run_dir: Path) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        raise UserError(f"the weights in {run_dir} do not fit its config.json; one of them is damaged") from e
 
 
 def keep_freed_memory() -> None:
@@ -274,11 +306,13 @@ def evaluate(model, dataset: Dataset, config: Config, autocast, stop=None) -> di
             break
     model.train()
     loss = total.item() / count
-    return {"val/loss": loss, "val/bpb": loss / math.log(2) / dataset.val_bytes_per_token}
+    bytes_per_token = dataset.val_bytes_per_token
+    return {"val/loss": loss, "val/bpb": loss / math.log(2) / bytes_per_token if bytes_per_token else None}
 
 
 def quality(metrics: dict) -> str:
-    return f"val loss {metrics['val/loss']:.4f}, {metrics['val/bpb']:.4f} bits per byte"
+    bits = "" if metrics["val/bpb"] is None else f", {metrics['val/bpb']:.4f} bits per byte"
+    return f"val loss {metrics['val/loss']:.4f}{bits}"
 
 
 class StopSignal:
@@ -305,14 +339,20 @@ class Log:
         path = run_dir / "metrics.jsonl"
         if resume_step is not None and path.exists():  # lines past the checkpoint will be written again
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
-            path.write_text("".join(line + "\n" for line in kept))
+            aside = path.with_suffix(".new")
+            aside.write_text("".join(line + "\n" for line in kept))
+            aside.replace(path)
             for line in kept:
-                self.summary |= json.loads(line)
+                values = json.loads(line).items()
+                self.summary |= {k: v for k, v in values if not k.startswith(("final/", "decode/"))}
         self.file = open(path, "a")  # noqa: SIM115 (open as long as the run)
         self.wandb = start_wandb(run_dir, config, facts) if config.wandb_log else None
 
     def __call__(self, metrics: dict) -> None:
-        self.file.write(json.dumps(metrics) + "\n")
+        metrics = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()
+        }
+        self.file.write(json.dumps(metrics) + "\n")  # JSON has no nan
         self.file.flush()
         self.summary |= metrics
         if self.wandb:
@@ -332,16 +372,14 @@ class Log:
         else:
             print(line, flush=True)
 
+    def write_summary(self) -> None:
+        checkpoint.write_json(self.run_dir / "summary.json", self.summary)
+
     def close(self) -> None:
         self.file.close()
         if self.wandb:
-            self.wandb.finish()
-
-    def finish(self) -> None:
-        checkpoint.write_json(self.run_dir / "summary.json", self.summary)
-        if self.wandb:
             self.wandb.summary.update({k: v for k, v in self.summary.items() if v is not None})
-        self.close()
+            self.wandb.finish()
 
 
 def _step_of(line: str) -> float:
@@ -370,11 +408,15 @@ def start_wandb(run_dir: Path, config: Config, facts: dict):
         config=asdict(config) | facts,
     )
     try:
-        run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
+        online = "WANDB_MODE" in os.environ or wandb.login(prompt=False)
+        run = wandb.init(
+            **options, mode=None if online else "offline", settings=wandb.Settings(init_timeout=30)
+        )
+        fault = None if online else "no API key"
     except (wandb.errors.UsageError, wandb.errors.CommError) as e:
-        reason = "no network" if isinstance(e, wandb.errors.CommError) else "no API key"
-        print(f"wandb: {reason}, logging offline; `wandb sync` uploads the run later", file=sys.stderr)
-        run = wandb.init(**options, mode="offline")
+        run, fault = wandb.init(**options, mode="offline"), " ".join(str(e).split())
+    if fault:
+        print(f"wandb: logging offline ({fault}); `wandb sync` uploads the run later", file=sys.stderr)
     run.define_metric("*", step_metric="tokens")
     return run
 
@@ -386,8 +428,8 @@ def describe(config: Config, model: GPT, dataset: Dataset) -> dict:
         "dataset": config.dataset,
         "seed": config.seed,
         "git_sha": git_sha(),
-        "corpus_sha256": dataset.meta.get("corpus_sha256"),
-        "tokenizer_sha256": dataset.meta.get("tokenizer_sha256"),
+        "corpus_sha256": dataset.meta["corpus_sha256"],
+        "tokenizer_sha256": tokenizers.sha256(dataset.tokenizer),
         "params/total": model.n_params(),
         "params/non_embedding": model.n_params(embedding=False),
         "kv_cache/elements_per_token_layer": config.kv_elements_per_token_layer(),
@@ -398,7 +440,8 @@ def describe(config: Config, model: GPT, dataset: Dataset) -> dict:
 
 def git_sha() -> str | None:
     """The commit of this code, with a + if files differ from it; None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -408,9 +451,11 @@ def git_sha() -> str | None:
 def peak_flops_of(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak FLOP/s: of a GPU from its data sheet (None if unknown), of a CPU by timing a matrix product."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-        return peak and (peak / 2 if dtype == torch.float32 else peak)
+        words = torch.cuda.get_device_name(device).replace("-", " ").split()
+        peak = next((flops for model, flops in PEAK_FLOPS.items() if model in words), None)
+        if peak and dtype == torch.float32:  # as TF32, which Ampere brought
+            peak = peak / 2 if torch.cuda.get_device_capability(device) >= (8, 0) else None
+        return peak
     if device.type != "cpu":
         return None
     a = torch.ones(1024, 1024, dtype=dtype)

@@ -60,11 +60,11 @@ class Config(GPTConfig):
     # data
     dataset: str = "stdlib"  # a folder in data/, or the path of a prepared folder
     tokenizer: str | None = None  # byte, char, bpe, gpt2; None: the data set's own
-    gradient_accumulation_steps: int = 1  # micro-batches a step, over all ranks together
+    gradient_accumulation_steps: int = 1  # micro-batches a step
     batch_size: int = 16  # sequences of block_size tokens in a micro-batch
     # optimizer
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the hidden matrices, with AdamW for the rest
-    learning_rate: float = 1e-3  # AdamW's peak learning rate
+    learning_rate: float = 1e-3  # AdamW's peak learning rate; an untied embedding has ten times that
     muon_lr: float = 0.02  # Muon's peak learning rate; it follows the same schedule
     max_iters: int = 2000  # steps to train
     weight_decay: float = 0.1  # decoupled weight decay, on matrices only
@@ -163,7 +163,7 @@ def parse(cls: type[T], argv: list[str], usage: str = "", base: dict[str, Any] |
         raise SystemExit(0)
     files = [arg for arg in argv if not arg.startswith("-")]
     if len(files) > 1:
-        raise UserError(f"one config file at a time, but got {files[0]!r} and {files[1]!r}")
+        raise UserError(f"unexpected argument {files[1]!r}; write --key=value, after one config file at most")
     settings = [(key, value, "base") for key, value in (base or {}).items()]
     settings += [setting for file in files for setting in read_file(file)]
     for arg in argv:

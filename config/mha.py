@@ -1,4 +1,4 @@
-# Multi-head attention (Vaswani et al. 2017): each of 4 heads caches its key and value, 256 numbers a token a layer.
+# Multi-head attention (Vaswani et al. 2017): 4 heads with a key and a value each, 256 numbers a token a layer
 
 attention = "mha"
 intermediate_size = 320  # equal parameters, within 1 %, in mha.py, mqa.py, gqa.py and mla.py

@@ -21,7 +21,7 @@ n_embd = 384
 dropout = 0.2
 qk_norm = False
 
-optimizer = "adamw"  # nanoGPT's; its learning rates are this one's
+optimizer = "adamw"
 learning_rate = 1e-3
 max_iters = 5000
 lr_decay_iters = 5000

@@ -142,10 +142,10 @@ class Dataset:
         return tokenizers.train(self.meta["tokenizer"], [])
 
     @cached_property
-    def val_bytes_per_token(self) -> float:
-        """Bits per byte = loss in nats / ln 2 / this. nan for a set that is no text."""
+    def val_bytes_per_token(self) -> float | None:
+        """Bits per byte = loss in nats / ln 2 / this. None for a set that is no text."""
         if self.meta["tokenizer"] == "ids":
-            return float("nan")
+            return None
         if "val_bytes" in self.meta:
             return self.meta["val_bytes"] / len(self.val)
         lengths = tokenizers.byte_lengths(self.tokenizer)

@@ -92,6 +92,7 @@ def open_stream(
 def texts(stream: Iterable[dict], key: str) -> Iterator[str]:
     try:
         for row in stream:
-            yield row[key]
+            if row[key] is not None:
+                yield row[key].encode("utf-8", "replace").decode()
     except Exception as e:  # as above
         raise UserError(f"reading stopped ({type(e).__name__}: {e}): run the same command to go on") from e

@@ -117,17 +117,16 @@ def test_a_pickle_that_the_manifest_vouches_for_is_refused(tmp_path, part):
 def test_a_run_is_not_overwritten_in_silence(tmp_path):
     checkpoint.claim(tmp_path / "run", resume=False, overwrite=False)
     checkpoint.write_config(tmp_path / "run", Config())
+    checkpoint.claim(tmp_path / "run", resume=False, overwrite=False)  # without a checkpoint no run is lost
+    checkpoint.write_config(tmp_path / "run", Config())
+    checkpoint.save(tmp_path / "run", "best", example(1))
+    (tmp_path / "run/best").rename(tmp_path / "run/best.old")  # as a kill in the middle of a save leaves it
     (tmp_path / "run/notes.txt").write_text("mine")
     with pytest.raises(UserError, match="already holds a run"):
         checkpoint.claim(tmp_path / "run", resume=False, overwrite=False)
     assert (tmp_path / "run/config.json").exists()
     checkpoint.claim(tmp_path / "run", resume=False, overwrite=True)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
-
-
-def test_resume_needs_a_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="no run to resume"):
-        checkpoint.claim(tmp_path, resume=True, overwrite=False)
 
 
 def test_out_dir_that_is_a_file(tmp_path):
@@ -152,4 +151,4 @@ def test_nothing_of_ours_unpickles():
     """torch.load and pickle.load run code; only the data loader's refusing unpickler may appear."""
     for path in ROOT.glob("*.py"):
         source = path.read_text()
-        assert "torch.load" not in source and "pickle" not in source.replace("pickle's", ""), path
+        assert not any(word in source for word in ("torch.load", "pickle.load", "Unpickler")), path

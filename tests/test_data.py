@@ -664,7 +664,7 @@ def test_mqar_marks_the_value_that_was_paired_with_each_key(tmp_path, flags):
     main("mqar")([f"--out_dir={tmp_path}", "--n_train=40", "--n_val=20", *sizes])
     ds = Dataset(tmp_path)
     assert ds.vocab_size == vocab_size
-    assert np.isnan(ds.val_bytes_per_token)
+    assert ds.val_bytes_per_token is None
     val = list(ds.val_batches(seq_len, 8))
     assert sum(len(x) for x, _ in val) == 20
     for x, y in [ds.train_batch(0, 40, seq_len, 0), *val]:

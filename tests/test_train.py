@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,9 +145,10 @@ def test_a_signal_saves_and_resume_goes_on_bit_identically(corpus, tmp_path, run
 
 def test_resume_of_a_finished_run_changes_nothing(run):
     folder = run("run", "--max_iters=6", "--eval_interval=3")
-    before = weights(folder)
-    run("run", "--init_from=resume")
-    assert same(before, weights(folder))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="complete at step 6; raise --max_iters"):
+        run("run", "--init_from=resume")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     run("run", "--init_from=resume", "--max_iters=9")
     config = checkpoint.read_config(folder)
     assert (config.max_iters, config.lr_decay_iters) == (9, 9)
@@ -271,7 +273,14 @@ def test_faults_are_one_line(run, corpus, tmp_path, fault):
     assert not (tmp_path / "run").exists()
 
 
-def test_faults_leave_an_existing_run_untouched(run):
+def test_faults_leave_an_existing_run_untouched(run, corpus, tmp_path):
+    text = corpus.parent / "text.txt"
+    (tmp_path / "text.txt").write_text(text.read_text().replace("cat", "dog"))
+    other_tokenizer, other_text, no_tokenizer = (tmp_path / name for name in ("char", "dogs", "lost"))
+    prepare.main([f"--input={text}", "--tokenizer=char", f"--out_dir={other_tokenizer}"])
+    prepare.main([f"--input={tmp_path / 'text.txt'}", "--tokenizer=byte", f"--out_dir={other_text}"])
+    shutil.copytree(corpus, no_tokenizer)
+    (no_tokenizer / "tokenizer_spec.json").unlink()
     folder = run("run", "--max_iters=4", "--eval_interval=2", "--attention=mla")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for knobs, word in (
@@ -279,6 +288,10 @@ def test_faults_leave_an_existing_run_untouched(run):
         (["--init_from=resume", "--n_layer=3"], "n_layer"),
         (["--init_from=resume", "--kv_lora_rank=4"], "kv_lora_rank"),
         (["--init_from=resume", "--attention=mqa"], "mla"),
+        (["--init_from=resume", "--optimizer=adamw", "--max_iters=8"], "optimizer"),
+        (["--init_from=resume", f"--dataset={other_tokenizer}", "--max_iters=8"], "tokenizer"),
+        (["--init_from=resume", f"--dataset={other_text}", "--max_iters=8"], "other data"),
+        (["--overwrite=True", f"--dataset={no_tokenizer}"], "tokenizer_spec.json"),
         (["--overwrite=True", "--n_embd=33"], "divisible"),
         (["--overwrite=True", "--dataset=nowhere"], "nowhere"),
     ):

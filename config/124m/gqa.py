@@ -1,5 +1,5 @@
 # GPT-2 small with grouped-query attention: 512 numbers a token a layer, a third of mha's.
-# torchrun --standalone --nproc_per_node=8 train.py config/124m/gqa.py
+# python train.py config/124m/gqa.py
 
 out_dir = "out/124m-gqa"
 attention = "gqa"
@@ -16,7 +16,7 @@ n_embd = 768
 tie_embeddings = True
 
 batch_size = 16
-gradient_accumulation_steps = 32  # over all ranks, so that one GPU and eight train alike
+gradient_accumulation_steps = 32
 _tokens_per_step = batch_size * gradient_accumulation_steps * block_size  # about half a million
 max_iters = 10 * 10**9 // _tokens_per_step  # 10 billion tokens
 warmup_iters = 250

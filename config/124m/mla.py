@@ -1,5 +1,5 @@
 # GPT-2 small with multi-head latent attention: 288 numbers a token a layer, 3/16 of mha's.
-# torchrun --standalone --nproc_per_node=8 train.py config/124m/mla.py
+# python train.py config/124m/mla.py
 
 out_dir = "out/124m-mla"
 attention = "mla"
@@ -19,7 +19,7 @@ n_embd = 768
 tie_embeddings = True
 
 batch_size = 16
-gradient_accumulation_steps = 32  # over all ranks, so that one GPU and eight train alike
+gradient_accumulation_steps = 32
 _tokens_per_step = batch_size * gradient_accumulation_steps * block_size  # about half a million
 max_iters = 10 * 10**9 // _tokens_per_step  # 10 billion tokens
 warmup_iters = 250

@@ -35,6 +35,8 @@ class MqarFlags:
     out_dir: str = ""  # folder to write; empty: the one that holds this prepare.py
 
     def __post_init__(self):
+        if self.seed < 0:
+            raise UserError(f"seed must be at least 0, not {self.seed}")
         if min(self.n_pairs, self.n_train, self.n_val) < 1:
             raise UserError("n_pairs, n_train and n_val must be at least 1")
         if self.seq_len < 4 * self.n_pairs:

@@ -79,7 +79,11 @@ def parquet_rows(path: Path, key: str) -> Iterator[str]:
         import pyarrow.parquet as parquet
     except ImportError:
         raise UserError("parquet files are read by pyarrow: `pip install pyarrow`") from None
-    with parquet.ParquetFile(path) as file:
+    try:
+        opened = parquet.ParquetFile(path)
+    except (OSError, ValueError) as e:  # what pyarrow raises is one of these
+        raise UserError(f"{path} is no parquet file: {e}") from None
+    with opened as file:
         if key not in file.schema_arrow.names:
             columns = ", ".join(file.schema_arrow.names)
             raise UserError(f"{path} has no column {key!r}: --text_key is one of {columns}")
