@@ -10,7 +10,7 @@ CONFIG ?= config/mla.py
 
 train: .venv/run
 	$(BIN)/python train.py $(CONFIG) $(ARGS)
-	$(BIN)/python sample.py out/$(basename $(notdir $(CONFIG))) --start="def " --max_new_tokens=200
+	$(BIN)/python sample.py out/$(basename $(notdir $(CONFIG))) --start="class Error(" --temperature=0.5 --max_new_tokens=150
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q
