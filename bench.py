@@ -1,0 +1,310 @@
+"""Measure: `python bench.py speedrun`, `python bench.py train`. `--help` after either lists its options.
+
+Each prints what it measures as it goes, and writes a JSON file and a picture into --out_dir. Times are of
+whole processes or medians of repeated steps; a peer is measured in the same session, in turns with us.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pickle
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+from config import UserError, cli, load, parse, pick_device, pick_dtype
+from data import open_dataset
+from model import GPT
+from optim import make_optimizers
+from sample import load_run
+
+ROOT = Path(__file__).resolve().parent
+ATTENTION_KNOBS = {"mha": [], "mqa": [], "gqa": ["--n_kv_head=2"], "mla": []}
+NANOGPT_RECIPE = [  # the README's command for a CPU
+    *("train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20"),
+    *("--log_interval=1", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128"),
+    *("--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"),
+]
+
+
+@dataclass
+class SpeedrunOptions:
+    peer: str | None = None  # a nanoGPT checkout to race against, in turns
+    pairs: int = 5  # runs of each side
+    text: str = "data/shakespeare_char/input.txt"  # any text; 90 % of its characters train, 10 % validate
+    config: str = "config/speedrun.py"  # our recipe
+    out_dir: str = "out/bench"  # where speedrun.json and speedrun.png go
+
+
+@dataclass
+class TrainOptions:
+    peer: str | None = None  # a nanoGPT checkout whose model is measured at the same shape
+    attentions: str = "mha,mqa,gqa,mla"  # which to measure
+    block_sizes: str = "64,256,1024"  # contexts; the batch shrinks so that a step has the same tokens
+    tokens: int = 4096  # tokens a step, at least one row of a context
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # heads
+    n_embd: int = 128  # width
+    vocab_size: int = 2048  # token ids
+    optimizer: str = "adamw"  # adamw, which the peer has too, or muon
+    steps: int = 10  # timed steps, after 3 to warm up
+    device: str = "auto"  # cpu, cuda, cuda:N, mps
+    dtype: str = "auto"  # float32, bfloat16, float16
+    compile: bool = False  # torch.compile both sides
+    out_dir: str = "out/bench"  # where train.json and train.png go
+
+
+def speedrun(argv: list[str]) -> None:
+    """Whole-process time to nanoGPT's loss, alone or in turns with nanoGPT."""
+    options = parse(SpeedrunOptions, argv, "python bench.py speedrun [--peer=DIR] [--key=value ...]")
+    out_dir = Path(options.out_dir).resolve()
+    folder = nanogpt_folder(Path(options.text), out_dir / "text")
+    runs = {"ours": [], "nanoGPT": []}
+    for i in range(options.pairs):
+        run_dir = out_dir / "speedrun"
+        command = [
+            "train.py",
+            options.config,
+            f"--dataset={folder}",
+            f"--out_dir={run_dir}",
+            "--overwrite=True",
+        ]
+        runs["ours"].append({"seconds": timed([*command, f"--seed={i}"], ROOT)[0], **losses(run_dir, folder)})
+        print(f"{i + 1}: ours    {describe(runs['ours'][-1])}", flush=True)
+        if options.peer:
+            command = [*NANOGPT_RECIPE, f"--dataset={folder}", f"--out_dir={out_dir / 'nanogpt'}"]
+            seconds, output = timed(command, Path(options.peer))
+            loss = float(output.rsplit("val loss ", 1)[1].split()[0])
+            runs["nanoGPT"].append({"seconds": seconds, "nanogpt_estimate": loss})
+            print(f"{i + 1}: nanoGPT {describe(runs['nanoGPT'][-1])}", flush=True)
+    result = {"machine": machine(), "options": asdict(options), "runs": runs}
+    for side, of_side in runs.items():
+        if of_side:
+            result[f"{side}/seconds"] = statistics.median(run["seconds"] for run in of_side)
+            result[f"{side}/val_loss"] = statistics.median(run["nanogpt_estimate"] for run in of_side)
+            print(
+                f"{side}: median {result[f'{side}/seconds']:.1f} s, val loss {result[f'{side}/val_loss']:.4f}"
+            )
+    if runs["nanoGPT"]:
+        ratios = [b["seconds"] / a["seconds"] for a, b in zip(*runs.values(), strict=True)]
+        result["ratio"] = statistics.median(ratios)
+        print(
+            f"nanoGPT takes {result['ratio']:.2f} times as long (median of pairs; {min(ratios):.2f} at least)"
+        )
+    write(result, out_dir / "speedrun.json")
+    draw_speedrun(result, out_dir / "speedrun.png")
+
+
+def describe(run: dict) -> str:
+    full = f", full pass {run['full_pass']:.4f}" if "full_pass" in run else ""
+    return f"{run['seconds']:6.1f} s, val loss {run['nanogpt_estimate']:.4f} by nanoGPT's estimate{full}"
+
+
+def nanogpt_folder(text: Path, folder: Path) -> Path:
+    """A text by characters in nanoGPT's own format, which both sides read: train.bin, val.bin, meta.pkl."""
+    if not text.is_file():
+        raise UserError(f"no text at {text}; put one there, or name another with --text")
+    content = text.read_text(encoding="utf-8")
+    chars = sorted(set(content))
+    ids = {c: i for i, c in enumerate(chars)}
+    data = np.array([ids[c] for c in content], np.uint16)
+    folder.mkdir(parents=True, exist_ok=True)
+    cut = int(len(data) * 0.9)
+    data[:cut].tofile(folder / "train.bin")
+    data[cut:].tofile(folder / "val.bin")
+    meta = {"vocab_size": len(chars), "stoi": ids, "itos": dict(enumerate(chars))}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return folder.resolve()
+
+
+def timed(command: list[str], cwd: Path) -> tuple[float, str]:
+    """Wall time of a whole Python process, and what it printed."""
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True)
+    seconds = time.perf_counter() - begin
+    if done.returncode:
+        raise UserError(
+            f"{' '.join(command[:2])} failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
+        )
+    return seconds, done.stdout
+
+
+@torch.no_grad()
+def losses(run_dir: Path, folder: Path) -> dict[str, float]:
+    """Val loss of a run's last weights: in nanoGPT's way (20 batches of 12 random windows), and over all."""
+    model, _ = load_run(run_dir, device="cpu", which="last")
+    dataset, block_size = open_dataset(str(folder)), model.config.block_size
+    starts = torch.randint(
+        len(dataset.val) - block_size, (20, 12), generator=torch.Generator().manual_seed(1337)
+    )
+    windows = [torch.from_numpy(dataset.val.windows(row.numpy(), block_size + 1)) for row in starts]
+    estimate = statistics.mean(model(rows[:, :-1], rows[:, 1:])[1].item() for rows in windows)
+    total = count = 0
+    for x, y in dataset.val_batches(block_size, 128):
+        n = int((y >= 0).sum())
+        total, count = total + model(x, y)[1].item() * n, count + n
+    return {"nanogpt_estimate": estimate, "full_pass": total / count}
+
+
+def train(argv: list[str]) -> None:
+    """Tokens a second, MFU and peak memory of a training step, by attention and context."""
+    options = parse(TrainOptions, argv, "python bench.py train [--peer=DIR] [--key=value ...]")
+    sides = options.attentions.split(",") + (["nanoGPT"] if options.peer else [])
+    rows = []
+    print(f"{'':8} {'context':>8} {'params':>12} {'tokens/s':>10} {'GFLOP/s':>8} {'peak MB':>8}")
+    for block_size in map(int, options.block_sizes.split(",")):
+        for side in sides:
+            command = ["bench.py", "_step", side, str(block_size), json.dumps(asdict(options))]
+            rows.append(json.loads(timed(command, ROOT)[1].splitlines()[-1]))
+            row = rows[-1]
+            print(
+                f"{side:8} {block_size:8} {row['params']:12,} {row['tokens_per_s']:10,.0f} "
+                f"{row['flops_per_s'] / 1e9:8,.0f} {row['peak_bytes'] / 1e6:8,.0f}",
+                flush=True,
+            )
+    out_dir = Path(options.out_dir)
+    write({"machine": machine(), "options": asdict(options), "rows": rows}, out_dir / "train.json")
+    draw_train(rows, out_dir / "train.png")
+
+
+def step(argv: list[str]) -> None:
+    """One measurement of `train`, in a process of its own so that peak memory is its own."""
+    side, block_size, options = argv[0], int(argv[1]), TrainOptions(**json.loads(argv[2]))
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    shape = [f"--{name}={getattr(options, name)}" for name in ("n_layer", "n_head", "n_embd", "vocab_size")]
+    config = load(
+        [
+            *shape,
+            f"--block_size={block_size}",
+            f"--optimizer={options.optimizer}",
+            *([] if side == "nanoGPT" else [f"--attention={side}", *ATTENTION_KNOBS[side]]),
+        ]
+    )
+    torch.manual_seed(0)
+    if side == "nanoGPT":
+        model, optimizers = nanogpt_model(Path(options.peer), config, device)
+        matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - block_size * config.n_embd
+        flops = 6 * (matrices + 2 * config.n_layer * config.n_embd * block_size)
+    else:
+        model = GPT(config).to(device)
+        optimizers = make_optimizers(model, config)
+        flops = model.flops_per_token(block_size)
+    run = torch.compile(model) if options.compile else model
+    idx = torch.randint(
+        options.vocab_size, (max(options.tokens // block_size, 1), block_size + 1), device=device
+    )
+    seconds = []
+    for _ in range(3 + options.steps):
+        begin = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = run(idx[:, :-1], idx[:, 1:].contiguous())[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        loss.item()
+        seconds.append(time.perf_counter() - begin)
+    rate = idx[:, 1:].numel() / statistics.median(seconds[3:])
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    row = {"side": side, "context": block_size, "params": sum(p.numel() for p in model.parameters())}
+    print(json.dumps(row | {"tokens_per_s": rate, "flops_per_s": rate * flops, "peak_bytes": peak}))
+
+
+def nanogpt_model(folder: Path, config, device: torch.device):
+    """nanoGPT's model and optimizer at the shape of `config`, from a checkout of it."""
+    path = folder / "model.py"
+    if not path.exists():
+        raise UserError(f"{folder} is not a nanoGPT checkout: it has no model.py")
+    spec = importlib.util.spec_from_file_location("nanogpt", path)
+    peer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(peer)
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+    model = peer.GPT(peer.GPTConfig(**{name: getattr(config, name) for name in names}, bias=False)).to(device)
+    return model, [model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)]
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":")[1].strip() for line in info.open() if line.startswith("model name")), cpu)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        **versions,
+        "date": time.strftime("%F"),
+    }
+
+
+def write(result: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(path, result)
+    print(f"wrote {path}")
+
+
+def draw_speedrun(result: dict, path: Path) -> None:
+    """Loss against time, a point a run."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for (side, runs), marker in zip(result["runs"].items(), "os", strict=True):
+        if runs:
+            seconds = [run["seconds"] for run in runs]
+            axes.plot(seconds, [run["nanogpt_estimate"] for run in runs], marker, label=side)
+    axes.set(xlabel="whole process, seconds", ylabel="val loss, nats a character", xlim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+def draw_train(rows: list[dict], path: Path) -> None:
+    """Throughput and peak memory against the context."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for side, marker in zip(dict.fromkeys(row["side"] for row in rows), "os^vD", strict=False):
+        mine = [row for row in rows if row["side"] == side]
+        contexts = [row["context"] for row in mine]
+        panels[0].plot(contexts, [row["tokens_per_s"] for row in mine], marker=marker, label=side)
+        panels[1].plot(contexts, [row["peak_bytes"] / 1e6 for row in mine], marker=marker, label=side)
+    panels[0].set(xlabel="context, tokens", ylabel="training tokens/s", xscale="log", ylim=(0, None))
+    panels[1].set(xlabel="context, tokens", ylabel="peak memory, MB", xscale="log", ylim=(0, None))
+    panels[0].legend()
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+COMMANDS = {"speedrun": speedrun, "train": train, "_step": step}
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] not in COMMANDS:
+        names = ", ".join(name for name in COMMANDS if not name.startswith("_"))
+        if argv and argv[0] in ("--help", "-h"):
+            print(f"{__doc__}\ncommands: {names}")
+            return
+        raise UserError(f"which measurement? python bench.py COMMAND, one of {names}")
+    COMMANDS[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    cli(main)
