@@ -377,11 +377,9 @@ class MultiHeadLatentAttention(nn.Module):
             config.qk_nope_head_dim = head_width(config) - config.qk_rope_head_dim
         if config.v_head_dim is None:
             config.v_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-        for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
-            if getattr(config, name) < 1:
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "q_lora_rank"):
+            if getattr(config, name) is not None and getattr(config, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-        if config.q_lora_rank is not None and config.q_lora_rank < 1:
-            raise ValueError(f"q_lora_rank must be at least 1, not {config.q_lora_rank}")
         if config.qk_rope_head_dim < 0 or config.qk_rope_head_dim % 2:
             raise ValueError(
                 f"RoPE turns pairs: qk_rope_head_dim must be even, not {config.qk_rope_head_dim}"

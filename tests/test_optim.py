@@ -1,0 +1,61 @@
+"""Muon's update, which parameter gets which optimizer, and the norm's own backward pass."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from equivalence import small_model
+
+from config import Config
+from model import UnfusedRMSNorm
+from optim import Muon, make_optimizers, orthogonalise
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (24, 8), (8, 24)])
+def test_orthogonalise_brings_singular_values_near_one_and_keeps_the_directions(shape):
+    g = torch.randn(3, *shape)
+    x = orthogonalise(g)
+    values = torch.linalg.svdvals(x)
+    assert values.min() > 0.5 and values.max() < 1.3
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    assert (u.mT @ x @ vh.mT).diagonal(dim1=1, dim2=2).min() > 0.5
+
+
+def test_muon_updates_each_matrix_as_if_alone():
+    torch.manual_seed(0)
+    together = [torch.nn.Parameter(torch.randn(6, 4)) for _ in range(3)]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
+    optimizers = [
+        Muon(together, lr=0.1, weight_decay=0.1),
+        *(Muon([p], lr=0.1, weight_decay=0.1) for p in alone),
+    ]
+    for _ in range(3):
+        for p, q in zip(together, alone, strict=True):
+            p.grad = torch.randn(6, 4)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(together, alone, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_each_parameter_is_in_one_optimizer(optimizer, tied):
+    model = small_model(attention="mla", tie_embeddings=tied)
+    optimizers = make_optimizers(model, Config(optimizer=optimizer, tie_embeddings=tied))
+    owned = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert sorted(owned) == sorted(id(p) for p in model.parameters())
+    decayed = {id(p) for o in optimizers for g in o.param_groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == {id(p) for p in model.parameters() if p.ndim == 2}
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 12), (2, 3, 4, 6)])
+def test_the_norm_is_torchs_forward_and_backward(shape):
+    x, weight, grad = torch.randn(shape), torch.rand(shape[-1]) + 0.5, torch.randn(shape)
+    x[0, 0] *= 1e-3  # so small that eps counts
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    ours, theirs = UnfusedRMSNorm.apply(x, weight, 1e-6), F.rms_norm(x, weight.shape, weight, 1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    mine, reference = (torch.autograd.grad(y, (x, weight), grad) for y in (ours, theirs))
+    for a, b in zip(mine, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
