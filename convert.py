@@ -20,6 +20,8 @@ def hf_config(config: GPTConfig) -> dict:
 
     Raises UserError, naming the knob, if there is no such class.
     """
+    if config.window:
+        raise UserError("a window is not exported; train with window = 0 for Hugging Face")
     common = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,

@@ -5,7 +5,8 @@
 - GroupedQueryAttention: multi-head, grouped-query and multi-query attention, optional QK-norm
 - MultiHeadLatentAttention: DeepSeek-V2's latent attention with decoupled RoPE, expanded for training
   and absorbed for decoding
-- KVCache: preallocated, laid out by what each attention class declares that it caches
+- KVCache: preallocated, laid out by what each attention class declares that it caches, in any of several
+  formats (fp32 to int8 and fp8), all of it or a sliding window
 
 Parameter names are those of the Hugging Face classes that compute the same function (`LlamaForCausalLM`,
 `Qwen3ForCausalLM`, `DeepseekV3ForCausalLM` with dense layers), less their leading `model.`.
@@ -42,6 +43,10 @@ class GPTConfig:
     dropout: float = 0.0  # on attention weights, on each residual branch and on the embedding
     rope_theta: float = 10000.0  # base of RoPE's frequencies
     tie_embeddings: bool = False  # one matrix for the token embedding and the output head
+    # sliding window
+    window: int = 0  # last tokens that a layer marked S sees, the current one included; 0: all layers see all
+    window_pattern: str = "S"  # the layers, repeated: S sees `window` tokens, L all; SSSL: every fourth all
+    sink_tokens: int = 0  # first tokens that an S layer sees besides its window (attention sinks)
     # mha, mqa, gqa
     n_kv_head: int | None = None  # key and value heads, a divisor of n_head; mha: n_head, mqa: 1
     head_dim: int | None = None  # width of a head; None: n_embd / n_head
@@ -66,6 +71,12 @@ class GPTConfig:
             raise ValueError(f"rope_theta must be above 0, not {self.rope_theta}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if self.window < 0 or self.sink_tokens < 0:
+            raise ValueError("window and sink_tokens count tokens; neither can be below 0")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise ValueError(f"window_pattern is made of S and L, as in SSSL, not {self.window_pattern!r}")
+        if self.window == 0 and self.sink_tokens:
+            raise ValueError("sink_tokens come besides a window; set window, or remove sink_tokens")
         attention = ATTENTIONS[self.attention]
         for other in ATTENTIONS.values():
             for knob in other.KNOBS:
@@ -80,9 +91,24 @@ class GPTConfig:
         """Numbers that one layer caches for one token."""
         return sum(math.prod(shape) for shape in ATTENTIONS[self.attention].cache_spec(self).values())
 
+    def layer_windows(self) -> list[int]:
+        """The window of each layer, in tokens; 0 where it sees all."""
+        pattern = self.window_pattern
+        return [self.window if pattern[i % len(pattern)] == "S" else 0 for i in range(self.n_layer)]
+
+    def kv_slots(self, window: int, max_len: int, spare: int = 0) -> int:
+        """Tokens that a layer of this window has room for in a cache for max_len tokens."""
+        return min(self.sink_tokens + window + spare, max_len) if window else max_len
+
     def kv_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bytes that all layers together cache for one token."""
-        return self.n_layer * self.kv_elements_per_token_layer() * dtype.itemsize
+        """Bytes that all layers together cache for one token, the scales of int8 and fp8 included."""
+        layout = cache_layout(self, dtype).values()
+        return self.n_layer * sum(math.prod(shape) * part.itemsize for shape, part in layout)
+
+    def kv_bytes(self, max_len: int, dtype: torch.dtype = torch.bfloat16, spare: int = 0) -> int:
+        """Bytes of a cache for one row of max_len tokens: a layer with a window holds no more than that."""
+        slots = sum(self.kv_slots(window, max_len, spare) for window in self.layer_windows())
+        return slots * self.kv_bytes_per_token(dtype) // self.n_layer
 
     def kv_ratio_to_mha(self) -> float:
         """Cache relative to multi-head attention of this width, which holds 2 n_embd a token a layer."""
@@ -147,121 +173,284 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return turned if width == x.size(-1) else torch.cat((turned, x[..., width:]), -1)
 
 
+# The formats of a cache. Some hold a number as a code times a scale; these with their largest code.
+CACHE_FORMATS = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+QUANTISED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+GROUP = 128  # numbers of one vector that share a scale, at most
+
+
+def cache_layout(config: GPTConfig, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What one layer holds of one token: a shape and a dtype for each buffer.
+
+    int8 and fp8 have a bf16 scale for each head's vector, and for each 128 numbers of a wider one. The last
+    `unquantised_width(config)` numbers of a vector, where an attention has such, stay in bf16.
+    """
+    attention, layout = ATTENTIONS[config.attention], {}
+    exact = attention.unquantised_width(config) if hasattr(attention, "unquantised_width") else 0
+    for name, (*heads, width) in attention.cache_spec(config).items():
+        if dtype not in QUANTISED:
+            layout[name] = (*heads, width), dtype
+            continue
+        layout[name] = (*heads, width - exact), dtype
+        layout[f"{name}_scale"] = (*heads, math.ceil((width - exact) / GROUP)), torch.bfloat16
+        if exact:
+            layout[f"{name}_exact"] = (*heads, exact), torch.bfloat16
+    return layout
+
+
+def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x (..., D) -> codes (..., D) in dtype and bf16 scales (..., ceil(D / GROUP)), x = codes * scales.
+
+    Symmetric: a scale takes the largest magnitude of its group to the largest code.
+    """
+    width, largest = min(x.size(-1), GROUP), QUANTISED[dtype]
+    groups = F.pad(x.float(), (0, -x.size(-1) % width)).unflatten(-1, (-1, width))
+    scale = (groups.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-30).bfloat16()
+    codes = groups / scale.float()
+    codes = codes.round() if dtype == torch.int8 else codes  # fp8 rounds as it is cast
+    codes = codes.clamp(-largest, largest).to(dtype)
+    return codes.flatten(-2)[..., : x.size(-1)], scale.squeeze(-1)
+
+
+def dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `quantise`, up to rounding, in dtype."""
+    if scale.size(-1) > 1:
+        scale = scale.repeat_interleave(GROUP, -1)[..., : codes.size(-1)]
+    return codes.to(dtype) * scale.to(dtype)
+
+
+def visible(q: Tensor, k: Tensor, window: int, sinks: int) -> Tensor:
+    """Whether a query at position q sees a key at position k: the one mask, of training and of every cache.
+
+    Shapes broadcast. Negative positions hold no key.
+    """
+    seen = (k >= 0) & (k <= q)
+    return seen & ((k > q - window) | (k < sinks)) if window else seen
+
+
 @dataclass
 class CacheStep:
-    """Where the T tokens of one forward pass go; worked out once, read by every layer."""
+    """Where the T tokens of one forward pass go in the layers of one window; worked out once for all of them.
 
+    Such a layer holds `slots` tokens: position p is in slot p up to the last slot, from which on the slots
+    behind the sinks are a ring, in which p overwrites p - ring.
+    """
+
+    window: int = 0  # 0: none, and slots for all tokens
+    sinks: int = 0
+    slots: int = 0
+    # of one forward pass
     positions: Tensor | None = None  # (B or 1, T)
-    start: int = 0  # tokens held before, by the longest row
-    end: int = 0  # S, tokens held after, by the longest row
+    first: bool = True  # all rows were empty: attention is over the new tokens alone
     uniform: bool = True  # all rows are equally long
-    mask: Tensor | None = None  # (B or 1, 1, T, S), true where a query may look; None: at all S tokens
+    start: int | None = 0  # slot of the first new token where all go side by side, else:
+    at: tuple[Tensor, ...] = ()  # (row, new token, slot) of each one to be stored, (n,) each
+    joined: bool = False  # read what is held before storing, which overwrites what the first of them see
+    end: int = 0  # slots to read
+    mask: Tensor | None = None  # (B or 1, 1, T, S), true where a query may look; None: everywhere, but
+    # causally if first
 
     @property
-    def first(self) -> bool:
-        """All rows were empty, so that plain causal attention over the new tokens is right."""
-        return self.start == 0
+    def ring(self) -> int:
+        return max(self.slots - self.sinks, 1)
+
+    def slot(self, positions: Tensor) -> Tensor:
+        behind = positions - self.sinks
+        return torch.where(behind < 0, positions, self.sinks + behind % self.ring)
+
+    def held(self, lengths: Tensor) -> Tensor:
+        """Positions (B, slots) that the slots hold in rows of these lengths (B, 1); -1: none."""
+        slots, last = torch.arange(self.slots, device=lengths.device), lengths - 1
+        wrapped = last - (last - slots) % self.ring  # the latest position in each slot of the ring
+        positions = torch.where((lengths <= self.slots) | (slots < self.sinks), slots, wrapped)
+        return torch.where(positions < lengths, positions, -1)
+
+    def plan(self, old: list[int], counts: list[int], n: int, device) -> None:
+        """Plan n tokens on top of rows of old[b] tokens, of which the first counts[b] are to be stored."""
+        new = [a + b for a, b in zip(old, counts, strict=True)]
+        begin, end, wraps = max(old), max(new), max(new) > self.slots
+        self.first, self.uniform = begin == 0, min(old) == begin
+        rows = old[:1] if self.uniform else old
+        self.positions = torch.tensor(rows, device=device)[:, None] + torch.arange(n, device=device)
+        self.joined = wraps and not self.first and n > self.slots - self.sinks - self.window + 1
+        self.end, self.start, self.mask = min(end, self.slots), None, None
+        if self.uniform and (begin + n <= self.slots or n == 1 == min(counts)):
+            self.start = begin if begin < self.slots else self.sinks + (begin - self.sinks) % self.ring
+        else:
+            t, lengths = torch.arange(n), torch.tensor(new)[:, None]
+            p = torch.tensor(old)[:, None] + t  # (B, n)
+            stored = (p < lengths) & ((p < self.sinks) | (p >= lengths - self.ring))
+            row, column = stored.nonzero(as_tuple=True)
+            self.at = tuple(index.to(device) for index in (row, column, self.slot(p)[row, column]))
+        q = self.positions[:, None, :, None]  # (B or 1, 1, n, 1)
+        if self.first:
+            if self.window:
+                self.mask = visible(q, q.mT, self.window, self.sinks)
+        elif self.joined:
+            held = self.held(torch.tensor(rows, device=device)[:, None])
+            keys = torch.cat((held.expand(len(rows), -1), self.positions), 1)
+            self.mask = visible(q, keys[:, None, None], self.window, self.sinks)
+        elif not self.uniform or n > 1 or (self.window and end > self.sinks + self.window):
+            distinct = new if not self.uniform or min(new) < max(new) else new[:1]
+            lengths = torch.tensor([max(length, 1) for length in distinct], device=device)[:, None]
+            keys = self.held(lengths)[:, None, None, : self.end]  # (B or 1, 1, 1, S)
+            # padding looks where its row's last token does: a query without any key would give NaN
+            self.mask = visible(torch.minimum(q, lengths[..., None, None] - 1), keys, self.window, self.sinks)
 
 
 class LayerCache:
-    """One layer's share of a `KVCache`: a buffer (B, *heads, max_len, width) for each name declared."""
+    """One layer's share of a `KVCache`: a buffer (B, *heads, slots, width) for each part of `cache_layout`.
 
-    def __init__(
-        self, spec: dict[str, tuple[int, ...]], batch_size: int, max_len: int, step: CacheStep, **options
-    ):
-        self.step = step
-        self.buffers = {
-            name: torch.zeros(batch_size, *heads, max_len, width, **options)
-            for name, (*heads, width) in spec.items()
-        }
+    Without buffers it stores nothing, and is the mask of a pass without a cache.
+    """
+
+    def __init__(self, step: CacheStep, buffers: dict[str, Tensor]):
+        self.step, self.buffers = step, buffers
 
     def append(self, **new: Tensor) -> list[Tensor]:
         """Store T new tokens of each row, (B, *heads, T, width), and return what attention is to read.
 
-        That is the new values themselves in the first chunk, else all S tokens held; of these a row may see
-        the ones that `step.mask` allows.
+        That is the new values themselves in the first chunk, else what is stored of all S tokens; of these a
+        row may see the ones that `step.mask` allows. Each token is quantised here, once.
         """
-        step = self.step
+        step, values = self.step, list(new.values())
+        if not self.buffers:
+            return values
+        parts = {}
         for name, value in new.items():
-            buffer, value = self.buffers[name], value.detach()
-            if step.uniform:
-                buffer.narrow(-2, step.start, value.size(-2)).copy_(value)
+            parts |= self.encode(name, value.detach())
+        if step.joined:
+            old = [self.decode(self.buffers, name, value) for name, value in new.items()]
+            now = [self.decode(parts, name, value) for name, value in new.items()]
+            values = [torch.cat(pair, -2) for pair in zip(old, now, strict=True)]
+        for name, part in parts.items():
+            if step.start is not None:
+                self.buffers[name].narrow(-2, step.start, part.size(-2)).copy_(part)
             else:
-                index = step.positions.view(len(value), *[1] * (value.ndim - 3), -1, 1).expand_as(value)
-                buffer.scatter_(-2, index, value.to(buffer.dtype))
-        if step.first:
-            return list(new.values())
-        return [self.buffers[name].narrow(-2, 0, step.end).to(value.dtype) for name, value in new.items()]
+                row, column, slot = step.at
+                buffer = self.buffers[name].movedim(-2, 1)  # (B, slots, *heads, width)
+                buffer[row, slot] = part.movedim(-2, 1)[row, column].to(buffer.dtype)
+        if step.first or step.joined:
+            return values
+        held = {name: buffer.narrow(-2, 0, step.end) for name, buffer in self.buffers.items()}
+        return [self.decode(held, name, value) for name, value in new.items()]
+
+    def encode(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """value (..., width) as the parts that are stored of it."""
+        dtype, width = self.buffers[name].dtype, self.buffers[name].size(-1)
+        if dtype not in QUANTISED:
+            return {name: value}
+        codes, scale = quantise(value[..., :width], dtype)
+        parts = {name: codes, f"{name}_scale": scale}
+        return parts | ({f"{name}_exact": value[..., width:]} if width < value.size(-1) else {})
+
+    def decode(self, parts: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+        """The inverse of `encode`, in the dtype of `like`."""
+        if f"{name}_scale" not in parts:
+            return parts[name].to(like.dtype)
+        value = dequantise(parts[name], parts[f"{name}_scale"], like.dtype)
+        exact = parts.get(f"{name}_exact")
+        return value if exact is None else torch.cat((value, exact.to(like.dtype)), -1)
 
 
 class KVCache:
     """Preallocated cache of all layers, laid out as their attention class declares in `cache_spec`.
 
-    Each row b of the batch holds its own `lengths[b]` tokens from slot 0 on, so prompts of different lengths
-    share a batch: pad them on the right, run them, `rewind` to the true lengths, and later tokens overwrite
-    the padding. Memory is allocated once; `nbytes` is what was allocated.
+    Each row b of the batch holds its own `lengths[b]` tokens, so prompts of different lengths share a batch:
+    pad them on the right and say how many tokens count. Memory is allocated once; `nbytes` is what was
+    allocated. A layer with a window holds sink_tokens + window tokens and `spare` more, as far back as
+    `rewind` is to reach; `endless`: so do all layers, and rows may grow past max_len.
     """
 
-    def __init__(self, config: GPTConfig, batch_size: int, max_len: int, dtype: torch.dtype, device):
-        self.batch_size, self.max_len, self.device = batch_size, max_len, device
+    def __init__(
+        self, config: GPTConfig, batch_size: int, max_len: int, dtype: torch.dtype, device, spare: int = 0
+    ):
+        self.batch_size, self.max_len, self.device, self.spare = batch_size, max_len, device, spare
         self.lengths = [0] * batch_size
-        self.step = CacheStep()
-        spec = ATTENTIONS[config.attention].cache_spec(config)
-        self.layers = [
-            LayerCache(spec, batch_size, max_len, self.step, dtype=dtype, device=device)
-            for _ in range(config.n_layer)
-        ]
+        self.lost = [0] * batch_size  # behind the sinks, the positions below this are overwritten
+        windows, sinks, layout = config.layer_windows(), config.sink_tokens, cache_layout(config, dtype)
+        self.steps = {w: CacheStep(w, sinks, config.kv_slots(w, max_len, spare)) for w in windows}
+        self.endless = all(w and step.slots >= sinks + w for w, step in self.steps.items())
+        self.layers = []
+        for window in windows:
+            step, buffers = self.steps[window], {}
+            for name, ((*heads, width), part) in layout.items():
+                shape = (batch_size, *heads, step.slots, width)
+                buffers[name] = torch.zeros(shape, dtype=part, device=device)
+            self.layers.append(LayerCache(step, buffers))
 
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers.values())
 
-    def advance(self, n: int) -> Tensor:
+    def advance(self, n: int, counts: list[int] | None = None) -> Tensor:
         """Make room for n tokens in every row; returns their positions (B or 1, n).
 
-        Raises ValueError if they do not fit.
+        counts[b] of them are stored and the rest is padding; None: all. Raises ValueError if they do not fit.
         """
-        step, old = self.step, self.lengths
-        if max(old) + n > self.max_len:
+        old, counts = self.lengths, [n] * self.batch_size if counts is None else counts
+        if len(counts) != self.batch_size or not all(0 <= count <= n for count in counts):
+            raise ValueError(f"of {n} tokens in each of {self.batch_size} rows, {counts} cannot be stored")
+        new = [a + b for a, b in zip(old, counts, strict=True)]
+        if max(new) > self.max_len and not self.endless:
             raise ValueError(f"cache of {self.max_len} tokens is too short for {max(old)} + {n} tokens")
-        step.start, step.end, step.uniform = max(old), max(old) + n, min(old) == max(old)
-        rows = torch.tensor(old[:1] if step.uniform else old, device=self.device)
-        step.positions = rows[:, None] + torch.arange(n, device=self.device)  # (B or 1, n)
-        step.mask = None
-        if not step.first and not (step.uniform and n == 1):
-            slots = torch.arange(step.end, device=self.device)
-            step.mask = (slots <= step.positions[:, :, None])[:, None]  # (B or 1, 1, n, S)
-        self.lengths = [length + n for length in old]
+        for step in self.steps.values():
+            step.plan(old, counts, n, self.device)
+            self.lost = [max(lost, length - step.ring) for lost, length in zip(self.lost, new, strict=True)]
+        self.lengths = new
         return step.positions
 
     def rewind(self, lengths: list[int]) -> None:
         """Forget all but the first lengths[b] tokens of each row b.
 
-        Raises ValueError if a row holds fewer.
+        Raises ValueError if a row holds fewer, or if what its next token is to see has left a window.
         """
         if len(lengths) != self.batch_size or any(
             not 0 <= n <= held for n, held in zip(lengths, self.lengths, strict=True)
         ):
             raise ValueError(f"cannot rewind rows of {self.lengths} tokens to {lengths}")
+        for window, step in self.steps.items():
+            for n, lost in zip(lengths, self.lost, strict=True):
+                if window and max(n + 1 - window, step.sinks) < min(n, lost):
+                    raise ValueError(
+                        f"cannot rewind rows of {self.lengths} tokens to {lengths}: their window of {window} "
+                        "moved on; make the cache with more spare, or pass padded rows with their lengths"
+                    )
         self.lengths = list(lengths)
+        self.lost = [min(lost, n) for lost, n in zip(self.lost, lengths, strict=True)]
+
+    def replace_rows(self, rows: list[int], other: KVCache) -> None:
+        """Put the rows of `other`, a cache like this one but no longer, in place of `rows`."""
+        for layer, source in zip(self.layers, other.layers, strict=True):
+            for name, buffer in source.buffers.items():
+                layer.buffers[name].narrow(-2, 0, buffer.size(-2))[rows] = buffer
+        for row, length, lost in zip(rows, other.lengths, other.lost, strict=True):
+            self.lengths[row], self.lost[row] = length, lost
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, scale: float, dropout=0.0) -> Tensor:
     """softmax(scale q k^T) v: q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv) -> (B, H, T, Dv).
 
-    Causal over a first chunk; over a cache, as its mask says. torch's `is_causal` aligns the mask top-left,
-    so it is right only where queries and keys start together.
+    Causal over a first chunk; with a window or over a cache, as its mask says. torch's `is_causal` aligns the
+    mask top-left, so it is right only where queries and keys start together.
     """
     (B, H, T, D), G, Dv = q.shape, k.size(1), v.size(-1)
     if Dv != D:  # the fused kernels want values as wide as keys
         width = max(D, Dv)
         q, k, v = (F.pad(t, (0, width - t.size(-1))) for t in (q, k, v))
-    if cache is None or cache.step.first:
+    mask = None if cache is None else cache.step.mask
+    if cache is None or (cache.step.first and mask is None):
         y = F.scaled_dot_product_attention(
             q, k, v, None, dropout, is_causal=True, scale=scale, enable_gqa=G < H
         )
     else:  # fold the H/G query heads that share a key head into the query axis instead of repeating the keys
-        mask = None if cache.step.mask is None else cache.step.mask.repeat(1, 1, H // G, 1)
+        mask = None if mask is None else mask.repeat(1, 1, H // G, 1)
         q = q.reshape(B, G, H // G * T, -1)
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale).view(B, H, T, -1)
     return y[..., :Dv]
@@ -389,6 +578,11 @@ class MultiHeadLatentAttention(nn.Module):
     def cache_spec(config: GPTConfig) -> dict[str, tuple[int, ...]]:
         """Names and shapes of what is cached for one token."""
         return {"latent": (config.kv_lora_rank + config.qk_rope_head_dim,)}
+
+    @staticmethod
+    def unquantised_width(config: GPTConfig) -> int:
+        """Last numbers of a cached vector that int8 and fp8 leave as they are: the rope key."""
+        return config.qk_rope_head_dim
 
     @staticmethod
     def rope_width(config: GPTConfig) -> int:
@@ -523,19 +717,27 @@ class GPT(nn.Module):
         if tied:  # a token's own logit starts at std * C * norm = 0.5
             nn.init.constant_(self.norm.weight, 0.5 / (std * self.config.n_embd))
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Token ids (B, T) -> final hidden states (B, T, C), appending to `cache` if one is given."""
+    def hidden(self, idx: Tensor, cache: KVCache | None = None, lengths: list[int] | None = None) -> Tensor:
+        """Token ids (B, T) -> final hidden states (B, T, C), appending to `cache` if one is given.
+
+        Only the first lengths[b] tokens of row b are appended; the rest is padding. None: all.
+        """
+        config = self.config
         if cache is None:
             positions = torch.arange(idx.size(1), device=idx.device)[None]
+            layers = {0: None}  # plain causal attention
+            if config.window:
+                mask = visible(positions.mT, positions, config.window, config.sink_tokens)[None, None]
+                layers[config.window] = LayerCache(CacheStep(mask=mask), {})
+            layers = [layers[window] for window in config.layer_windows()]
         elif len(idx) != cache.batch_size:
             raise ValueError(f"a batch of {len(idx)} rows does not fit a cache for {cache.batch_size}")
         else:
-            positions = cache.advance(idx.size(1))
-        config = self.config
+            positions, layers = cache.advance(idx.size(1), lengths), cache.layers
         rope = rope_angles(positions, ATTENTIONS[config.attention].rope_width(config), config.rope_theta)
         x = self.dropout(self.embed_tokens(idx))  # (B, T, C)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, rope, None if cache is None else cache.layers[i])
+        for layer, layer_cache in zip(self.layers, layers, strict=True):
+            x = layer(x, rope, layer_cache)
         return self.norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -544,27 +746,35 @@ class GPT(nn.Module):
         return F.linear(hidden, self.embed_tokens.weight if tied else self.lm_head.weight)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        lengths: list[int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Token ids (B, T) -> logits (B, T, V) and, given targets (B, T), their mean cross-entropy in nats.
 
-        Targets of -1 do not count. With a cache, the T tokens follow those which it holds.
+        Targets of -1 do not count. With a cache, the T tokens follow those which it holds; with `lengths`,
+        row b's tokens from lengths[b] on are padding, which the cache leaves out.
         """
-        logits = self.head(self.hidden(idx, cache))
+        logits = self.head(self.hidden(idx, cache, lengths))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def new_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> KVCache:
+    def new_cache(
+        self, batch_size: int, max_len: int, dtype: torch.dtype | None = None, spare: int = 0
+    ) -> KVCache:
         """An empty cache for batch_size rows of up to max_len tokens; dtype: that of the model's weights.
 
-        Raises ValueError for a dtype that is not a floating-point one.
+        spare: how many tokens a `rewind` may go back in a layer whose window is full. Raises ValueError for a
+        dtype that is no format of a cache.
         """
         weight = self.embed_tokens.weight
         dtype = dtype or weight.dtype
-        if not dtype.is_floating_point:
-            raise ValueError(f"a cache holds floating-point numbers, not {dtype}")
-        return KVCache(self.config, batch_size, max_len, dtype, weight.device)
+        if dtype not in (*CACHE_FORMATS.values(), torch.float64):
+            raise ValueError(f"a cache holds {', '.join(CACHE_FORMATS)} (e4m3) numbers, not {dtype}")
+        return KVCache(self.config, batch_size, max_len, dtype, weight.device, spare)
 
     def n_params(self, embedding: bool = True) -> int:
         """Number of parameters; without `embedding`, less the token embedding and the output head."""
@@ -581,5 +791,6 @@ class GPT(nn.Module):
         matmul = sum(p.numel() for p in self.parameters() if p.ndim == 2)
         if not config.tie_embeddings:
             matmul -= self.embed_tokens.weight.numel()  # a look-up
-        scores = config.n_layer * ATTENTIONS[config.attention].score_width(config) * context
+        seen = sum(config.kv_slots(window, context) for window in config.layer_windows())
+        scores = ATTENTIONS[config.attention].score_width(config) * seen
         return 6 * (matmul + scores)

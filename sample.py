@@ -4,7 +4,8 @@ As a library: `model, tokenizer = load_run("out/mla")`, then `generate` for toke
 `generate_text`. The prompts of a batch may differ in length. What a row gets depends on its prompt, its seed
 and the options, never on the rows beside it.
 
-At the context's end, when a row holds block_size tokens, it keeps its last block_size // 2 and goes on.
+At the context's end, when a row holds block_size tokens, it keeps its last block_size // 2 and goes on. A
+model whose every layer has a window has no such end: its cache slides on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 import checkpoint
 from config import UserError, cli, parse, pick_device, pick_dtype
 from data import tokenizer as tokenizers
-from model import GPT, GPTConfig, KVCache
+from model import CACHE_FORMATS, GPT, GPTConfig, KVCache
 
 PREFILL_CHUNK = 2048  # tokens of a prompt that go through the model at once; bounds the memory of a long one
 SEPARATOR = "---------------"
@@ -42,7 +43,8 @@ class Options:
     out_dir: str  # the run: its folder, or the best/ or last/ in it; --out_dir= may be left out
     which: Literal["best", "last"] = "best"  # which checkpoint; last where there is no best
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of weights and cache
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the weights
+    cache_dtype: Literal["auto", "fp32", "bf16", "fp16", "int8", "fp8"] = "auto"  # auto: as the weights
     # prompts
     start: str = ""  # the prompt: text, FILE:path, or - for stdin; empty: a new document
     split_lines: bool = False  # each line of --start that is not empty is a prompt; all run as one batch
@@ -88,10 +90,11 @@ def prefill(model: GPT, prompts: Sequence[list[int]], cache: KVCache) -> Tensor:
     idx = torch.tensor(padded, dtype=torch.long, device=weight.device)  # (B, T)
     last = weight.new_zeros(len(prompts), model.config.n_embd)
     for start in range(0, longest, PREFILL_CHUNK):
-        hidden = model.hidden(idx[:, start : start + PREFILL_CHUNK], cache)  # (B, chunk, C)
+        chunk = idx[:, start : start + PREFILL_CHUNK]
+        counts = [min(max(n - start, 0), chunk.size(1)) for n in lengths]
+        hidden = model.hidden(chunk, cache, counts)  # (B, chunk, C)
         rows = [i for i, n in enumerate(lengths) if start < n <= start + PREFILL_CHUNK]
         last[rows] = hidden[rows, [lengths[i] - 1 - start for i in rows]]
-    cache.rewind(lengths)
     return model.head(last).float()
 
 
@@ -152,23 +155,20 @@ def uniforms(seed: int, rows: int, device) -> Iterator[Tensor]:
 
 
 def make_room(model: GPT, cache: KVCache, held: list[list[int]], dtype: torch.dtype | None) -> None:
-    """Cut the rows that fill their cache to the last block_size // 2 of the tokens they hold.
+    """Cut the rows that fill their cache, unless it is endless, to the last block_size // 2 tokens they hold.
 
     Positions start at 0 again, so these tokens are computed anew, in a cache of their own: the other rows are
     left as they are.
     """
     full = [i for i, n in enumerate(cache.lengths) if n == cache.max_len]
-    if not full:
+    if not full or cache.endless:
         return
     keep = cache.max_len // 2
     for i in full:
         held[i] = held[i][len(held[i]) - keep :]
     part = model.new_cache(len(full), keep, dtype)
     prefill(model, [held[i] for i in full], part)
-    for layer, fresh in zip(cache.layers, part.layers, strict=True):
-        for name, buffer in layer.buffers.items():
-            buffer[full, ..., :keep, :] = fresh.buffers[name]
-    cache.rewind([keep if i in full else n for i, n in enumerate(cache.lengths)])
+    cache.replace_rows(full, part)
 
 
 @torch.inference_mode()
@@ -420,7 +420,7 @@ def print_samples(steps: Iterator[list[int | None]], prompts: list[str], streams
 
 
 def report(stats: Stats, config: GPTConfig, dtype: torch.dtype, rows: int) -> str:
-    """Two lines: speed, and cache."""
+    """Two lines: speed, and cache (in dtype)."""
     prefill_rate = stats.prompt_tokens / stats.prefill_seconds
     decode_rate = stats.decode_tokens / stats.decode_seconds if stats.decode_seconds else 0.0
     per_token = config.kv_bytes_per_token(dtype)
@@ -446,6 +446,7 @@ def main(argv: list[str]) -> None:
     # what is printed is what was encoded; an empty prompt's <|endoftext|> is not text
     shown = ["" if tuple(ids) == stop_ids(tokenizer) else tokenizer.decode(ids) for ids in prompts]
     stop = [text for text in options.stop.replace("\\n", "\n").split("||") if text]
+    cache_dtype = CACHE_FORMATS.get(options.cache_dtype, model.embed_tokens.weight.dtype)
     stats = Stats()
     steps = generate(
         model,
@@ -458,13 +459,14 @@ def main(argv: list[str]) -> None:
         seed=options.seed,
         stop_ids=stop_ids(tokenizer),
         n_vocab=tokenizer.n_vocab,
+        cache_dtype=cache_dtype,
         stats=stats,
     )
     try:
         print_samples(steps, shown, [TextStream(tokenizer, stop) for _ in prompts])
     except KeyboardInterrupt:
         print()
-    print(report(stats, model.config, model.embed_tokens.weight.dtype, len(prompts)), file=sys.stderr)
+    print(report(stats, model.config, cache_dtype, len(prompts)), file=sys.stderr)
 
 
 if __name__ == "__main__":

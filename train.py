@@ -235,7 +235,8 @@ def check_fits(config: Config, dataset: Dataset, run_dir: Path, resume: bool) ->
     """Raises UserError if a run's weights do not fit the model of `config` or the tokens of `dataset`."""
     saved = checkpoint.read_config(run_dir)
     knobs = {field.name for field in fields(GPTConfig)} - {"dropout"} | {"optimizer"}
-    for knob in sorted(knobs if resume else knobs - {"block_size", "optimizer"}):
+    free = {"block_size", "optimizer", "window", "window_pattern", "sink_tokens"}  # for what starts from it
+    for knob in sorted(knobs if resume else knobs - free):
         ours, theirs = getattr(config, knob), getattr(saved, knob)
         if ours != theirs:
             raise UserError(

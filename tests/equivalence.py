@@ -94,13 +94,12 @@ def check_chunks(model: GPT, chunks: list[int], cache_dtype=None, tolerance: flo
 def check_ragged(
     model: GPT, lengths: list[int], chunks: list[int], cache_dtype=None, tolerance: float = 1e-5
 ) -> None:
-    """A batch of prompts of unequal length, padded then rewound, continues as each prompt does alone."""
+    """A batch of prompts of unequal length, padded, continues as each prompt does alone."""
     longest, B = max(lengths), len(lengths)
     prompts, rest = tokens(B, longest, seed=1), tokens(B, sum(chunks), seed=2)
     cache = model.new_cache(B, longest + sum(chunks), dtype=cache_dtype)
     if longest:
-        prefill = model(prompts, cache=cache)[0]
-        cache.rewind(lengths)
+        prefill = model(prompts, cache=cache, lengths=lengths)[0]
     continued = cached_logits(model, rest, chunks, cache)
     assert cache.lengths == [n + sum(chunks) for n in lengths]
     for b, n in enumerate(lengths):
@@ -124,14 +123,25 @@ class Allocations(TorchDispatchMode):
 def check_footprint(model: GPT, dtype: torch.dtype, batch_size: int = 3, max_len: int = 7) -> None:
     """Formula = declaration = bytes allocated, and decoding allocates no other buffers."""
     config = model.config
-    spec = ATTENTIONS[config.attention].cache_spec(config)
-    declared = config.n_layer * sum(math.prod(shape) for shape in spec.values()) * dtype.itemsize
-    assert config.kv_bytes_per_token(dtype) == declared
+    attention = ATTENTIONS[config.attention]
+    exact = attention.unquantised_width(config) if hasattr(attention, "unquantised_width") else 0
+    declared = 0  # bytes of a token in a layer
+    for *heads, width in attention.cache_spec(config).values():
+        if dtype.itemsize > 1:
+            declared += math.prod(heads) * width * dtype.itemsize
+        else:  # a byte a number and a scale of two for each 128; rope keys of two bytes a number
+            declared += math.prod(heads) * (width - exact + 2 * math.ceil((width - exact) / 128) + 2 * exact)
+    assert config.kv_bytes_per_token(dtype) == config.n_layer * declared
+    slots = 0
+    for i in range(config.n_layer):
+        full = not config.window or config.window_pattern[i % len(config.window_pattern)] == "L"
+        slots += max_len if full else min(config.sink_tokens + config.window, max_len)
     with Allocations() as allocations:
         cache = model.new_cache(batch_size, max_len, dtype=dtype)
-    assert allocations.total == cache.nbytes == declared * batch_size * max_len
+    assert allocations.total == cache.nbytes == declared * batch_size * slots
+    assert config.kv_bytes(max_len, dtype) == declared * slots
     buffers = [buffer for layer in cache.layers for buffer in layer.buffers.values()]
-    assert all(buffer.dtype == dtype for buffer in buffers)
+    assert dtype in {buffer.dtype for buffer in buffers}
     addresses = [buffer.data_ptr() for buffer in buffers]
     cached_logits(model, tokens(batch_size, max_len), [max_len - 2, 1, 1], cache)
     assert [buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers.values()] == addresses

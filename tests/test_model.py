@@ -22,13 +22,35 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import ATTENTIONS, GPT, GPTConfig, KVCache, attend, rope_angles, rotate
+from model import (
+    ATTENTIONS,
+    CACHE_FORMATS,
+    GPT,
+    GPTConfig,
+    KVCache,
+    attend,
+    dequantise,
+    quantise,
+    rope_angles,
+    rotate,
+)
 
 every_case = pytest.mark.parametrize("knobs", CASES.values(), ids=CASES.keys())
 MLA = {name: knobs for name, knobs in CASES.items() if knobs["attention"] == "mla"}
 mla_cases = pytest.mark.parametrize("knobs", MLA.values(), ids=MLA.keys())
 CHUNKS = {"token-by-token": [1] * 20, "uneven": [3, 1, 7, 2, 1, 6], "prefill-then-decode": [17, 1, 1, 1]}
-HALF = {torch.bfloat16: 0.15, torch.float16: 0.02}  # tolerance where the cache rounds keys and values
+# Tolerance on logits whose standard deviation is 1, where the cache rounds keys and values.
+ROUNDED = {torch.bfloat16: 0.15, torch.float16: 0.02, torch.int8: 0.3, torch.float8_e4m3fn: 1.0}
+BASE = {attention: CASES[attention] for attention in ATTENTIONS}
+every_attention = pytest.mark.parametrize("knobs", BASE.values(), ids=BASE.keys())
+WINDOWS = [
+    {"window": 1},
+    {"window": 4},
+    {"window": 5, "sink_tokens": 2},
+    {"window": 3, "window_pattern": "SL"},
+    {"window": 50, "sink_tokens": 1},
+]
+every_window = pytest.mark.parametrize("window", WINDOWS, ids=str)
 
 
 # The cache: full forward = token by token = chunks = absorbed = ragged batches
@@ -62,11 +84,114 @@ def test_ragged_batch_equals_each_prompt_alone(knobs, lengths):
 
 
 @every_case
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_precision_cache_stays_near_full_precision(knobs, dtype):
+@pytest.mark.parametrize("dtype", ROUNDED, ids=str)
+def test_a_cache_in_any_format_stays_near_full_precision(knobs, dtype):
     model = small_model(**knobs)
-    check_chunks(model, CHUNKS["uneven"], dtype, HALF[dtype])
-    check_ragged(model, [1, 9, 4], [1, 4, 1], dtype, HALF[dtype])
+    check_chunks(model, CHUNKS["uneven"], dtype, ROUNDED[dtype])
+    check_ragged(model, [1, 9, 4], [1, 4, 1], dtype, ROUNDED[dtype])
+
+
+@every_attention
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_forms_and_rows_agree_in_what_a_quantised_cache_holds(knobs, dtype):
+    """Codes are the same however they are read: what is left is a rare number at the edge of two codes."""
+    model, idx = small_model(**knobs), tokens(3, 24)
+    logits = [
+        cached_logits(model, idx, chunks, model.new_cache(3, 24, dtype)) for chunks in ([8, 16], [8] * 3)
+    ]
+    if knobs["attention"] == "mla":
+        for absorbed in (True, False):
+            force_form(model, absorbed)
+            logits.append(cached_logits(model, idx, [8, *[1] * 16], model.new_cache(3, 24, dtype)))
+    rows = [cached_logits(model, row[None], [8, 16], model.new_cache(1, 24, dtype)) for row in idx]
+    for other in (*logits[1:], torch.cat(rows)):
+        assert (other - logits[0]).abs().mean() < 1e-4
+
+
+@every_attention
+@every_window
+def test_a_ring_equals_the_mask(knobs, window):
+    model = small_model(**knobs, **window)
+    for chunks in (*CHUNKS.values(), [2, 18], [5, 5, 5, 5]):
+        check_chunks(model, chunks)
+    for lengths in ([1, 9, 4], [6, 6], [3, 0, 8]):
+        check_ragged(model, lengths, [1, 1, 4, 1, 3])
+        check_ragged(model, lengths, [2, 7, 1])
+    for dtype in (torch.float32, torch.int8):
+        check_footprint(model, dtype)
+
+
+@every_attention
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_a_ring_equals_the_mask_at_every_length_around_its_edge(knobs, sinks):
+    model = small_model(**knobs, window=5, sink_tokens=sinks)
+    full = model(tokens(1, 24))[0]
+    cache = model.new_cache(1, 24)
+    for n in range(1, 24):
+        cache.rewind([0])
+        close(cached_logits(model, tokens(1, 24)[:, : n + 1], [n, 1], cache), full[:, : n + 1])
+
+
+@every_attention
+@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("cached", [False, True], ids=["mask", "ring"])
+def test_a_layer_sees_its_window_and_the_sinks_alone(knobs, sinks, cached):
+    model, idx, window, T = small_model(**knobs, n_layer=1, window=4, sink_tokens=sinks), tokens(1, 12), 4, 12
+    run = lambda idx: cached_logits(model, idx, [1] * T) if cached else model(idx)[0]  # noqa: E731
+    before = run(idx)
+    for j in range(T):
+        changed = idx.clone()
+        changed[0, j] = (idx[0, j] + 1) % VOCAB
+        seen = (run(changed) - before)[0].abs().amax(-1) > 1e-5
+        assert seen.tolist() == [j <= t and (j > t - window or j < sinks) for t in range(T)]
+
+
+@every_attention
+def test_rewind_in_a_window(knobs):
+    model, idx = small_model(**knobs, window=4, sink_tokens=1), tokens(2, 30)
+    full, cache = model(idx)[0], model.new_cache(2, 30, spare=3)
+    for n in (2, 6, 20):  # as in speculative decoding: go on by 4, keep 1
+        cache.rewind([0, 0])
+        cached_logits(model, idx[:, :n], [n], cache)
+        for t in range(n, 27):
+            guess = torch.cat((idx[:, t : t + 1], tokens(2, 3, seed=t)), 1)
+            close(cached_logits(model, guess, [4], cache)[:, 0], full[:, t])
+            cache.rewind([t + 1, t + 1])
+    cache.rewind([27, 26])
+    close(model(torch.stack((idx[0, 27:29], idx[1, 26:28])), cache=cache)[0][1], full[1, 26:28])
+    with pytest.raises(ValueError, match="window of 4 moved on") as fault:
+        cache.rewind([10, 26])
+    assert "\n" not in str(fault.value) and cache.lengths == [29, 28]
+    cache.rewind([0, 1])  # nothing, and a sink: always there
+    close(model(torch.stack((idx[0, :1], idx[1, 1:2])), cache=cache)[0][0], full[0, :1])
+
+
+def test_a_window_slides_past_the_length_of_its_cache():
+    model, idx = small_model(window=4), tokens(2, 40)
+    cache = model.new_cache(2, 6)
+    assert cache.endless and cache.nbytes == 2 * model.config.kv_bytes(10**6, torch.float32)
+    close(cached_logits(model, idx, [7, 1, 1, 20, *[1] * 11], cache), model(idx)[0])
+    for knobs in ({"window": 7}, {"window": 4, "window_pattern": "SL"}, {}):
+        model = small_model(**knobs)
+        with pytest.raises(ValueError, match="too short"):
+            cached_logits(model, idx, [7, 33], model.new_cache(2, 6))
+
+
+def test_quantised_codes_and_scales():
+    x = torch.randn(3, 5, 300) * torch.logspace(-3, 3, 5)[:, None]
+    x[0, 0] = 0
+    for dtype, step in ((torch.int8, 1 / 127), (torch.float8_e4m3fn, 1 / 14)):
+        codes, scale = quantise(x, dtype)
+        assert codes.shape == x.shape and codes.dtype == dtype and scale.shape == (3, 5, 3)
+        back = dequantise(codes, scale, torch.float32)
+        largest = torch.cat([part.abs().amax(-1, True).expand_as(part) for part in x.split(128, -1)], -1)
+        assert ((back - x).abs() <= largest * step * 0.51).all()
+        if dtype == torch.int8:  # the spacing of codes is the scale
+            assert (
+                (back - x).abs().amax(-1) > 0.2 * step * largest.amax(-1) * (largest.amax(-1) > 0)
+            ).sum() > 9
+        again, scale_again = quantise(back, dtype)
+        close(dequantise(again, scale_again, torch.float32), back, largest.max().item() * step)
 
 
 @every_case
@@ -230,7 +355,7 @@ def test_order_is_seen_through_rope_alone(knobs, ordered):
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", CACHE_FORMATS.values(), ids=CACHE_FORMATS.keys())
 def test_formula_declaration_and_allocation_agree(knobs, dtype):
     check_footprint(small_model(**knobs), dtype)
 
@@ -272,12 +397,23 @@ def test_published_footprints():
         assert KVCache(config, 2, 1000, torch.bfloat16, "meta").nbytes == published * 2000
 
 
+def test_published_quantised_footprint():
+    """FlashMLA's fp8 cache takes 656 bytes: 512 codes, 64 numbers of rope key in bf16, 4 scales in fp32."""
+    config = GPTConfig(
+        attention="mla", n_layer=1, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128
+    )
+    assert config.kv_bytes_per_token(torch.float8_e4m3fn) == 656 - 4 * 2  # our scales are bf16
+    config = GPTConfig(attention="gqa", n_layer=3, n_kv_head=2, head_dim=64)
+    assert config.kv_bytes_per_token(torch.int8) == 3 * 2 * 2 * (64 + 2)
+
+
 # Training
 
 
 @every_case
-def test_training_runs_in_fused_attention(knobs):
-    model, idx = small_model(**knobs).train(), tokens(2, 16)
+@pytest.mark.parametrize("window", [{}, {"window": 5}], ids=["full", "window"])
+def test_training_runs_in_fused_attention(knobs, window):
+    model, idx = small_model(**knobs, **window).train(), tokens(2, 16)
     for half in (False, True):
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = model(idx, idx)[1]  # raises if no fused kernel can do it
@@ -398,6 +534,10 @@ def test_flops_do_not_count_padding_of_values():
         ({"dropout": 1.0}, ["dropout"]),
         ({"rope_theta": 0.0}, ["rope_theta"]),
         ({"vocab_size": -1}, ["vocab_size"]),
+        ({"window": -1}, ["window"]),
+        ({"window_pattern": "SSG"}, ["window_pattern", "SSG", "SSSL"]),
+        ({"window_pattern": ""}, ["window_pattern"]),
+        ({"sink_tokens": 2}, ["sink_tokens", "window"]),
     ],
     ids=str,
 )
@@ -431,6 +571,9 @@ def configurations(draw):
         head_dim = draw(st.integers(2, 18))
         knobs |= {"head_dim": head_dim, "rotary_dim": 2 * draw(st.integers(0, head_dim // 2))}
         knobs |= {"qk_norm": draw(st.booleans()), "n_embd": draw(st.integers(16, 48))}
+    if draw(st.booleans()):
+        knobs |= {"window": draw(st.integers(1, 12)), "sink_tokens": draw(st.integers(0, 4))}
+        knobs["window_pattern"] = draw(st.text("SL", min_size=1, max_size=3))
     if attention == "gqa":
         knobs["n_kv_head"] = draw(st.sampled_from([g for g in range(1, n_head + 1) if n_head % g == 0]))
     if attention == "mla":
@@ -445,7 +588,7 @@ def configurations(draw):
     return knobs
 
 
-DTYPES = [(torch.float64, torch.float64)] + [(torch.float32, dtype) for dtype in (torch.float32, *HALF)]
+DTYPES = [(torch.float64, torch.float64)] + [(torch.float32, dtype) for dtype in (torch.float32, *ROUNDED)]
 chunkings = st.lists(st.integers(1, 8), min_size=1, max_size=5)
 
 
@@ -464,7 +607,7 @@ def test_any_configuration(knobs, chunks, lengths, rest, dtypes, absorbed, seed)
     model = small_model(dtype=dtype, seed=seed, **knobs)
     if knobs["attention"] == "mla" and absorbed is not None:
         force_form(model, absorbed)
-    tolerance = HALF.get(cache_dtype, 1e-5)
+    tolerance = ROUNDED.get(cache_dtype, 1e-5)
     check_chunks(model, chunks, cache_dtype, tolerance)
     check_ragged(model, lengths, rest, cache_dtype, tolerance)
     check_footprint(model, cache_dtype)
