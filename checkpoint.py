@@ -8,20 +8,28 @@ the tokenizer, and the checkpoints `last/` and `best/`, each of them
     state.json             step, best loss and other counters
     manifest.json          size and SHA-256 of the three; written last
 
-A checkpoint is written aside, synced, and swapped in; it is verified when read. Nothing that is read here can
-execute code: safetensors and JSON only.
+A checkpoint is written aside (`last.new/`), synced, compared with what it is to hold, and swapped in; it is
+verified when read. What `last/` was before stays beside it as `last.old/`, so that a run can go on from there
+should the disk spoil `last/`. Nothing that is read here can execute code: safetensors and JSON only.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from contextlib import suppress
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -40,15 +48,30 @@ class Checkpoint:
     state: dict  # plain JSON values
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what can go wrong with writing `path`, such as a full disk, into a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        reason = getattr(e, "strerror", None) or str(e).rpartition("I/O error: ")[2]
+        raise UserError(
+            f"cannot write {path}: {reason}; what was there stays; mend it and go on with --init_from=resume"
+        ) from e
+
+
 def write_json(path: Path, value) -> None:
-    """Replace a JSON file in one step, so that a reader sees the old one or the new one, whole."""
+    """Replace a JSON file in one step, so that a reader sees the old one or the new one, whole.
+
+    Raises UserError if it cannot be written.
+    """
     aside = path.with_name(path.name + ".new")
-    with open(aside, "w") as f:
+    with writing(path), open(aside, "w") as f:
         json.dump(value, f, indent=2)
         f.write("\n")
         f.flush()
         os.fsync(f.fileno())
-    os.replace(aside, path)
+        os.replace(aside, path)
 
 
 def read_json(path: Path):
@@ -110,25 +133,114 @@ def read_config(run_dir: Path) -> Config:
     return from_dict(Config, values, str(run_dir / "config.json"))
 
 
+class Saver:
+    """Writes a run's checkpoints in a thread of its own, while training goes on.
+
+    What goes wrong there is raised by the next call of a method: a UserError, and the checkpoints before are
+    as they were. Python waits for the thread before it exits.
+    """
+
+    def __init__(self, run_dir: Path):
+        self.run_dir = run_dir
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future | None = None
+
+    def save(self, names: Sequence[str], checkpoint: Checkpoint) -> None:
+        """Copy the tensors to CPU memory and return; later they are on the disk, under each of `names`."""
+        self.wait()
+        copy = Checkpoint(
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in checkpoint.model.items()},
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in checkpoint.optimizer.items()},
+            deepcopy(checkpoint.state),
+        )
+        self.pending = self.thread.submit(lambda: [save(self.run_dir, name, copy) for name in names])
+
+    def check(self) -> None:
+        """Raise what a save that is over may have left to raise. Never waits."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until everything is on the disk."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+
 def save(run_dir: Path, name: str, checkpoint: Checkpoint) -> None:
-    """Write `run_dir/name`; until it is whole the one before stays in place."""
+    """Write `run_dir/name`; until it is whole the one before stays in place.
+
+    Raises UserError, with the one before in place, if it cannot be written or if a weight is not finite: from
+    that no run could go on.
+    """
+    target, new = run_dir / name, run_dir / f"{name}.new"
+    for key, tensor in checkpoint.model.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"step {checkpoint.state['step']} is not saved: {key} holds nan or inf; {target} is kept; "
+                "go on from it with --init_from=resume and a lower learning rate"
+            )
+    with writing(target):
+        if (new / "manifest.json").exists():
+            _swap_in(run_dir, name)  # the process before was stopped just short of this
+        _remove(new)
+        new.mkdir()
+        for part, tensors in zip(PARTS, (checkpoint.model, checkpoint.optimizer), strict=False):
+            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(tensors, new / part)
+            _sync(new / part)
+            written = load_file(new / part)
+            if not all(torch.equal(_bytes(tensor), _bytes(written[key])) for key, tensor in tensors.items()):
+                raise OSError(errno.EIO, "the disk does not hold what was written")
+        write_json(new / "state.json", checkpoint.state)
+        write_json(new / "manifest.json", {part: _fingerprint(new / part) for part in PARTS})
+        _swap_in(run_dir, name)
+
+
+def _swap_in(run_dir: Path, name: str) -> None:
+    """`name.new` becomes `name`. What was there stays as last.old; a best that was there goes."""
     target, new, old = (run_dir / (name + suffix) for suffix in ("", ".new", ".old"))
-    if not target.exists() and (new / "manifest.json").exists():
-        new.rename(target)  # the process before was stopped just short of this
-    _remove(new)
-    new.mkdir()
-    for part, tensors in zip(PARTS, (checkpoint.model, checkpoint.optimizer), strict=False):
-        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, new / part)
-    write_json(new / "state.json", checkpoint.state)
-    write_json(new / "manifest.json", {part: _fingerprint(new / part) for part in PARTS})
-    for path in (*new.iterdir(), new):
-        _sync(path)
-    _remove(old)
+    _sync(new)
     if target.exists():
+        _remove(old)
         target.rename(old)
     new.rename(target)
     _sync(run_dir)
-    _remove(old)
+    if name != "last":
+        _remove(old)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def load_newest(run_dir: Path, device="cpu") -> Checkpoint:
+    """The newest checkpoint of a run that is whole, whatever its name.
+
+    Where that is not the newest there is, a line on stderr says so. Raises UserError if none is whole.
+    """
+    steps = {}
+    for name in CHECKPOINTS:
+        folder = run_dir / name
+        if not folder.exists() or name.endswith(".new") and not (folder / "manifest.json").exists():
+            continue  # a .new without a manifest is what a killed save leaves
+        try:
+            steps[name] = float(read_json(folder / "state.json")["step"])
+        except (UserError, LookupError, TypeError, ValueError):
+            steps[name] = math.inf if name == "last" else -1
+    faults = []
+    for name in sorted(steps, key=steps.get, reverse=True):  # of equals last/ comes first
+        try:
+            checkpoint = load(run_dir, name, device)
+        except UserError as fault:
+            faults.append(fault)
+            continue
+        for fault in faults:
+            print(
+                f"going on from {run_dir / name}, step {checkpoint.state['step']}: {fault}", file=sys.stderr
+            )
+        return checkpoint
+    raise UserError(f"{faults[0]}, but no other is whole" if faults else f"{run_dir} has no checkpoint")
 
 
 def load(run_dir: Path, name: str, device="cpu") -> Checkpoint:
@@ -136,8 +248,8 @@ def load(run_dir: Path, name: str, device="cpu") -> Checkpoint:
     folder = _verified(run_dir, name, PARTS)
     weights, optimizer = (_read_tensors(folder / part, device) for part in PARTS[:2])
     state = read_json(folder / "state.json")
-    if not isinstance(state, dict):
-        raise UserError(f"checkpoint {folder} is damaged: state.json is no JSON object")
+    if not isinstance(state, dict) or type(state.get("step")) is not int:
+        raise UserError(f"checkpoint {folder} is damaged: state.json names no step; use another one")
     return Checkpoint(weights, optimizer, state)
 
 

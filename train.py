@@ -27,6 +27,7 @@ from data import tokenizer as tokenizers
 from model import GPT, GPTConfig
 from optim import load_state_tensors, make_optimizers, state_tensors
 from sample import decode_probe, generate_text
+from watch import LossSpikes, SkippedSteps, Stalls
 
 # Dense peak in FLOP/s in 16 bits, by a word of the device's name (vendors' data sheets, without sparsity).
 PEAK_FLOPS = {
@@ -61,7 +62,9 @@ def train(config: Config) -> dict:
     """Train as `config` says; returns the run's summary.
 
     Raises UserError for whatever is wrong with the configuration, the data or the run folder, before anything
-    in the folder is changed; SystemExit (128 + signal) after a checkpoint if SIGINT or SIGTERM ends the run.
+    in the folder is changed; later, with the last checkpoint in place, for faults of disk and data, and
+    for training that has come apart. Raises SystemExit (128 + signal) after a checkpoint if SIGINT or SIGTERM
+    ends the run.
     """
     # ---- on what, and where
     run_dir, resume = Path(config.out_dir), config.init_from == "resume"
@@ -82,11 +85,11 @@ def train(config: Config) -> dict:
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     facts = describe(config, model, dataset)
-    state = {"step": 0, "samples": 0, "time": 0.0, "evaluated": None, "best": {}}
+    state = {"step": 0, "samples": 0, "time": 0.0, "evaluated": None, "best": {}, "skipped_steps": 0}
     if resume:
         check_fits(config, dataset, run_dir, resume)
-        saved = checkpoint.load(run_dir, "last")
-        state = saved.state
+        saved = checkpoint.load_newest(run_dir)
+        state |= saved.state
         if state["corpus_sha256"] != facts["corpus_sha256"]:
             raise UserError(f"{run_dir} cannot resume: {config.dataset} is other data than it was trained on")
         if state["step"] >= config.max_iters and checkpoint.is_finished(run_dir):
@@ -125,7 +128,9 @@ def train(config: Config) -> dict:
     tokens_per_step = samples_per_step * config.block_size
     flops_per_token = model.flops_per_token(config.block_size)
     peak_flops = peak_flops_of(device, dtype)
-    stop = StopSignal()
+    stop, saver = StopSignal(), checkpoint.Saver(run_dir)
+    skipped = SkippedSteps(config.max_skipped_steps, state["skipped_steps"], log.say)
+    spikes, stalls = LossSpikes(log.say), Stalls(config.data_timeout, log.say)
     step, samples, losses = state["step"], state["samples"], []
     started = time.perf_counter() - state["time"]
     lap_time, lap_step = time.perf_counter(), step
@@ -135,30 +140,35 @@ def train(config: Config) -> dict:
         seconds = time.perf_counter() - started
         log({"step": step, "tokens": tokens, "time": seconds, "flops": tokens * flops_per_token} | metrics)
 
-    def save(name: str) -> None:
+    def save(*names: str) -> None:
         state.update(step=step, samples=samples, time=time.perf_counter() - started)
         state.update(corpus_sha256=facts["corpus_sha256"], scaler=scaler.state_dict())
+        state.update(skipped_steps=skipped.total)
         optimizer = state_tensors(model, optimizers) | random_state(device)
-        checkpoint.save(run_dir, name, Checkpoint(model.state_dict(), optimizer, state))
-        log.write_summary()
+        saver.save(names, Checkpoint(model.state_dict(), optimizer, state))
 
     while True:
-        due = step % config.eval_interval == 0 or step == config.max_iters
-        if due and state["evaluated"] != step:
+        saver.check()
+        evaluated = improved = False
+        at_end = step >= config.max_iters
+        if (at_end or step % config.eval_interval == 0) and state["evaluated"] != step:
             metrics = evaluate(compiled, dataset, config, autocast, stop)
-            if stop.signal is None:
+            evaluated = stop.signal is None
+            if evaluated:
                 state |= {"evaluated": step} | metrics
                 improved = metrics["val/loss"] < state["best"].get("best/val_loss", math.inf)
                 if improved:
                     state["best"] = {"best/val_loss": metrics["val/loss"], "best/val_bpb": metrics["val/bpb"]}
                 record(metrics | state["best"])
+                log.write_summary()
                 log.say(f"step {step}: {quality(metrics)}")
-                if improved:
-                    save("best")
-                if step >= config.max_iters or config.always_save_checkpoint:
-                    save("last")
             lap_time, lap_step = time.perf_counter(), step
-        if step >= config.max_iters or stop.signal is not None:
+        due = evaluated and (at_end or config.always_save_checkpoint)
+        if config.save_interval and step % config.save_interval == 0 and step != state["step"]:
+            due = True  # and not what was saved last, or resumed from
+        if improved or due:
+            save(*["best"] * improved, *["last"] * due)
+        if at_end or stop.signal is not None:
             break
 
         factor = learning_rate(step, config)
@@ -167,31 +177,37 @@ def train(config: Config) -> dict:
                 group["lr"] = group["initial_lr"] * factor
         for micro_step in range(config.gradient_accumulation_steps):
             first = samples + micro_step * config.batch_size
-            x, y = dataset.train_batch(first, config.batch_size, config.block_size, config.seed)
+            with stalls:
+                x, y = dataset.train_batch(first, config.batch_size, config.block_size, config.seed)
             with autocast:
                 loss = compiled(x.to(device), y.to(device))[1]
+            loss = loss * (1 + 0 * loss.detach())  # one that is not finite makes its gradient so
             scaler.scale(loss / config.gradient_accumulation_steps).backward()
             losses.append(loss.detach())
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         max_norm = config.grad_clip if config.grad_clip > 0 else math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        overflow = scaler.is_enabled() and not torch.isfinite(grad_norm)  # fp16: no step at all
+        sound = skipped.step(step + 1, grad_norm.item())  # waits for the device, as the decision is the CPU's
         for optimizer in optimizers:
-            if not overflow:
+            if sound:
                 scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
-        step, samples = step + 1, samples + samples_per_step
+        if not sound:
+            del losses[-config.gradient_accumulation_steps :]
+        step, samples, stop.at_once = step + 1, samples + samples_per_step, False
 
         if step % config.log_interval == 0 or step == config.max_iters:
-            train_loss = torch.stack(losses).mean().item()  # waits for the device, so that the lap is whole
+            train_loss = torch.stack(losses).mean().item() if losses else math.nan
+            spikes.see(step, train_loss)
             now = time.perf_counter()
             rate = (step - lap_step) * tokens_per_step / (now - lap_time)
             lap_time, lap_step, losses = now, step, []
             metrics = {
                 "train/loss": train_loss,
                 "train/grad_norm": grad_norm.item(),
+                "train/skipped_steps": skipped.total,
                 "lr": config.learning_rate * factor,
                 "train/tokens_per_s": rate,
                 "train/mfu": rate * flops_per_token / peak_flops if peak_flops else None,
@@ -200,11 +216,15 @@ def train(config: Config) -> dict:
             record(metrics)
             log.progress(step, config.max_iters, metrics, tokens_per_step)
 
+    stalls.close()
     if stop.signal is not None:
         save("last")
+        saver.wait()
+        log.write_summary()
         log.close()
         log.say(f"{stop.signal.name}: stopped at step {step}, saved; --init_from=resume goes on from here")
         sys.exit(128 + stop.signal)
+    saver.wait()
     stop.restore()
 
     # ---- what came of it: a decode probe, a sample, quality and cache side by side
@@ -317,15 +337,23 @@ def quality(metrics: dict) -> str:
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM, so that the loop ends at a whole step; a second one kills."""
+    """Remembers the first SIGINT or SIGTERM, so that the loop ends at a whole step; a second one kills.
+
+    Until the first step is taken there is nothing to save, and the first signal ends the run `at_once`: that
+    step may be minutes of compiling.
+    """
 
     def __init__(self):
+        self.at_once = True
         self.signal: signal.Signals | None = None
         self.before = {s: signal.signal(s, self.catch) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def catch(self, number, frame) -> None:
         self.signal = signal.Signals(number)
         self.restore()
+        if self.at_once:
+            print(f"{self.signal.name}: stopped before the first step, nothing to save", flush=True)
+            sys.exit(128 + number)
 
     def restore(self) -> None:
         for number, handler in self.before.items():
@@ -353,8 +381,9 @@ class Log:
         metrics = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()
         }
-        self.file.write(json.dumps(metrics) + "\n")  # JSON has no nan
-        self.file.flush()
+        with checkpoint.writing(Path(self.file.name)):
+            self.file.write(json.dumps(metrics) + "\n")  # JSON has no nan
+            self.file.flush()
         self.summary |= metrics
         if self.wandb:
             self.wandb.log({k: v for k, v in metrics.items() if v is not None})

@@ -52,6 +52,7 @@ class Config(GPTConfig):
     eval_only: bool = False  # evaluate once and exit
     log_interval: int = 10  # steps between log lines
     always_save_checkpoint: bool = True  # write last/ at every evaluation, not only when the run ends
+    save_interval: int = 0  # write last/ every so many steps too; 0: only at evaluations
     seed: int = 1337  # of the initial weights, dropout and the order of the data
     # Weights & Biases
     wandb_log: bool = False  # also log to W&B; falls back to offline without a key or a network
@@ -62,6 +63,7 @@ class Config(GPTConfig):
     tokenizer: str | None = None  # byte, char, bpe, gpt2; None: the data set's own
     gradient_accumulation_steps: int = 1  # micro-batches a step
     batch_size: int = 16  # sequences of block_size tokens in a micro-batch
+    data_timeout: float = 30.0  # seconds that a micro-batch may take to read before a line says so
     # optimizer
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the hidden matrices, with AdamW for the rest
     learning_rate: float = 1e-3  # AdamW's peak learning rate; an untied embedding has ten times that
@@ -71,6 +73,7 @@ class Config(GPTConfig):
     beta1: float = 0.9  # AdamW's decay of the mean of gradients
     beta2: float = 0.95  # AdamW's decay of the mean of squared gradients
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    max_skipped_steps: int = 20  # end the run when so many steps in a row have a gradient that is not finite
     # learning rate schedule
     decay_lr: bool = True  # False: constant after the warm-up
     schedule: Literal["cosine", "wsd"] = "wsd"  # wsd: warm up, stay, then decay in a straight line
@@ -93,8 +96,9 @@ class Config(GPTConfig):
             self.min_lr = self.learning_rate / 10
         at_least = {
             0: "vocab_size eval_iters seed learning_rate muon_lr min_lr weight_decay grad_clip warmup_iters "
-            "sample_tokens",
-            1: "eval_interval log_interval gradient_accumulation_steps batch_size max_iters lr_decay_iters",
+            "sample_tokens save_interval",
+            1: "eval_interval log_interval gradient_accumulation_steps batch_size max_iters lr_decay_iters "
+            "max_skipped_steps",
         }
         for low, names in at_least.items():
             for name in names.split():
@@ -105,6 +109,8 @@ class Config(GPTConfig):
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"cooldown is a share, from 0 to 1, not {self.cooldown}")
+        if self.data_timeout <= 0:
+            raise ValueError(f"data_timeout must be above 0, not {self.data_timeout}")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower it")
         if not re.fullmatch(DEVICES, self.device):

@@ -1,8 +1,12 @@
 """Checkpoints: whole or not at all, verified when read, and never code."""
 
+import concurrent.futures
 import json
+import math
 import os
 import pickle
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -70,23 +74,121 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, monkey
 
 
 @pytest.mark.parametrize("part", [*checkpoint.PARTS, "manifest.json"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "pickle"])
-def test_damage_is_refused_in_one_line(tmp_path, part, damage):
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "pickle"])
+def test_damage_is_refused_in_one_line(tmp_path, part, how):
     checkpoint.save(tmp_path, "last", example(1))
-    path = tmp_path / "last" / part
-    content = path.read_bytes()
-    if damage == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    elif damage == "flipped":
-        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
-    elif damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(pickle.dumps(Bomb(tmp_path / "bang")))
+    damage(tmp_path / "last" / part, how)
     with pytest.raises(UserError) as fault:
         checkpoint.load(tmp_path, "last")
     assert "\n" not in str(fault.value) and part in str(fault.value)
     assert not (tmp_path / "bang").exists()
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "flipped":
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    elif how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(pickle.dumps(Bomb(path.parents[1] / "bang")))
+
+
+@pytest.mark.parametrize("part", [*checkpoint.PARTS, "manifest.json"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "pickle"])
+def test_a_damaged_last_falls_back_to_the_newest_that_is_whole(tmp_path, capsys, part, how):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, "last", example(step))
+    damage(tmp_path / "last" / part, how)
+    loaded = checkpoint.load_newest(tmp_path)
+    assert loaded.state["step"] == loaded.model["w"][0, 0] == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        "last.old, step 2" in line
+        and "is damaged" in line
+        and str(tmp_path / "last/") in line
+        and part in line
+    )
+    checkpoint.save(tmp_path, "best", example(3))  # newer than last's predecessor
+    assert checkpoint.load_newest(tmp_path).state["step"] == 3
+    checkpoint.save(tmp_path, "last", example(4))
+    capsys.readouterr()
+    assert checkpoint.load_newest(tmp_path).state["step"] == 4
+    for name in ("last", "best"):
+        damage(tmp_path / name / part, how)
+    with pytest.raises(UserError, match="damaged.* no other is whole"):
+        checkpoint.load_newest(tmp_path)
+    assert not (tmp_path / "bang").exists() and capsys.readouterr().err == ""
+
+
+def test_what_a_killed_save_leaves_is_finished_or_cleared(tmp_path):
+    checkpoint.save(tmp_path, "last", example(1))
+    (tmp_path / "last.new").mkdir()  # killed early: no manifest
+    (tmp_path / "last.new/model.safetensors").write_bytes(b"half")
+    assert checkpoint.load_newest(tmp_path).state["step"] == 1
+    checkpoint.save(tmp_path, "last", example(2))
+    shutil.copytree(tmp_path / "last", tmp_path / "kept")
+    checkpoint.save(tmp_path, "last", example(3))
+    (tmp_path / "last").rename(tmp_path / "last.new")  # killed late: whole, not swapped in
+    (tmp_path / "kept").rename(tmp_path / "last")
+    assert checkpoint.load_newest(tmp_path).state["step"] == 3
+    (tmp_path / "last.new/keep").touch()
+    with pytest.raises(UserError, match="step 4 is not saved"):
+        checkpoint.save(tmp_path, "last", nan(4))
+    assert checkpoint.load_newest(tmp_path).state["step"] == 3
+    checkpoint.save(tmp_path, "last", example(4))
+    assert checkpoint.load(tmp_path, "last").state["step"] == 4
+    assert (tmp_path / "last.old/keep").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "last.old"]
+
+
+def nan(step: int) -> Checkpoint:
+    broken = example(step)
+    broken.model["w"][2, 1] = math.nan
+    return broken
+
+
+def test_a_saver_saves_what_was_when_it_was_called(tmp_path, monkeypatch):
+    go = threading.Event()
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *args: (go.wait(10), save(*args)))
+    saver, saved = checkpoint.Saver(tmp_path), example(1)
+    saver.save(["best", "last"], saved)
+    assert not list(tmp_path.iterdir())  # it did not wait
+    saved.model["w"] += 1
+    saved.optimizer["w.momentum"].zero_()
+    saved.state["step"] = 2
+    go.set()
+    saver.wait()
+    for name in ("best", "last"):
+        loaded = checkpoint.load(tmp_path, name)
+        assert loaded.state["step"] == loaded.model["w"][0, 0] == 1 and loaded.optimizer["w.momentum"].any()
+
+
+@pytest.mark.parametrize("call", ["check", "wait", "save"])
+def test_what_a_saver_cannot_write_is_raised_by_its_next_call(tmp_path, call):
+    saver = checkpoint.Saver(tmp_path / "run")
+    saver.save(["last"], example(1))  # there is no such folder
+    concurrent.futures.wait([saver.pending])
+    with pytest.raises(UserError, match="cannot write .*last: No such file"):
+        saver.save(["last"], example(2)) if call == "save" else getattr(saver, call)()
+    saver.wait()  # said once
+
+
+def test_a_disk_that_does_not_hold_what_was_written(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, "last", example(1))
+    save_file = checkpoint.save_file
+
+    def flipping(tensors, path):
+        save_file(tensors, path)
+        damage(Path(path), "flipped")
+
+    monkeypatch.setattr(checkpoint, "save_file", flipping)
+    with pytest.raises(UserError, match="does not hold what was written"):
+        checkpoint.save(tmp_path, "last", example(2))
+    assert checkpoint.load_newest(tmp_path).state["step"] == 1
 
 
 class Bomb:

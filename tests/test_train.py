@@ -29,6 +29,7 @@ RUN_KEYS = [
     "flops",
     "train/loss",
     "train/grad_norm",
+    "train/skipped_steps",
     "lr",
     "train/tokens_per_s",
     "train/mfu",
@@ -136,7 +137,7 @@ def test_a_signal_saves_and_resume_goes_on_bit_identically(corpus, tmp_path, run
             process.send_signal(number)
             sent = time.monotonic()
     assert process.wait() == 128 + number
-    assert time.monotonic() - sent < 10
+    assert time.monotonic() - sent < 30  # a second or two where nothing else runs
     stopped = checkpoint.load(tmp_path / "cut", "last").state["step"]
     assert 3 <= stopped < 60
     run("cut", "--init_from=resume", *knobs)
@@ -298,8 +299,9 @@ def test_faults_leave_an_existing_run_untouched(run, corpus, tmp_path):
         with pytest.raises(UserError, match=word):
             run("run", *knobs)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    (folder / "last/model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="damaged"):
+    for name in ("last", "last.old", "best"):
+        (folder / name / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="last is damaged.*no other is whole"):
         run("run", "--init_from=resume")
 
 

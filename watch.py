@@ -1,0 +1,84 @@
+"""What a run notices as it trains: steps that cannot be taken, a loss that jumps, data that does not come."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+
+from config import UserError
+
+
+class SkippedSteps:
+    """Counts the steps whose gradient was not finite and which were therefore not taken."""
+
+    def __init__(self, limit: int, total: int, say: Callable[[str], None]):
+        """limit: how many in a row are too many; total: those of the run so far."""
+        self.limit, self.total, self.say = limit, total, say
+        self.in_a_row = 0
+
+    def step(self, number: int, grad_norm: float) -> bool:
+        """Whether the optimizers may step. Raises UserError when too many in a row may not."""
+        if math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return True
+        self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
+        if self.in_a_row >= self.limit:
+            raise UserError(
+                f"step {number}: the gradient was not finite for {self.in_a_row} steps in a row, which were "
+                "skipped; the last checkpoint stays; go on from it with --init_from=resume and a lower "
+                "learning rate"
+            )
+        self.say(f"step {number} is skipped: its gradient norm is {grad_norm}")
+        return False
+
+
+class LossSpikes:
+    """Tells a loss that has jumped from one that wavers, by a running mean and deviation."""
+
+    DECAY, DEVIATIONS, SHARE, WARM_UP = 0.9, 6, 0.1, 10
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+        self.seen, self.mean, self.variance = 0, 0.0, 0.0
+
+    def see(self, number: int, loss: float) -> None:
+        """Says so if the loss at step `number` is 6 deviations and 10 % above the mean of those before."""
+        if not math.isfinite(loss):
+            return
+        above = loss - self.mean
+        far = max(self.DEVIATIONS * math.sqrt(self.variance), self.SHARE * self.mean)
+        if self.seen >= self.WARM_UP and above > far:
+            self.say(f"step {number}: the loss has jumped to {loss:.4f}, from {self.mean:.4f} on the average")
+        keep = min(self.DECAY, self.seen / (self.seen + 1))  # the first ones as a plain mean
+        self.seen += 1
+        self.variance = keep * (self.variance + (1 - keep) * above**2)
+        self.mean += (1 - keep) * above
+
+
+class Stalls:
+    """`with stalls: fetch()` says so when the fetching takes longer than `seconds`, while it still does."""
+
+    def __init__(self, seconds: float, say: Callable[[str], None]):
+        self.seconds, self.say = seconds, say
+        self.since: float | None = None
+        self.closed = threading.Event()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def __enter__(self) -> None:
+        self.since = time.monotonic()
+
+    def __exit__(self, *fault) -> None:
+        self.since = None
+
+    def close(self) -> None:
+        self.closed.set()
+
+    def _look(self) -> None:
+        told = None  # the fetch of which it was said
+        while not self.closed.wait(self.seconds / 4):
+            since = self.since
+            if since not in (None, told) and time.monotonic() - since > self.seconds:
+                told = since
+                self.say(f"the data source has not given the next batch in {self.seconds:g} s; still waiting")
