@@ -114,7 +114,10 @@ def claim(run_dir: Path, resume: bool, overwrite: bool) -> None:
 def is_finished(run_dir: Path) -> bool:
     """Whether a run came to its end and reported."""
     path = run_dir / "summary.json"
-    return path.exists() and "final/val_loss" in read_json(path)
+    if not path.exists():
+        return False
+    summary = read_json(path)
+    return isinstance(summary, dict) and "final/val_loss" in summary
 
 
 def write_config(run_dir: Path, config: Config) -> None:
@@ -226,7 +229,7 @@ def load_newest(run_dir: Path, device="cpu") -> Checkpoint:
             continue  # a .new without a manifest is what a killed save leaves
         try:
             steps[name] = float(read_json(folder / "state.json")["step"])
-        except (UserError, LookupError, TypeError, ValueError):
+        except (UserError, LookupError, TypeError, ValueError, ArithmeticError):
             steps[name] = math.inf if name == "last" else -1
     faults = []
     for name in sorted(steps, key=steps.get, reverse=True):  # of equals last/ comes first

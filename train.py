@@ -118,6 +118,7 @@ def train(config: Config) -> dict:
         f"{config.dataset}: {len(dataset.train):,} tokens; "
         f"{device.type}, {str(dtype).removeprefix('torch.')}; run folder {run_dir}"
     )
+    stop = StopSignal()
     compiled = model
     if use_compile(config, device):
         log.say("compiling: the first step and the first evaluation take a minute or so")
@@ -128,7 +129,7 @@ def train(config: Config) -> dict:
     tokens_per_step = samples_per_step * config.block_size
     flops_per_token = model.flops_per_token(config.block_size)
     peak_flops = peak_flops_of(device, dtype)
-    stop, saver = StopSignal(), checkpoint.Saver(run_dir)
+    saver = checkpoint.Saver(run_dir)
     skipped = SkippedSteps(config.max_skipped_steps, state["skipped_steps"], log.say)
     spikes, stalls = LossSpikes(log.say), Stalls(config.data_timeout, log.say)
     step, samples, losses = state["step"], state["samples"], []
@@ -367,7 +368,8 @@ class Log:
         self.run_dir, self.summary, self.bar = run_dir, dict(facts), sys.stdout.isatty()
         path = run_dir / "metrics.jsonl"
         if resume_step is not None and path.exists():  # lines past the checkpoint will be written again
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+            lines = path.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if _step_of(line) <= resume_step]
             aside = path.with_suffix(".new")
             aside.write_text("".join(line + "\n" for line in kept))
             aside.replace(path)
@@ -413,10 +415,10 @@ class Log:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for one cut short when the run was killed."""
+    """The step of a line of metrics.jsonl; infinite for one cut short when the run was killed, or damaged."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
         return math.inf
 
 

@@ -287,7 +287,8 @@ def read_file(path: str) -> Iterator[tuple[str, Any, str]]:
     except FileNotFoundError as error:
         raise UserError(f"no config file {path!r}; {_nearby(path)}") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read config file {path!r}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read config file {path!r}: {reason}") from error
     except (MemoryError, RecursionError) as error:
         raise UserError(f"{path}:1: nested too deeply") from error
     names: dict[str, Any] = {}
