@@ -7,7 +7,17 @@ from pathlib import Path
 
 from config import UserError, parse
 from data import tokenizer
-from data.writer import SHARD_TOKENS, Flags, Piece, Writer, batches, find_files, out_dir, split_of
+from data.writer import (
+    SHARD_TOKENS,
+    UNFINISHED,
+    Flags,
+    Piece,
+    Writer,
+    batches,
+    find_files,
+    out_dir,
+    split_of,
+)
 
 
 @dataclass
@@ -34,12 +44,13 @@ def prepare_streamed(argv: list[str], here: str, repo: str, **source: str) -> No
         return
     made_with = asdict(flags) | {"out_dir": ""}
     state = None
-    if (folder / "progress.json").exists():
-        state = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    progress = folder / UNFINISHED / "progress.json"
+    if progress.exists():
+        state = json.loads(progress.read_text(encoding="utf-8"))
         if state["flags"] != made_with:
             old = " ".join(f"--{k}={v}" for k, v in state["flags"].items() if v != made_with[k])
             raise UserError(
-                f"{folder} was begun with {old}: give that too, or remove its progress.json to start over"
+                f"{folder} was begun with {old}: give that too, or remove {progress} to start over"
             )
         print(f"going on after {state['shard']} shards, {state['tokens']['train']:,} train tokens")
 
@@ -48,7 +59,7 @@ def prepare_streamed(argv: list[str], here: str, repo: str, **source: str) -> No
         tok = tokenizer.train(flags.tokenizer, texts(stream, flags.text_key), flags.vocab_size)
         stream = open_stream(flags, repo, **source)
     else:
-        tok = tokenizer.load(folder)
+        tok = tokenizer.load(folder / UNFINISHED)
         stream.load_state_dict(state["stream"])
     writer = Writer(folder, tok, state=state)
     pieces = (Piece(split_of(t.encode(), flags.val_fraction), t) for t in texts(stream, flags.text_key))

@@ -1,13 +1,15 @@
 """What all prepare.py share: flags, and writing documents as token shards.
 
-A set is `train_NNNNNN.bin`, `val_NNNNNN.bin`, the tokenizer and, written last, `meta.json`: a folder without
-meta.json is not taken for a data set, so an interrupted writer leaves nothing that could be mistaken for one.
+A set is `train_NNNNNN.bin`, `val_NNNNNN.bin`, the tokenizer and `meta.json`. It is written in the folder
+`unfinished/` and moved into place when whole, meta.json last: a writer that fails leaves the set that was
+there before, and a folder without meta.json is not taken for a data set.
 """
 
 import glob
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from data import tokenizer
 
 SPLITS = ("train", "val")
 SHARD_TOKENS = 100_000_000
+UNFINISHED = "unfinished"
 BATCH_CHARS = 1 << 20  # text that is tokenised at a time
 
 
@@ -49,8 +52,8 @@ class Writer:
     """Appends tokens to shards and counts them. `state` is what a killed writer needs to go on."""
 
     def __init__(self, out_dir: Path, tok: tokenizer.Tokenizer, dtype=None, state: dict | None = None):
-        """Without `state` it starts over: what an earlier writer left in `out_dir` goes."""
-        self.out_dir, self.tok = out_dir, tok
+        """Without `state` it starts over: what an earlier writer left unfinished in `out_dir` goes."""
+        self.out_dir, self.aside, self.tok = out_dir, out_dir / UNFINISHED, tok
         self.dtype = np.dtype(dtype or (np.uint16 if tok.n_vocab <= 1 << 16 else np.uint32))
         self.state = state or {
             "shard": 0,
@@ -62,10 +65,9 @@ class Writer:
         self.last_print = self.started = time.monotonic()
         if state is None:
             make_folder(out_dir)
-            for name in ("meta.json", "progress.json", "train_[0-9]*.bin*", "val_[0-9]*.bin*"):
-                for path in out_dir.glob(name):
-                    path.unlink()
-            tokenizer.save(tok, out_dir)
+            shutil.rmtree(self.aside, ignore_errors=True)
+            make_folder(self.aside)
+            tokenizer.save(tok, self.aside)
         self.files = {}
         self._open_shard()
 
@@ -97,12 +99,12 @@ class Writer:
         """Ends the open shards and records how to go on after them."""
         self._close_shard()
         self.state |= more_state
-        replace_json(self.out_dir / "progress.json", self.state)
+        replace_json(self.aside / "progress.json", self.state)
         self.shard_start = dict(self.state["tokens"])
         self._open_shard()
 
     def finish(self, **more_meta) -> None:
-        """Raises UserError if a split is empty."""
+        """Moves the set into place. Raises UserError if a split is empty."""
         for split in SPLITS:
             if not self.state["tokens"][split]:
                 raise UserError(
@@ -122,12 +124,19 @@ class Writer:
             "corpus_sha256": self.state["corpus_sha256"],
             **more_meta,
         }
+        (self.out_dir / "meta.json").unlink(missing_ok=True)
+        for split in SPLITS:
+            for path in self.out_dir.glob(f"{split}_[0-9]*.bin"):
+                path.unlink()
+        (self.aside / "progress.json").unlink(missing_ok=True)
+        for path in self.aside.iterdir():
+            path.replace(self.out_dir / path.name)
         replace_json(self.out_dir / "meta.json", meta)
-        (self.out_dir / "progress.json").unlink(missing_ok=True)
+        self.aside.rmdir()
         print(f"wrote {self.out_dir}")
 
     def _shard_path(self, split: str) -> Path:
-        return self.out_dir / f"{split}_{self.state['shard']:06d}.bin"
+        return self.aside / f"{split}_{self.state['shard']:06d}.bin"
 
     def _open_shard(self) -> None:
         for split in SPLITS:

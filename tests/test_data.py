@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import sysconfig
+from contextlib import nullcontext
 from pathlib import Path
 
 import huggingface_hub
@@ -376,13 +377,18 @@ def test_an_empty_corpus(tmp_path):
             Dataset(tmp_path)
 
 
-def test_an_interrupted_writer_leaves_no_set_even_over_an_old_one(tmp_path):
-    make_set(tmp_path, range(100), range(50), shards=3)
-    out = Writer(tmp_path, BYTE)
-    out.add([Piece("train", "some text"), Piece("val", "more")])
-    out.next_shard()
-    with pytest.raises(UserError, match="holds no complete data set"):
-        Dataset(tmp_path)
+def test_an_interrupted_writer_leaves_no_set_or_the_old_one(tmp_path):
+    for old in (False, True):
+        if old:
+            make_set(tmp_path, range(100), range(50), shards=3)
+        out = Writer(tmp_path, BYTE)
+        out.add([Piece("train", "some text"), Piece("val", "more")])
+        out.next_shard()
+        with nullcontext() if old else pytest.raises(UserError, match="holds no complete data set"):
+            assert len(Dataset(tmp_path).train) == 100
+    out.finish()
+    assert BYTE.decode(Dataset(tmp_path).train.read(1, 100).tolist()) == "some text"
+    assert len(bins(tmp_path)) == 4 and not (tmp_path / writer.UNFINISHED).exists()
 
 
 def test_an_out_dir_that_cannot_be_made(tmp_path):
@@ -602,7 +608,7 @@ def test_a_streamed_set_resumed_after_kills_is_the_same(tmp_path, parquet_folder
     assert bins(tmp_path / "killed") == whole
     once, killed = Dataset(tmp_path / "once"), Dataset(tmp_path / "killed")
     assert once.meta == killed.meta
-    assert not (tmp_path / "killed/progress.json").exists()
+    assert not (tmp_path / "killed" / writer.UNFINISHED).exists()
     text = "".join(once.tokenizer.decode(split.read(0, 10**6).tolist()) for split in (once.train, once.val))
     documents = text.split("<|endoftext|>")[1:]
     rows = [t for path in parquet_folder.glob("*") for t in parquet.read_table(path)["text"].to_pylist()]
@@ -619,8 +625,9 @@ def test_a_resumed_set_keeps_its_shards(tmp_path, parquet_folder, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         stop_after(m, 10)
         main("tinystories")(flags)
-    kept = json.loads((tmp_path / "set/progress.json").read_text())["shard"]
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "set").glob("train_*.bin")}
+    aside = tmp_path / "set" / writer.UNFINISHED
+    kept = json.loads((aside / "progress.json").read_text())["shard"]
+    before = {p.name: p.stat().st_mtime_ns for p in aside.glob("train_*.bin")}
     assert kept == len(before) >= 2
     with pytest.raises(UserError, match="was begun with --shard_tokens=3000"):
         main("tinystories")([*flags, "--shard_tokens=4000"])
