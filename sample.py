@@ -49,6 +49,7 @@ class Options:
     start: str = ""  # the prompt: text, FILE:path, or - for stdin; empty: a new document
     split_lines: bool = False  # each line of --start that is not empty is a prompt; all run as one batch
     num_samples: int = 1  # samples of each prompt; sample i draws with seed + i
+    batch_size: int = 64  # samples that run at a time; bounds the memory of their cache
     # sampling
     max_new_tokens: int = 500  # tokens of a sample; it ends earlier at <|endoftext|> or at a stop string
     temperature: float = 0.8  # below 1: likelier tokens more often; 0: greedy
@@ -61,7 +62,7 @@ class Options:
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
-        for name in ("num_samples", "max_new_tokens"):
+        for name in ("num_samples", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.seed < 0:
@@ -72,13 +73,13 @@ class Options:
 
 @dataclass
 class Stats:
-    """What a generation cost. Seconds exclude the time in which the caller held the iterator."""
+    """What generations cost. Seconds exclude the time in which the caller held the iterator."""
 
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0  # until the first token of each row
     decode_tokens: int = 0  # all later ones
     decode_seconds: float = 0.0
-    cache_bytes: int = 0  # allocated
+    cache_bytes: int = 0  # allocated at a time
 
 
 @torch.inference_mode()
@@ -203,7 +204,8 @@ def generate(
     held = [list(prompt[-block_size:]) for prompt in prompts]  # the tokens in each row of the cache
     cache = model.new_cache(len(held), min(block_size, max(map(len, held)) + max_new_tokens), cache_dtype)
     uniform = uniforms(seed, len(held), model.embed_tokens.weight.device)
-    stats.prompt_tokens, stats.cache_bytes = sum(map(len, held)), cache.nbytes
+    stats.prompt_tokens += sum(map(len, held))
+    stats.cache_bytes = max(stats.cache_bytes, cache.nbytes)
     live = [True] * len(held)
     logits = prefill(model, held, cache)
     for step in range(max_new_tokens):
@@ -211,7 +213,7 @@ def generate(
         tokens = ids.tolist()  # the one transfer, and wait, of a step
         live = [alive and token not in stop_ids for alive, token in zip(live, tokens, strict=True)]
         if step == 0:
-            stats.prefill_seconds = time.perf_counter() - clock
+            stats.prefill_seconds += time.perf_counter() - clock
         else:
             stats.decode_seconds += time.perf_counter() - clock
             stats.decode_tokens += sum(live)
@@ -439,7 +441,7 @@ def main(argv: list[str]) -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     texts = read_prompts(options.start, options.split_lines)
     model, tokenizer = load_run(options.out_dir, options.device, options.dtype, options.which)
-    prompts = [ids for text in texts for ids in [encode_prompt(tokenizer, text)] * options.num_samples]
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
     block_size, longest = model.config.block_size, max(map(len, prompts))
     if longest > block_size:
         print(f"a prompt of {longest} tokens is cut to its last {block_size}, the context", file=sys.stderr)
@@ -447,26 +449,30 @@ def main(argv: list[str]) -> None:
     shown = ["" if tuple(ids) == stop_ids(tokenizer) else tokenizer.decode(ids) for ids in prompts]
     stop = [text for text in options.stop.replace("\\n", "\n").split("||") if text]
     cache_dtype = CACHE_FORMATS.get(options.cache_dtype, model.embed_tokens.weight.dtype)
-    stats = Stats()
-    steps = generate(
-        model,
-        prompts,
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        seed=options.seed,
-        stop_ids=stop_ids(tokenizer),
-        n_vocab=tokenizer.n_vocab,
-        cache_dtype=cache_dtype,
-        stats=stats,
-    )
+    stats, total = Stats(), len(prompts) * options.num_samples
     try:
-        print_samples(steps, shown, [TextStream(tokenizer, stop) for _ in prompts])
+        for first in range(0, total, options.batch_size):
+            rows = [i // options.num_samples for i in range(first, min(first + options.batch_size, total))]
+            steps = generate(
+                model,
+                [prompts[row] for row in rows],
+                options.max_new_tokens,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                min_p=options.min_p,
+                seed=options.seed + first,
+                stop_ids=stop_ids(tokenizer),
+                n_vocab=tokenizer.n_vocab,
+                cache_dtype=cache_dtype,
+                stats=stats,
+            )
+            if first:
+                print(SEPARATOR)
+            print_samples(steps, [shown[row] for row in rows], [TextStream(tokenizer, stop) for _ in rows])
     except KeyboardInterrupt:
         print()
-    print(report(stats, model.config, cache_dtype, len(prompts)), file=sys.stderr)
+    print(report(stats, model.config, cache_dtype, min(options.batch_size, total)), file=sys.stderr)
 
 
 if __name__ == "__main__":

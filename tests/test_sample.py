@@ -330,6 +330,10 @@ def test_command_runs_prompts_as_one_batch(run_dir, tmp_path, capsys):
     ]
     assert out == f"{sample.SEPARATOR}\n".join(alone)
     assert "batch of 4" in err
+    parts, err = run_main(
+        capsys, run_dir, lines, "--split_lines", "--num_samples=2", "--batch_size=3", *common
+    )
+    assert parts == out and "batch of 3" in err
 
 
 def test_command_reads_stdin(run_dir, capsys, monkeypatch):
@@ -412,6 +416,7 @@ def test_decode_probe(model):
         ("--min_p=-0.1", "min_p must be from 0 to 1"),
         ("--top_k=-1", "top_k must be at least 0"),
         ("--num_samples=0", "num_samples must be at least 1"),
+        ("--batch_size=0", "batch_size must be at least 1"),
         ("--max_new_tokens=0", "max_new_tokens must be at least 1"),
         ("--seed=-1", "seed must be at least 0"),
         ("--temprature=1", "did you mean 'temperature'"),
