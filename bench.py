@@ -1,4 +1,4 @@
-"""Measure: `python bench.py speedrun`, `python bench.py train`. `--help` after either lists its options.
+"""Measure: `python bench.py speedrun`, `train` or `cache`. `--help` after one of them lists its options.
 
 Each prints what it measures as it goes, and writes a JSON file and a picture into --out_dir. Times are of
 whole processes or medians of repeated steps; a peer is measured in the same session, in turns with us.
@@ -6,8 +6,10 @@ whole processes or medians of repeated steps; a peer is measured in the same ses
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
+import math
 import pickle
 import platform
 import resource
@@ -15,7 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +26,11 @@ import torch
 
 import checkpoint
 from config import UserError, cli, load, parse, pick_device, pick_dtype
-from data import open_dataset
-from model import GPT
+from data import Dataset, open_dataset
+from data import tokenizer as tokenizers
+from model import CACHE_FORMATS, GPT
 from optim import make_optimizers
-from sample import load_run
+from sample import decode_probe, load_run
 
 ROOT = Path(__file__).resolve().parent
 ATTENTION_KNOBS = {"mha": [], "mqa": [], "gqa": ["--n_kv_head=2"], "mla": []}
@@ -62,6 +66,27 @@ class TrainOptions:
     dtype: str = "auto"  # float32, bfloat16, float16
     compile: bool = False  # torch.compile both sides
     out_dir: str = "out/bench"  # where train.json and train.png go
+
+
+@dataclass
+class CacheOptions:
+    out_dir: str  # the run, or several with commas between; cache.json and cache.png go into the first
+    formats: str = "fp32,bf16,fp16,int8,fp8"  # what to hold the cache in
+    windows: str = ""  # windows put on every layer, in tokens; empty: a half and a quarter of block_size
+    sinks: str = "0,4"  # first tokens that stay in sight besides these windows
+    tokens: int = 32768  # validation tokens to read, evenly spread
+    batch_size: int = 16  # rows of block_size tokens, read side by side
+    chunk: int = 16  # tokens fed at a time; all but the first chunk see what the cache holds of the others
+    which: str = "best"  # which checkpoint, best or last
+    device: str = "auto"  # cpu, cuda, cuda:N, mps
+    dtype: str = "auto"  # of the weights: float32, bfloat16, float16
+
+    def __post_init__(self):
+        unknown = set(self.formats.split(",")) - set(CACHE_FORMATS)
+        if unknown:
+            raise ValueError(f"formats are {', '.join(CACHE_FORMATS)}, not {unknown.pop()!r}")
+        if min(self.tokens, self.batch_size, self.chunk) < 1:
+            raise ValueError("tokens, batch_size and chunk must be at least 1")
 
 
 def speedrun(argv: list[str]) -> None:
@@ -238,6 +263,88 @@ def nanogpt_model(folder: Path, config, device: torch.device):
     return model, [model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)]
 
 
+def cache(argv: list[str]) -> None:
+    """Quality through the cache: bits per byte, bytes and speed of every format and window."""
+    options = parse(CacheOptions, argv, "python bench.py cache --out_dir=RUN[,RUN...] [--key=value ...]")
+    rows = []
+    for run in options.out_dir.split(","):
+        rows += cache_rows(Path(run), options)
+    out_dir = Path(options.out_dir.split(",")[0])
+    write({"machine": machine(), "options": asdict(options), "rows": rows}, out_dir / "cache.json")
+    draw_cache(rows, out_dir / "cache.png")
+
+
+def cache_rows(run: Path, options: CacheOptions) -> list[dict]:
+    """Measure one run, and print it as it goes: a row for each format, under the run's own window and others.
+
+    Differences are to the unquantised cache without a window that the run was not trained with.
+    """
+    model, tokenizer = load_run(run, options.device, options.dtype, options.which)
+    config = model.config
+    dataset = open_dataset(config.dataset, config.tokenizer)
+    if tokenizers.sha256(dataset.tokenizer) != tokenizers.sha256(tokenizer):
+        raise UserError(f"{config.dataset} here is not the data that {run} was trained on: another tokenizer")
+    windows = [int(w) for w in options.windows.split(",") if w]
+    windows = windows or [config.block_size // 2, config.block_size // 4]
+    shapes = [(config.window, config.sink_tokens, config.window_pattern)]
+    shapes += [(w, s, "S") for w, s in product(windows, map(int, options.sinks.split(",")))]
+    variants = []  # (row, model, dtype of the cache)
+    for (window, sinks, pattern), name in product(shapes, options.formats.split(",")):
+        changed, dtype = copy.copy(model), CACHE_FORMATS[name]  # the same weights under another config
+        changed.config = replace(config, window=window, sink_tokens=sinks, window_pattern=pattern)
+        row = {"run": str(run), "attention": config.attention, "format": name}
+        row |= {"window": window, "sink_tokens": sinks, "window_pattern": pattern}
+        row["bytes_per_token"] = changed.config.kv_bytes(config.block_size, dtype) / config.block_size
+        variants.append((row, changed, dtype))
+    weights = model.embed_tokens.weight.dtype
+    measured = through_the_cache([(model, weights)] + [v[1:] for v in variants], dataset, options)
+    base, bytes_per_token = measured.pop(0), dataset.val_bytes_per_token
+    unit = math.log(2) * (bytes_per_token or 1 / math.log(2))  # nats a token, where the set is no text
+    print(
+        f"{run}: {config.attention}, cached in the weights' {str(weights).removeprefix('torch.')}: "
+        f"{base['loss'] / unit:.4f} {'bits per byte' if bytes_per_token else 'nats a token'}\n"
+        f"{'format':>6} {'window':>7} {'sinks':>5} {'bytes/token':>11} {'quality':>8} {'worse by':>9} "
+        f"{'KL, nats':>9} {'top-1':>7} {'decode tok/s':>12}"
+    )
+    for (row, changed, dtype), result in zip(variants, measured, strict=True):
+        probe = decode_probe(changed, config.block_size // 2, cache_dtype=dtype)
+        row["val/loss"], row["val/bpb"] = result["loss"], result["loss"] / unit if bytes_per_token else None
+        row |= {"worse": result["loss"] / base["loss"] - 1, "kl": result["kl"], "top1": result["top1"]}
+        row["decode/tokens_per_s"] = probe["decode/tokens_per_s"]
+        print(
+            f"{row['format']:>6} {row['window'] or 'all':>7} {row['sink_tokens']:5} "
+            f"{row['bytes_per_token']:11,.1f} {result['loss'] / unit:8.4f} {row['worse']:+9.3%} "
+            f"{row['kl']:9.2e} {row['top1']:7.2%} {row['decode/tokens_per_s']:12,.0f}",
+            flush=True,
+        )
+    return [row for row, *_ in variants]
+
+
+@torch.inference_mode()
+def through_the_cache(
+    variants: list[tuple[GPT, torch.dtype]], dataset: Dataset, options: CacheOptions
+) -> list[dict[str, float]]:
+    """Teacher-forced loss, in nats a token, of each (model, dtype of its cache); and how far each is from the
+    first one: the mean KL divergence, and how often both find the same token the likeliest.
+    """
+    T, device = variants[0][0].config.block_size, variants[0][0].embed_tokens.weight.device
+    totals, count = torch.zeros(len(variants), 3, dtype=torch.float64, device=device), 0
+    batches = max(options.tokens // (options.batch_size * T), 1)
+    for x, y in dataset.val_batches(T, options.batch_size, batches):
+        x, y = x.to(device), y.to(device)
+        count += int((y >= 0).sum())
+        caches = [model.new_cache(len(x), T, dtype) for model, dtype in variants]
+        for new, targets in zip(x.split(options.chunk, 1), y.split(options.chunk, 1), strict=True):
+            kept, first = targets >= 0, None
+            for i, ((model, _), kv_cache) in enumerate(zip(variants, caches, strict=True)):
+                logp = model(new, cache=kv_cache)[0][kept].double().log_softmax(-1)  # (tokens, V)
+                first = logp if first is None else first
+                totals[i, 0] -= logp.gather(-1, targets[kept][:, None]).sum()
+                totals[i, 1] += (first.exp() * (first - logp)).sum()
+                totals[i, 2] += (first.argmax(-1) == logp.argmax(-1)).sum()
+    return [dict(zip(("loss", "kl", "top1"), row, strict=True)) for row in (totals / count).tolist()]
+
+
 def machine() -> dict:
     """What the figures were measured on."""
     cpu = platform.processor() or platform.machine()
@@ -293,7 +400,42 @@ def draw_train(rows: list[dict], path: Path) -> None:
     print(f"wrote {path}")
 
 
-COMMANDS = {"speedrun": speedrun, "train": train, "_step": step}
+def draw_cache(rows: list[dict], path: Path) -> None:
+    """What is lost against the bytes it takes: of the formats, and of windows in the first format."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    quality = "val/bpb" if rows[0]["val/bpb"] else "val/loss"
+    own = [row for row in rows if all(row[k] == rows[0][k] for k in ("window", "sink_tokens"))]
+    markers = dict(zip(CACHE_FORMATS, "os^Dv", strict=True))
+    for run, style in zip(
+        dict.fromkeys(row["run"] for row in rows), ["-", "--", "-.", ":"] * 9, strict=False
+    ):
+        mine = sorted((row for row in own if row["run"] == run), key=lambda row: row["bytes_per_token"])
+        x, y = [row["bytes_per_token"] for row in mine], [row[quality] for row in mine]
+        panels[0].plot(x, y, style, color="0.3", label=Path(run).name)
+        for row in mine:
+            panels[0].plot(row["bytes_per_token"], row[quality], markers[row["format"]], color="k", mfc="w")
+        for sinks, marker in zip(dict.fromkeys(row["sink_tokens"] for row in rows), "os^Dv", strict=False):
+            cut = [row for row in rows if row["run"] == run and row["format"] == mine[-1]["format"]]
+            cut = [row for row in cut if row not in own and row["sink_tokens"] == sinks]
+            label = f"{Path(run).name}, {sinks} sinks"
+            x, y = [row["window"] + sinks for row in cut], [100 * row["worse"] for row in cut]
+            panels[1].plot(x, y, style + marker, color="0.3", mfc="w", label=label)
+    for name in dict.fromkeys(row["format"] for row in rows):
+        panels[0].plot([], [], markers[name], color="k", mfc="w", label=name)
+    unit = "bits per byte" if quality == "val/bpb" else "loss, nats a token"
+    panels[0].set(xlabel="cache, bytes a token", ylabel=unit, xscale="log", title="formats")
+    panels[1].set(
+        xlabel="tokens in the cache of a layer", ylabel="worse by, %", title="windows put on at inference"
+    )
+    for panel in panels:
+        panel.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+COMMANDS = {"speedrun": speedrun, "train": train, "cache": cache, "_step": step}
 
 
 def main(argv: list[str]) -> None:

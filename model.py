@@ -222,7 +222,7 @@ def dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of `quantise`, up to rounding, in dtype."""
     if scale.size(-1) > 1:
         scale = scale.repeat_interleave(GROUP, -1)[..., : codes.size(-1)]
-    return codes.to(dtype) * scale.to(dtype)
+    return codes.to(dtype).mul_(scale.to(dtype))
 
 
 def visible(q: Tensor, k: Tensor, window: int, sinks: int) -> Tensor:
@@ -365,7 +365,8 @@ class KVCache:
     Each row b of the batch holds its own `lengths[b]` tokens, so prompts of different lengths share a batch:
     pad them on the right and say how many tokens count. Memory is allocated once; `nbytes` is what was
     allocated. A layer with a window holds sink_tokens + window tokens and `spare` more, as far back as
-    `rewind` is to reach; `endless`: so do all layers, and rows may grow past max_len.
+    `rewind` is to reach. `endless`: rows may grow past max_len, as every layer has a window, and no sink at a
+    distance for which training has no example.
     """
 
     def __init__(
@@ -376,7 +377,7 @@ class KVCache:
         self.lost = [0] * batch_size  # behind the sinks, the positions below this are overwritten
         windows, sinks, layout = config.layer_windows(), config.sink_tokens, cache_layout(config, dtype)
         self.steps = {w: CacheStep(w, sinks, config.kv_slots(w, max_len, spare)) for w in windows}
-        self.endless = all(w and step.slots >= sinks + w for w, step in self.steps.items())
+        self.endless = sinks == 0 and all(w and step.slots >= w for w, step in self.steps.items())
         self.layers = []
         for window in windows:
             step, buffers = self.steps[window], {}

@@ -4,8 +4,8 @@ As a library: `model, tokenizer = load_run("out/mla")`, then `generate` for toke
 `generate_text`. The prompts of a batch may differ in length. What a row gets depends on its prompt, its seed
 and the options, never on the rows beside it.
 
-At the context's end, when a row holds block_size tokens, it keeps its last block_size // 2 and goes on. A
-model whose every layer has a window has no such end: its cache slides on.
+At the context's end, when a row holds block_size tokens, it keeps its last block_size // 2 and goes on. Where
+every layer has a window, and none has sinks, there is no such end: the cache slides on.
 """
 
 from __future__ import annotations
@@ -345,7 +345,12 @@ def generate_text(
 
 
 def decode_probe(
-    model: GPT, context: int, n: int = 32, dtype: torch.dtype | None = None, repeats: int = 5
+    model: GPT,
+    context: int,
+    n: int = 32,
+    dtype: torch.dtype | None = None,
+    repeats: int = 5,
+    cache_dtype: torch.dtype | None = None,
 ) -> dict[str, float | int]:
     """Decoding speed at batch 1 over a cache of `context` random tokens, weights and cache in `dtype`.
 
@@ -354,13 +359,13 @@ def decode_probe(
     model = inference_model(model.config, model.state_dict()).to(dtype or model.embed_tokens.weight.dtype)
     random = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (context,), generator=random).tolist()
-    cache = model.new_cache(1, context + n)
-    first = prefill(model, [prompt], cache).argmax(-1)
-    first.tolist()  # waits for the device
+    cache = model.new_cache(1, context + n, cache_dtype)
     seconds = []
     for _ in range(1 + repeats):  # the first one warms up
-        cache.rewind([context])
-        ids, clock = first, time.perf_counter()
+        cache.rewind([0])
+        ids = prefill(model, [prompt], cache).argmax(-1)
+        ids.tolist()  # waits for the device
+        clock = time.perf_counter()
         for _ in range(n):
             ids = decode_one_token(model, ids, cache).argmax(-1)
             ids.tolist()

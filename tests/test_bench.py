@@ -4,10 +4,13 @@ import json
 import math
 
 import pytest
+from equivalence import small_model
 
 import bench
-from config import UserError
+import checkpoint
+from config import Config, UserError
 from data import open_dataset
+from data import tokenizer as tokenizers
 
 
 def test_both_sides_of_the_race_read_the_same_text(tmp_path):
@@ -58,6 +61,35 @@ def test_train_measures_each_attention_in_its_own_process(tmp_path):
     ]
     assert all(row["tokens_per_s"] > 0 and math.isfinite(row["flops_per_s"]) for row in rows)
     assert (tmp_path / "train.png").stat().st_size > 1000
+
+
+def test_cache_measures_quality_through_every_format_and_window(tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("To be, or not to be: that is the question.\n" * 50)
+    dataset = open_dataset(str(bench.nanogpt_folder(tmp_path / "book.txt", tmp_path / "set")))
+    knobs = dict(attention="mla", n_head=2, n_embd=16, block_size=32, vocab_size=dataset.vocab_size)
+    model, run = small_model(n_layer=2, **knobs), tmp_path / "run"
+    run.mkdir()
+    checkpoint.write_config(run, Config(n_layer=2, dataset=str(tmp_path / "set"), **knobs))
+    checkpoint.save(run, "last", checkpoint.Checkpoint(model.state_dict(), {}, {}))
+    tokenizers.save(dataset.tokenizer, run)
+    ((x, y),) = dataset.val_batches(32, 100)
+    loss = model(x, y)[1].item()
+    bench.main(["cache", f"--out_dir={run}", "--windows=8", "--sinks=2", "--chunk=4", "--batch_size=3"])
+    rows = json.loads((run / "cache.json").read_text())["rows"]
+    assert [row["format"] for row in rows] == ["fp32", "bf16", "fp16", "int8", "fp8"] * 2
+    assert (run / "cache.png").stat().st_size > 1000
+    assert rows[0]["val/loss"] == pytest.approx(loss, abs=1e-5)
+    assert abs(rows[0]["worse"]) < 1e-6 and rows[0]["kl"] < 1e-9 and rows[0]["top1"] == 1
+    for row in rows:
+        r, dr, layers, held = 4, 4, 2, (8 + 2) / 32 if row["window"] else 1
+        numbers = {"fp32": 4 * (r + dr), "bf16": 2 * (r + dr), "fp16": 2 * (r + dr)}
+        assert row["bytes_per_token"] == layers * held * numbers.get(row["format"], r + 2 + 2 * dr)
+        assert row["val/bpb"] == pytest.approx(row["val/loss"] / math.log(2))  # characters of a byte
+        assert (row["kl"] > 1e-3) == (row["window"] > 0) and row["decode/tokens_per_s"] > 0
+    kl = {row["format"]: row["kl"] for row in rows if row["window"] == 0}
+    assert kl["fp32"] < kl["fp16"] < kl["bf16"] < kl["fp8"] and kl["fp16"] < kl["int8"] < kl["fp8"]
+    with pytest.raises(UserError, match="formats are fp32, bf16, fp16, int8, fp8, not 'int4'"):
+        bench.main(["cache", f"--out_dir={run}", "--formats=int4"])
 
 
 def test_unknown_measurement():

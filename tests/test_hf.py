@@ -72,6 +72,7 @@ def test_there_and_back_is_the_identity(cls, knobs, tie):
     "knobs,named",
     [
         ({"rotary_dim": 4}, "rotary_dim"),
+        ({"window": 8}, "window"),
         ({"qk_norm": False, "n_embd": 30, "head_dim": 8}, "n_embd"),
         ({"attention": "mla", "qk_rope_head_dim": 0}, "qk_rope_head_dim"),
     ],

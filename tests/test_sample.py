@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -116,6 +117,33 @@ def test_memory_stays_flat_past_the_contexts_end(model, monkeypatch):
         assert max(made[0].lengths) <= made[0].max_len == BLOCK
     assert storage() == before
     assert max(cache.max_len for cache in made[1:]) == BLOCK // 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_a_window_slides_past_the_contexts_end_at_flat_memory(model, dtype, monkeypatch):
+    model.config = replace(model.config, window=12)
+    made, new_cache = [], GPT.new_cache
+    monkeypatch.setattr(GPT, "new_cache", lambda *args: made.append(new_cache(*args)) or made[-1])
+    stats, storage, rows = Stats(), set(), [[], [], [], []]
+    for ids in generate(model, PROMPTS, 4 * BLOCK, temperature=0, cache_dtype=dtype, stats=stats):
+        for row, token in zip(rows, ids, strict=True):
+            row.append(token)
+        storage.add(tuple(b.data_ptr() for layer in made[0].layers for b in layer.buffers.values()))
+    assert len(made) == len(storage) == 1 and stats.cache_bytes == made[0].nbytes
+    assert made[0].nbytes == 4 * 12 * model.config.kv_bytes_per_token(dtype)
+    for prompt, new in zip(PROMPTS, rows, strict=True):
+        text = prompt[-BLOCK:] + new
+        likeliest = model(torch.tensor([text[:-1]]))[0][0, -len(new) :].argmax(-1).tolist()
+        same = sum(a == b for a, b in zip(likeliest, new, strict=True)) / len(new)
+        assert same == 1 if dtype == torch.float32 else same > 0.9
+
+
+@pytest.mark.parametrize("knobs", [{"window_pattern": "SL"}, {"sink_tokens": 2}], ids=str)
+def test_windows_beside_whole_layers_or_sinks_past_the_contexts_end(model, knobs):
+    model.config = replace(model.config, window=12, **knobs)
+    new = generate_lists(model, PROMPTS, 4 * BLOCK, temperature=0)
+    for i, prompt in enumerate(PROMPTS):
+        assert drawn_without_a_cache(model, prompt, new[i], 0, temperature=0) == new[i]
 
 
 def test_one_transfer_from_the_device_a_step(model, monkeypatch):
@@ -315,6 +343,8 @@ def test_command_prints_text_and_costs_apart(run_dir, capsys):
     assert costs.startswith("prefill 4 tokens, ") and "; decode " in costs and costs.endswith("; batch of 1")
     per_token = 4 * load_run(run_dir, "cpu")[0].config.kv_elements_per_token_layer()
     assert cache == f"kv cache (mla, float32) {per_token} bytes a token, {per_token * 34:,} bytes allocated"
+    cache = run_main(capsys, run_dir, "--start=def ", "--max_new_tokens=30", "--cache_dtype=int8")[1]
+    assert f"kv cache (mla, int8) {4 + 2 + 2 * 4} bytes a token, {34 * (4 + 2 + 2 * 4)} bytes" in cache
     assert run_main(capsys, f"--out_dir={run_dir}", "--start=def ", "--max_new_tokens=30")[0] == out
     assert run_main(capsys, run_dir, "--start=def ", "--max_new_tokens=30", "--which=last")[0] != out
 
