@@ -29,6 +29,7 @@ from model import (
     GPTConfig,
     KVCache,
     attend,
+    attend_in_shares,
     dequantise,
     quantise,
     rope_angles,
@@ -611,3 +612,43 @@ def test_any_configuration(knobs, chunks, lengths, rest, dtypes, absorbed, seed)
     check_chunks(model, chunks, cache_dtype, tolerance)
     check_ragged(model, lengths, rest, cache_dtype, tolerance)
     check_footprint(model, cache_dtype)
+
+
+# Decoding on CPUs
+
+
+@pytest.mark.parametrize("keys", [1, 2, 7, 64, 131])
+@pytest.mark.parametrize("shares", [1, 2, 5])
+def test_attention_in_shares_of_the_keys_is_attention(keys, shares):
+    random = torch.Generator().manual_seed(keys)
+    q, k, v = (torch.randn(2, 3, n, 16, generator=random).double() * 3 for n in (4, keys + 5, keys + 5))
+    k, v = k.narrow(2, 0, keys), v.narrow(2, 0, keys)  # as of a cache with room for more
+    expected = (0.3 * q @ k.mT).softmax(-1) @ v
+    close(attend_in_shares(q, k, v, 0.3, min(shares, keys)), expected, 1e-12)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@torch.no_grad()
+def test_long_caches_are_read_by_several_cores(attention, monkeypatch):
+    model, idx = small_model(**CASES[attention]), tokens(1, 2060)
+    calls, real = [], attend_in_shares
+    monkeypatch.setattr("model.attend_in_shares", lambda *args: calls.append(args[-1]) or real(*args))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
+    chunks = [2044] + [1] * 16
+    close(cached_logits(model, idx, chunks), model(idx)[0])
+    share = 9 // {"mha": 4, "gqa": 2}.get(attention, 1)
+    assert calls == [share] * 2 * sum(n >= 2048 for n in range(2045, 2061))
+
+
+@every_case
+def test_weights_laid_out_for_decoding_are_the_same_weights(knobs):
+    model, idx = small_model(**knobs), tokens(2, 9)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    full = model(idx)[0]
+    cached_logits(model, idx, [9])
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert model.layers[0].mlp.gate_proj.weight.stride() == (1, model.config.intermediate_size)
+    close(model(idx)[0], full)
+    model.train()(idx, idx)[1].backward()  # the weights can still learn
+    assert model.layers[0].mlp.gate_proj.weight.grad.isfinite().all()
