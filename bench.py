@@ -1,4 +1,4 @@
-"""Measure: `python bench.py speedrun`, `train` or `cache`. `--help` after one of them lists its options.
+"""Measure: `python bench.py speedrun`, `train`, `decode` or `cache`. `--help` after one lists its options.
 
 Each prints what it measures as it goes, and writes a JSON file and a picture into --out_dir. Times are of
 whole processes or medians of repeated steps; a peer is measured in the same session, in turns with us.
@@ -17,8 +17,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,12 @@ import torch
 
 import checkpoint
 from config import UserError, cli, load, parse, pick_device, pick_dtype
+from convert import hf_config, hf_state_dict
 from data import Dataset, open_dataset
 from data import tokenizer as tokenizers
 from model import CACHE_FORMATS, GPT
 from optim import make_optimizers
-from sample import decode_probe, load_run
+from sample import Stats, decode_one_token, decode_probe, generate, load_run, prefill
 
 ROOT = Path(__file__).resolve().parent
 ATTENTION_KNOBS = {"mha": [], "mqa": [], "gqa": ["--n_kv_head=2"], "mla": []}
@@ -48,6 +50,31 @@ class SpeedrunOptions:
     text: str = "data/shakespeare_char/input.txt"  # any text; 90 % of its characters train, 10 % validate
     config: str = "config/speedrun.py"  # our recipe
     out_dir: str = "out/bench"  # where speedrun.json and speedrun.png go
+
+
+@dataclass
+class DecodeOptions:
+    out_dir: str | None = None  # runs to measure, comma separated; results go into the first
+    config: str | None = None  # config files whose models to measure, with random weights, comma separated
+    hf: bool = (
+        False  # also transformers' `generate` on the equivalent model, with the same weights and prompts
+    )
+    contexts: str = "64,1024,4096,16384"  # tokens in each row of the cache
+    batches: str = "1,32"  # rows
+    prefill: int = 8192  # tokens of a batch that are computed; a larger cache is filled with random numbers
+    max_cache: float = 4.0  # GB; what needs more is left out
+    n: int = 16  # tokens of each of the 5 timings of which the median counts, after n to warm up
+    generate: int = 0  # also the time to generate this many tokens and a half, a quarter, an eighth of them
+    # the models, if neither out_dir nor config names them
+    attentions: str = "mha,mqa,gqa,mla"  # gqa with 2 groups, mla with a latent of a third of the width
+    n_layer: int = 6  # blocks
+    n_head: int = 6  # heads
+    n_embd: int = 384  # width
+    vocab_size: int = 2048  # token ids
+    qk_norm: bool = False  # of mha, mqa and gqa; their equivalent is Qwen3 with it, Llama without
+    # machine
+    device: str = "auto"  # cpu, cuda, cuda:N, mps
+    dtype: str = "auto"  # float32, bfloat16, float16
 
 
 @dataclass
@@ -345,6 +372,194 @@ def through_the_cache(
     return [dict(zip(("loss", "kl", "top1"), row, strict=True)) for row in (totals / count).tolist()]
 
 
+def decode(argv: list[str]) -> None:
+    """Tokens a second by context and batch, the bytes of each, and the share of the memory's bandwidth."""
+    options = parse(
+        DecodeOptions, argv, "python bench.py decode [--out_dir=RUN | --config=FILE] [--key=value ...]"
+    )
+    out_dir = Path(options.out_dir.split(",")[0] if options.out_dir else "out/bench")
+    device = pick_device(options.device)
+    bandwidth, rows, lengths = read_bandwidth(device), [], []
+    print(f"memory is read at {bandwidth / 1e9:.1f} GB/s")
+    columns = f"{'':12} batch context prefill/s decode/s MB/token of read"
+    peer = "  dynamic   static  ratio same tokens"
+    print(columns + (peer if options.hf else ""))
+    for name, model in decode_models(options, device):
+        for batch, context in product(numbers(options.batches), numbers(options.contexts)):
+            if (
+                model.config.kv_bytes(context + 6 * options.n, torch.float32) * batch
+                <= options.max_cache * 1e9
+            ):
+                rows.append({"model": name, "batch": batch, "context": context})
+                rows[-1] |= decode_row(model, batch, context, bandwidth, options)
+                print(decode_line(rows[-1]), flush=True)
+        if options.generate:
+            times = our_steps(model, torch.zeros(1, 1, dtype=torch.long), options.generate)[0]
+            marks = [options.generate >> shift for shift in (3, 2, 1, 0)]
+            lengths += [{"model": name, "n": n, "seconds": times[n] - times[0]} for n in marks]
+            seconds = ", ".join(f"{row['n']} in {row['seconds']:.2f} s" for row in lengths[-len(marks) :])
+            print(f"{name:12} tokens generated: {seconds}", flush=True)
+    result = {"machine": machine(), "options": asdict(options), "read_bytes_per_s": bandwidth}
+    write(result | {"rows": rows, "generate": lengths}, out_dir / "decode.json")
+    draw_decode(rows, out_dir / "decode.png")
+
+
+def numbers(text: str) -> list[int]:
+    """A list on the command line."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"{text!r} is not a list of whole numbers such as 64,1024") from None
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes a second at which memory is read: the best of 5 sums over 256 MB, far more than caches hold."""
+    x, seconds = torch.ones(64 * 2**20, device=device), []
+    for _ in range(6):
+        begin = time.perf_counter()
+        x.sum().item()
+        seconds.append(time.perf_counter() - begin)
+    return x.nbytes / min(seconds[1:])
+
+
+def decode_models(options: DecodeOptions, device: torch.device) -> Iterator[tuple[str, GPT]]:
+    """The models to measure, by name, with room for every context."""
+    dtype = pick_dtype(options.dtype, device)
+    room = max(numbers(options.contexts)) + 6 * options.n + options.generate + 2
+    if options.out_dir:
+        for run in options.out_dir.split(","):
+            model = load_run(run, options.device, options.dtype)[0]
+            model.config.block_size = max(model.config.block_size, room)  # RoPE has no limit of its own
+            yield Path(run).name, model
+        return
+    shape = [f"--{name}={getattr(options, name)}" for name in ("n_layer", "n_head", "n_embd", "vocab_size")]
+    for name in (options.config or options.attentions).split(","):
+        if options.config:
+            argv = [name]
+        elif name == "mla":
+            argv = ["--attention=mla", f"--kv_lora_rank={max(options.n_embd // 3, 1)}", *shape]
+        else:
+            argv = [
+                f"--attention={name}",
+                f"--qk_norm={options.qk_norm}",
+                *ATTENTION_KNOBS.get(name, []),
+                *shape,
+            ]
+        config = load([*argv, f"--block_size={room}"])
+        torch.manual_seed(0)
+        model = GPT(config).eval()
+        for p in model.parameters():  # as they are initialised, what a block adds and all logits are zero
+            if p.ndim == 2:
+                torch.nn.init.normal_(p, std=p.size(1) ** -0.5)
+        yield Path(name).stem, model.to(device, dtype)
+
+
+def decode_row(model: GPT, batch: int, context: int, bandwidth: float, options: DecodeOptions) -> dict:
+    """One measurement of `decode`, beside transformers' if asked for."""
+    n, config = 6 * options.n, model.config
+    weights = sum(p.nbytes for p in model.parameters())
+    if not config.tie_embeddings:
+        weights -= model.embed_tokens.weight.nbytes  # a look-up
+    cached = config.kv_bytes(context + n // 2, model.embed_tokens.weight.dtype)
+    row = {"bytes_per_token": weights / batch + cached}
+    idx = torch.randint(config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0))
+    if batch * context <= options.prefill:
+        times, tokens, seconds = our_steps(model, idx, n)
+        row["prefill/tokens_per_s"] = idx.numel() / seconds
+    else:
+        times = filled_steps(model, batch, context, n)
+    row["decode/tokens_per_s"] = batch * median_rate(times)
+    row["share_of_bandwidth"] = row["bytes_per_token"] * row["decode/tokens_per_s"] / bandwidth
+    if options.hf and batch * context <= options.prefill:
+        peer, same = hugging_face(model), []
+        for cache in ("dynamic", "static"):
+            times, theirs = hf_steps(peer, idx.to(model.embed_tokens.weight.device), n, cache)
+            row[f"hf_{cache}/tokens_per_s"] = batch * median_rate(times)
+            same.append(theirs == tokens)
+        row["same_tokens"] = all(same)
+        row["ratio"] = row["decode/tokens_per_s"] / max(
+            row[f"hf_{c}/tokens_per_s"] for c in ("dynamic", "static")
+        )
+    return row
+
+
+def median_rate(times: list[float]) -> float:
+    """Steps a second: the median of 5 equal parts of the time stamps, after one to warm up."""
+    n = (len(times) - 1) // 6
+    return n / statistics.median(times[(i + 1) * n] - times[i * n] for i in range(1, 6))
+
+
+def our_steps(model: GPT, idx: torch.Tensor, n: int) -> tuple[list[float], list[list[int]], float]:
+    """Time stamps of n + 1 greedy tokens after the prompts idx (B, T), the tokens, and seconds of prefill."""
+    times, steps, stats = [], [], Stats()
+    for tokens in generate(model, idx.tolist(), n + 1, temperature=0, stats=stats):
+        times.append(time.perf_counter())
+        steps.append(tokens)
+    return times, [list(row) for row in zip(*steps, strict=True)], stats.prefill_seconds
+
+
+@torch.inference_mode()
+def filled_steps(model: GPT, batch: int, context: int, n: int) -> list[float]:
+    """Time stamps of n + 1 steps over a cache that was filled, not computed."""
+    cache = model.new_cache(batch, context + n + 2)
+    ids = prefill(model, [[0]] * batch, cache).argmax(-1)
+    for layer in cache.layers:
+        for buffer in layer.buffers.values():
+            buffer.normal_()
+    cache.lengths = [context] * batch
+    times = []
+    for _ in range(n + 1):
+        ids = decode_one_token(model, ids, cache).argmax(-1)
+        ids.tolist()
+        times.append(time.perf_counter())
+    return times
+
+
+def hugging_face(model: GPT):
+    """The equivalent model of transformers, with the same weights."""
+    import transformers
+
+    fields = hf_config(model.config)
+    cls = getattr(transformers, fields["architectures"][0])
+    weight = model.embed_tokens.weight
+    peer = cls(cls.config_class(**fields)).to(weight.device, weight.dtype).eval()
+    peer.load_state_dict(hf_state_dict(model, model.config), strict=False)  # a tied head is not in it
+    return peer
+
+
+def hf_steps(peer, idx: torch.Tensor, n: int, cache: str) -> tuple[list[float], list[list[int]]]:
+    """Time stamps of n + 1 greedy tokens from transformers' own loop, and the tokens."""
+    import transformers
+
+    class Clock(transformers.LogitsProcessor):
+        times = []
+
+        def __call__(self, input_ids, scores):
+            scores.argmax(-1).tolist()  # waits for the device
+            self.times.append(time.perf_counter())
+            return scores
+
+    clock, settings = Clock(), {"do_sample": False, "use_cache": True, "pad_token_id": 0}
+    kind = {} if cache == "dynamic" else {"cache_implementation": cache}
+    with torch.inference_mode():
+        mask = torch.ones_like(idx)
+        out = peer.generate(
+            idx, attention_mask=mask, max_new_tokens=n + 1, logits_processor=[clock], **settings, **kind
+        )
+    return clock.times, out[:, idx.size(1) :].tolist()
+
+
+def decode_line(row: dict) -> str:
+    prefilled = row.get("prefill/tokens_per_s", math.nan)
+    line = f"{row['model']:12} {row['batch']:5} {row['context']:7} {prefilled:9,.0f} "
+    line += f"{row['decode/tokens_per_s']:8,.1f} {row['bytes_per_token'] / 1e6:8,.2f} "
+    line += f"{row['share_of_bandwidth']:7.0%}"
+    if "ratio" not in row:
+        return line
+    peers = " ".join(f"{row[f'hf_{cache}/tokens_per_s']:8,.1f}" for cache in ("dynamic", "static"))
+    return f"{line} {peers} {row['ratio']:6.2f} {row['same_tokens']!s:>11}"
+
+
 def machine() -> dict:
     """What the figures were measured on."""
     cpu = platform.processor() or platform.machine()
@@ -435,7 +650,42 @@ def draw_cache(rows: list[dict], path: Path) -> None:
     print(f"wrote {path}")
 
 
-COMMANDS = {"speedrun": speedrun, "train": train, "cache": cache, "_step": step}
+def draw_decode(rows: list[dict], path: Path) -> None:
+    """Tokens a second against the context, a panel a batch; transformers with its faster cache dashed."""
+    import matplotlib.pyplot as plt
+
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    figure, panels = plt.subplots(
+        1, len(batches), figsize=(5 * len(batches), 4), layout="constrained", squeeze=False
+    )
+    for panel, batch in zip(panels[0], batches, strict=True):
+        models = dict.fromkeys(row["model"] for row in rows)
+        for name, marker, grey in zip(
+            models, cycle("os^vD"), cycle(("0", "0.25", "0.45", "0.6")), strict=False
+        ):
+            mine = [row for row in rows if (row["model"], row["batch"]) == (name, batch)]
+            style = {"marker": marker, "color": grey}
+            rates = [row["decode/tokens_per_s"] for row in mine]
+            panel.plot([row["context"] for row in mine], rates, label=name, **style)
+            theirs = [row for row in mine if "ratio" in row]
+            rates = [row["decode/tokens_per_s"] / row["ratio"] for row in theirs]
+            if theirs:
+                contexts = [row["context"] for row in theirs]
+                panel.plot(contexts, rates, "--", label=f"{name}, transformers", fillstyle="none", **style)
+        panel.set(
+            xscale="log",
+            yscale="log",
+            xlabel="context, tokens",
+            ylabel="decode, tokens/s",
+            title=f"batch {batch}",
+        )
+        panel.grid(which="both", color="0.9")
+    panels[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+COMMANDS = {"speedrun": speedrun, "train": train, "decode": decode, "cache": cache, "_step": step}
 
 
 def main(argv: list[str]) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 from equivalence import small_model
 
 import bench
@@ -90,6 +91,43 @@ def test_cache_measures_quality_through_every_format_and_window(tmp_path, capsys
     assert kl["fp32"] < kl["fp16"] < kl["bf16"] < kl["fp8"] and kl["fp16"] < kl["int8"] < kl["fp8"]
     with pytest.raises(UserError, match="formats are fp32, bf16, fp16, int8, fp8, not 'int4'"):
         bench.main(["cache", f"--out_dir={run}", "--formats=int4"])
+
+
+def test_decode_measures_every_context_and_batch_beside_transformers(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "read_bandwidth", lambda device: 1e9)
+    small = ["--n_layer=2", "--n_embd=96", "--vocab_size=64", "--n=2", "--contexts=8,40", "--batches=1,2"]
+    bench.main(["decode", "--hf", *small, "--prefill=40", "--attentions=gqa,mla", "--generate=24"])
+    result = json.loads((tmp_path / "out/bench/decode.json").read_text())
+    rows, out = result["rows"], capsys.readouterr().out
+    points = [(row["model"], row["batch"], row["context"]) for row in rows]
+    assert points == [(m, b, c) for m in ("gqa", "mla") for b in (1, 2) for c in (8, 40)]
+    for row in rows:
+        assert row["decode/tokens_per_s"] > 0
+        assert row["share_of_bandwidth"] == row["bytes_per_token"] * row["decode/tokens_per_s"] / 1e9
+        computed = row["batch"] * row["context"] <= 40  # the other caches are filled
+        assert computed == ("prefill/tokens_per_s" in row) == ("ratio" in row)
+        if computed:
+            assert row["same_tokens"] is True
+    per_token = {"gqa": 2 * 2 * 2 * 16, "mla": 2 * (32 + 8)}  # numbers cached
+    for a, b in zip(rows[::2], rows[1::2], strict=True):
+        assert b["bytes_per_token"] - a["bytes_per_token"] == 32 * 4 * per_token[a["model"]]
+    assert [row["n"] for row in result["generate"]] == [3, 6, 12, 24] * 2
+    assert (tmp_path / "out/bench/decode.png").stat().st_size > 1000
+    assert len(out.splitlines()) == 2 + 2 * (4 + 1) + 2
+
+
+def test_decode_measures_configs_and_runs(tmp_path):
+    (tmp_path / "tiny.py").write_text(
+        "n_layer = 1\nn_head = 2\nn_embd = 32\nvocab_size = 64\nattention = 'mqa'\n"
+    )
+    options = bench.DecodeOptions(config=str(tmp_path / "tiny.py"), contexts="100")
+    ((name, model),) = bench.decode_models(options, torch.device("cpu"))
+    assert (name, model.config.attention, model.config.n_embd) == ("tiny", "mqa", 32)
+    assert model.config.block_size >= 100 + 6 * options.n
+    assert model(torch.arange(9)[None])[0].std() > 0.1
+    with pytest.raises(UserError, match="not a list of whole numbers"):
+        bench.main(["decode", "--contexts=64;128"])
 
 
 def test_unknown_measurement():
