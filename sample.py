@@ -278,6 +278,8 @@ def inference_model(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
 
     Raises RuntimeError if their names or shapes do not fit.
     """
+    if config.n_layer > len(weights):  # a damaged number, which would take for ever to build
+        raise RuntimeError(f"{len(weights)} tensors do not fill {config.n_layer} layers")
     with torch.device("meta"):
         model = GPT(config)
     model.load_state_dict(weights, assign=True)
