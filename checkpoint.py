@@ -39,13 +39,23 @@ from config import Config, UserError, from_dict
 CHECKPOINTS = tuple(name + suffix for name in ("last", "best") for suffix in ("", ".new", ".old"))
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "wandb_id", *CHECKPOINTS)
 PARTS = ("model.safetensors", "optimizer.safetensors", "state.json")
+STATE = {  # what state.json must hold
+    "step": int,
+    "samples": int,
+    "time": float,
+    "evaluated": int | None,  # the step of the last evaluation
+    "best": dict,
+    "skipped_steps": int,
+    "corpus_sha256": str,
+    "scaler": dict,
+}
 
 
 @dataclass
 class Checkpoint:
     model: dict[str, Tensor]  # by parameter name
     optimizer: dict[str, Tensor]  # by name of parameter and state; random-number state under "rng."
-    state: dict  # plain JSON values
+    state: dict  # plain JSON values: those of STATE and more
 
 
 @contextmanager
@@ -251,8 +261,8 @@ def load(run_dir: Path, name: str, device="cpu") -> Checkpoint:
     folder = _verified(run_dir, name, PARTS)
     weights, optimizer = (_read_tensors(folder / part, device) for part in PARTS[:2])
     state = read_json(folder / "state.json")
-    if not isinstance(state, dict) or type(state.get("step")) is not int:
-        raise UserError(f"checkpoint {folder} is damaged: state.json names no step; use another one")
+    if not isinstance(state, dict) or not all(isinstance(state.get(k), kind) for k, kind in STATE.items()):
+        raise UserError(f"checkpoint {folder} is damaged: state.json lacks some of {', '.join(STATE)}")
     return Checkpoint(weights, optimizer, state)
 
 

@@ -20,9 +20,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def example(step: int) -> Checkpoint:
-    return Checkpoint(
-        {"w": torch.full((4, 3), float(step))}, {"w.momentum": torch.randn(4, 3)}, {"step": step, "time": 1.5}
-    )
+    state = {"step": step, "samples": 4 * step, "time": 1.5, "evaluated": None, "best": {}}
+    state |= {"skipped_steps": 0, "corpus_sha256": "ab", "scaler": {}}
+    return Checkpoint({"w": torch.full((4, 3), float(step))}, {"w.momentum": torch.randn(4, 3)}, state)
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
