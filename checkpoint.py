@@ -227,7 +227,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def load_newest(run_dir: Path, device="cpu") -> Checkpoint:
+def load_newest(run_dir: Path) -> Checkpoint:
     """The newest checkpoint of a run that is whole, whatever its name.
 
     Where that is not the newest there is, a line on stderr says so. Raises UserError if none is whole.
@@ -244,7 +244,7 @@ def load_newest(run_dir: Path, device="cpu") -> Checkpoint:
     faults = []
     for name in sorted(steps, key=steps.get, reverse=True):  # of equals last/ comes first
         try:
-            checkpoint = load(run_dir, name, device)
+            checkpoint = load(run_dir, name)
         except UserError as fault:
             faults.append(fault)
             continue
@@ -256,10 +256,10 @@ def load_newest(run_dir: Path, device="cpu") -> Checkpoint:
     raise UserError(f"{faults[0]}, but no other is whole" if faults else f"{run_dir} has no checkpoint")
 
 
-def load(run_dir: Path, name: str, device="cpu") -> Checkpoint:
+def load(run_dir: Path, name: str) -> Checkpoint:
     """Read and verify `run_dir/name`. Raises UserError if it is missing or damaged."""
     folder = _verified(run_dir, name, PARTS)
-    weights, optimizer = (_read_tensors(folder / part, device) for part in PARTS[:2])
+    weights, optimizer = (_read_tensors(folder / part) for part in PARTS[:2])
     state = read_json(folder / "state.json")
     if not isinstance(state, dict) or not all(isinstance(state.get(k), kind) for k, kind in STATE.items()):
         raise UserError(f"checkpoint {folder} is damaged: state.json lacks some of {', '.join(STATE)}")
@@ -275,9 +275,9 @@ def best_or_last(run_dir: Path) -> str:
     )
 
 
-def load_weights(run_dir: Path, name: str, device="cpu") -> dict[str, Tensor]:
+def load_weights(run_dir: Path, name: str) -> dict[str, Tensor]:
     """The weights alone, a third of a checkpoint. Raises UserError if they are missing or damaged."""
-    return _read_tensors(_verified(run_dir, name, PARTS[:1]) / PARTS[0], device)
+    return _read_tensors(_verified(run_dir, name, PARTS[:1]) / PARTS[0])
 
 
 def _verified(run_dir: Path, name: str, parts: tuple[str, ...]) -> Path:
@@ -303,9 +303,10 @@ def _verified(run_dir: Path, name: str, parts: tuple[str, ...]) -> Path:
     return folder
 
 
-def _read_tensors(path: Path, device) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Copies: load_file maps the file, and one that is cut short later would kill the process."""
     try:
-        return load_file(path, device=str(device))
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except SafetensorError as e:
         raise UserError(f"{path} is damaged: not a safetensors file; use another checkpoint") from e
 
