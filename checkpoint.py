@@ -261,6 +261,8 @@ def load(run_dir: Path, name: str) -> Checkpoint:
     folder = _verified(run_dir, name, PARTS)
     weights, optimizer = (_read_tensors(folder / part) for part in PARTS[:2])
     state = read_json(folder / "state.json")
+    if state == {}:
+        raise UserError(f"{run_dir} holds weights only, from convert.py; start with --init_from={run_dir}")
     if not isinstance(state, dict) or not all(isinstance(state.get(k), kind) for k, kind in STATE.items()):
         raise UserError(f"checkpoint {folder} is damaged: state.json lacks some of {', '.join(STATE)}")
     return Checkpoint(weights, optimizer, state)

@@ -1,4 +1,10 @@
-"""To and from Hugging Face: the config and the weights of the class that computes the same function.
+"""Convert runs: to and from Hugging Face, and from one attention to another.
+
+    python convert.py to-hf RUN DIR           a folder for transformers, and for servers that read the same
+    python convert.py from-hf DIR_OR_ID OUT   a Llama-, Qwen3- or dense DeepSeek-style model as a run
+
+`--help` after a command lists its options. A run that comes out can be sampled, and trained further by
+`python train.py --init_from=OUT --out_dir=...`.
 
 | ours                            | theirs                                         |
 |---------------------------------|------------------------------------------------|
@@ -9,10 +15,138 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from config import UserError
-from model import ATTENTIONS, GPTConfig, GroupedQueryAttention, MultiHeadLatentAttention
+import checkpoint
+from config import Config, UserError, cli, from_dict, parse
+from data import tokenizer as tokenizers
+from data.tokenizer_json import from_json, to_json
+from model import ATTENTIONS, GPT, GPTConfig, GroupedQueryAttention, MultiHeadLatentAttention
+from sample import inference_model, load_run
+
+MLA_WIDTHS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+TOLERANCE = 1e-4  # largest difference of logits from Hugging Face's, in fp32, relative above 1
+
+
+@dataclass
+class ToHfOptions:
+    run: str  # the run: its folder, or the best/ or last/ in it; may be given without its name
+    out: str  # the folder to write; likewise
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights written
+    check: bool = True  # compare logits and token ids with transformers', if it is installed
+    overwrite: bool = False  # write into a folder that holds a model already
+
+
+@dataclass
+class FromHfOptions:
+    source: str  # a folder with config.json and safetensors, or the id of one on the hub
+    out: str  # the run folder to write
+    check: bool = True  # compare logits with transformers', if it is installed
+    overwrite: bool = False  # give up a run that is there
+
+
+def main(argv: list[str]) -> None:
+    if argv and argv[0] in COMMANDS:
+        COMMANDS[argv[0]](argv[1:])
+    elif argv and argv[0] in ("--help", "-h"):
+        print(__doc__)
+    else:
+        raise UserError(f"which conversion? python convert.py COMMAND, one of {', '.join(COMMANDS)}")
+
+
+def read_options(cls, argv: list[str]):
+    """An options dataclass, whose first two fields may be given as bare arguments."""
+    bare = [arg for arg in argv if not arg.startswith("-")]
+    names = [field.name for field in fields(cls)][:2]
+    if len(bare) > 2:
+        raise UserError(f"unexpected argument {bare[2]!r}: two folders, then --key=value")
+    named = [f"--{name}={value}" for name, value in zip(names, bare, strict=False)]
+    return parse(cls, named + [arg for arg in argv if arg.startswith("-")], __doc__)
+
+
+# ---- to Hugging Face
+
+
+def to_hf(argv: list[str]) -> None:
+    """Write a run as a Hugging Face model, and compare what transformers makes of it with ours."""
+    options = read_options(ToHfOptions, argv)
+    out, dtype = Path(options.out), getattr(torch, options.dtype)
+    model, tok = load_run(options.run, "cpu", "float32")
+    model = model.to(dtype).float()  # what is compared has the precision of what is written
+    content = hf_config(model.config)
+    if (out / "config.json").exists() and not options.overwrite:
+        raise UserError(f"{out} already holds a model; choose another folder, or give --overwrite=True")
+    ends = {
+        "bos_token_id": tok.eot_token,
+        "eos_token_id": tok.eot_token,
+    }  # a document begins after another's end
+    eot = {} if tok.eot_token is None else dict.fromkeys(("bos_token", "eos_token"), tok.end_of_text)
+    files = {
+        # dtype is what torch_dtype was called before transformers 4.56
+        "config.json": content | ends | dict.fromkeys(("dtype", "torch_dtype"), options.dtype),
+        "generation_config.json": ends,
+        "tokenizer.json": to_json(tok),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": model.config.block_size,
+            "clean_up_tokenization_spaces": False,
+            **eot,
+        },
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, value in files.items():
+            (out / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        weights = {name: w.to(dtype).contiguous() for name, w in hf_state_dict(model, model.config).items()}
+        save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    except OSError as e:
+        raise UserError(f"cannot write to {out}: {e.strerror or e}") from e
+    print(f"wrote {content['architectures'][0]} to {out}; {check(out, model, tok, options.check)}")
+
+
+@torch.no_grad()
+def check(folder: Path, model: GPT, tok: tokenizers.Tokenizer | None, wanted: bool = True) -> str:
+    """Compare model and tokenizer with what transformers loads from `folder`; says what came of it.
+
+    Raises UserError if logits differ by more than TOLERANCE in fp32, or token ids at all.
+    """
+    if not wanted:
+        return "not checked, as asked"
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    except ImportError:
+        return "NOT checked: transformers is not installed"
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    generator = torch.Generator().manual_seed(0)
+    n_vocab, length = (
+        model.config.vocab_size if tok is None else tok.n_vocab,
+        min(model.config.block_size, 256),
+    )
+    idx = torch.randint(n_vocab, (1, length), generator=generator)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float().eval()
+    ours, expected = model(idx)[0], theirs(idx).logits
+    difference = (ours - expected).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+        raise UserError(f"the logits of transformers from {folder} differ by {difference:.1e}; do not use it")
+    verdict = f"logits as in transformers to {difference:.1e}"
+    if tok is not None:
+        specials = getattr(tok, "specials", {}).values()
+        text = tok.decode([i for i in idx[0].tolist() if i not in specials])
+        ids = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+        if ids != tok.encode_ordinary(text):
+            raise UserError(f"transformers' tokenizer from {folder} gives other ids; do not use it")
+        verdict += ", token ids equal"
+    return verdict
 
 
 def hf_config(config: GPTConfig) -> dict:
@@ -29,8 +163,9 @@ def hf_config(config: GPTConfig) -> dict:
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "max_position_embeddings": config.block_size,
-        "rms_norm_eps": 1e-6,
+        "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,  # where readers from before transformers 5 look for it
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu",
         "attention_bias": False,
@@ -51,13 +186,16 @@ def hf_config(config: GPTConfig) -> dict:
         return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **common, **heads}
     if config.qk_rope_head_dim == 0:
         raise UserError("DeepSeek-V3 has no form without RoPE; qk_rope_head_dim must be above 0")
-    widths = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    if config.qk_rope_repeat != 1:
+        raise UserError(f"DeepSeek-V3 has qk_rope_repeat = 1, not {config.qk_rope_repeat}")
+    if config.norm_eps != 1e-6:
+        raise UserError(f"DeepSeek-V3's latent norms have norm_eps = 1e-6, not {config.norm_eps}")
     experts = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group")
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
         **common,
-        **{name: getattr(config, name) for name in widths},
+        **{name: getattr(config, name) for name in MLA_WIDTHS},
         "num_key_value_heads": config.n_head,
         "rope_interleave": True,
         "first_k_dense_replace": config.n_layer,  # no layer left for experts, so their numbers mean nothing
@@ -79,11 +217,16 @@ def hf_state_dict(model: nn.Module | dict[str, Tensor], config: GPTConfig) -> di
     }
 
 
-def from_hf_state_dict(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """The inverse of `hf_state_dict`; a tied lm_head, if there is one, is dropped."""
+def from_hf_state_dict(
+    state: dict[str, Tensor], config: GPTConfig, interleaved: bool = True
+) -> dict[str, Tensor]:
+    """The inverse of `hf_state_dict`; a tied lm_head, if there is one, is dropped.
+
+    interleaved: whether MLA's rows are in pairs (`rope_interleave`), as `hf_state_dict` writes them.
+    """
     return {
-        name.removeprefix("model."): order_rope_rows(name, weight, config, to_hf=False)
-        for name, weight in state.items()
+        name.removeprefix("model."): order_rope_rows(name, w, config, to_hf=False) if interleaved else w
+        for name, w in state.items()
         if not (name == "lm_head.weight" and config.tie_embeddings)
     }
 
@@ -114,3 +257,184 @@ def attention_class(config: GPTConfig) -> type[nn.Module]:
     if attention not in (GroupedQueryAttention, MultiHeadLatentAttention):
         raise UserError(f"no Hugging Face class is known for attention {config.attention!r}")
     return attention
+
+
+# ---- from Hugging Face
+
+FAMILIES = {"llama": "mha", "qwen3": "mha", "deepseek_v3": "mla", "youtu": "mla"}
+ONLY = {  # what a config.json may not ask for but in this way
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+
+
+def from_hf(argv: list[str]) -> None:
+    """Write a Hugging Face model as a run."""
+    options = read_options(FromHfOptions, argv)
+    folder, out = find_model(options.source), Path(options.out)
+    content = read_object(folder / "config.json")
+    config = gpt_config(content)
+    weights = from_hf_state_dict(read_weights(folder), config, content.get("rope_interleave", True))
+    tok = read_tokenizer(folder, content, config.vocab_size)
+    with torch.device("meta"):
+        expected = GPT(config).state_dict()
+    for name in sorted(weights.keys() ^ expected.keys()):
+        raise UserError(
+            f"{folder} {'lacks' if name in expected else 'has no place here for'} the weights {name}"
+        )
+    for name, weight in weights.items():
+        if weight.shape != expected[name].shape:
+            raise UserError(
+                f"{folder}: {name} has shape {tuple(weight.shape)}, not {tuple(expected[name].shape)}"
+            )
+    model = inference_model(config, weights)
+    plain = isinstance(tok, tokenizers.IdsTokenizer) and not (folder / "tokenizer.json").exists()
+    verdict = check(folder, model, None if plain else tok, options.check)
+    write_run(out, config, weights, tok, options)
+    print(f"wrote {config.attention} with {model.n_params():,} parameters to {out}; {verdict}")
+    if plain:
+        print("it has no tokenizer.json: prompts and samples are token ids")
+
+
+def find_model(source: str) -> Path:
+    """The folder of a model, fetched if `source` is the id of one on the hub. Raises UserError."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise UserError(f"no folder {source!r}, nor is that the id of a model on the Hugging Face hub")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(
+            "models on the hub are fetched by huggingface_hub: pip install huggingface_hub"
+        ) from None
+    try:  # asked first, since a download tries for half a minute
+        huggingface_hub.HfApi().model_info(source, timeout=10)
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as e:  # its HTTP client, and so the class of its errors, varies by version
+        raise UserError(
+            f"cannot fetch {source} from the Hugging Face hub ({type(e).__name__}): connect to the network, "
+            "or give a folder"
+        ) from None
+
+
+def read_object(path: Path) -> dict:
+    """Raises UserError if `path` holds no JSON object."""
+    value = checkpoint.read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it is no JSON object")
+    return value
+
+
+def gpt_config(content: dict) -> Config:
+    """The inverse of `hf_config`, with the defaults of a run for the rest.
+
+    Raises UserError, naming what has no counterpart here.
+    """
+    kind = content.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(f"model_type {kind!r} is not known here, only {', '.join(FAMILIES)}")
+    rope = content.get("rope_parameters") or {}
+    rope = {"rope_theta": content.get("rope_theta", 10000.0), **(content.get("rope_scaling") or {}), **rope}
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling != "default":
+        raise UserError(f"RoPE scaling {scaling!r} is not supported")
+    for name, value in ONLY.items():
+        found = (rope if name in rope else content).get(name)
+        if found not in (None, value):
+            raise UserError(f"{name} = {found!r} is not supported, only {value!r}")
+    if set(content.get("layer_types") or []) - {"full_attention"}:
+        raise UserError("layer_types: only full_attention is supported, no windows")
+    try:
+        heads, layers = content["num_attention_heads"], content["num_hidden_layers"]
+        knobs = {
+            "block_size": content["max_position_embeddings"],
+            "vocab_size": content["vocab_size"],
+            "n_layer": layers,
+            "n_head": heads,
+            "n_embd": content["hidden_size"],
+            "intermediate_size": content["intermediate_size"],
+            "rope_theta": rope["rope_theta"],
+            "norm_eps": content.get("rms_norm_eps", 1e-6),
+            "tie_embeddings": content.get("tie_word_embeddings", kind == "youtu"),
+        }
+        if FAMILIES[kind] == "mla":
+            if kind == "deepseek_v3" and content["first_k_dense_replace"] < layers:
+                raise UserError(
+                    f"first_k_dense_replace = {content['first_k_dense_replace']}: layers of experts are not "
+                    "supported, only dense ones"
+                )
+            knobs |= {name: content[name] for name in MLA_WIDTHS if name in content}
+            knobs |= {"attention": "mla"}
+        else:
+            groups = content.get("num_key_value_heads") or heads
+            knobs |= {"head_dim": content.get("head_dim")}  # None: hidden_size / num_attention_heads
+            knobs |= {"n_kv_head": groups, "qk_norm": kind == "qwen3", "attention": group_name(heads, groups)}
+    except KeyError as e:
+        raise UserError(f"config.json lacks {e.args[0]}") from e
+    return from_dict(Config, knobs, "config.json")
+
+
+def group_name(n_head: int, n_kv_head: int) -> str:
+    return "mha" if n_kv_head == n_head else "mqa" if n_kv_head == 1 else "gqa"
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face model, in fp32. Raises UserError if there are none as safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(read_object(index).get("weight_map", {}).values()))
+    elif (folder / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    else:
+        pickles = ", ".join(path.name for path in folder.glob("*.bin"))
+        why = f"; {pickles}: pickles can run code and are not loaded" if pickles else ""
+        raise UserError(f"{folder} has no model.safetensors{why}")
+    weights = {}
+    for name in names:
+        try:
+            weights |= load_file(folder / name)
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{folder / name} is missing or damaged") from e
+    return {name: w.float() for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def read_tokenizer(folder: Path, content: dict, vocab_size: int) -> tokenizers.Tokenizer:
+    """The tokenizer of a Hugging Face model; where there is none, one that reads and prints ids.
+
+    Raises UserError if it is of a kind unknown here.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return tokenizers.IdsTokenizer(vocab_size)
+    spec = read_object(path)
+    ends = content.get("eos_token_id")
+    try:
+        by_id = {token["id"]: token["content"] for token in spec["added_tokens"]}
+        known = [by_id[i] for i in (ends if isinstance(ends, list) else [ends]) if i in by_id]
+        tok = from_json(spec, known[0] if known else None)
+    except (LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} is not understood: {type(e).__name__} {e}") from e
+    except UserError as e:
+        raise UserError(f"{folder}: {e}") from e
+    if tok.n_vocab > vocab_size:
+        raise UserError(f"{path} has {tok.n_vocab} ids, the model {vocab_size}")
+    return tok
+
+
+def write_run(out: Path, config: Config, weights: dict[str, Tensor], tok, options) -> None:
+    """A run folder from which to sample, and from which to train with --init_from."""
+    checkpoint.claim(out, resume=False, overwrite=options.overwrite)
+    checkpoint.write_config(out, replace(config, out_dir=str(out), wandb_run_name=out.name))
+    tokenizers.save(tok, out)
+    checkpoint.save(out, "last", checkpoint.Checkpoint(weights, {}, {}))
+
+
+COMMANDS = {"to-hf": to_hf, "from-hf": from_hf}
+
+if __name__ == "__main__":
+    cli(main)

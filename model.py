@@ -42,6 +42,7 @@ class GPTConfig:
     intermediate_size: int | None = None  # width of the MLP; None: 8/3 n_embd, down to a multiple of 64
     dropout: float = 0.0  # on attention weights, on each residual branch and on the embedding
     rope_theta: float = 10000.0  # base of RoPE's frequencies
+    norm_eps: float = 1e-6  # added to the mean square in every RMSNorm
     tie_embeddings: bool = False  # one matrix for the token embedding and the output head
     # sliding window
     window: int = 0  # last tokens that a layer marked S sees, the current one included; 0: all layers see all
@@ -58,6 +59,7 @@ class GPTConfig:
     qk_nope_head_dim: int | None = None  # width of a head's unrotated query and key; None: the rest of D
     v_head_dim: int | None = None  # width of a head's value; None: that of its key, D
     q_lora_rank: int | None = None  # width of the query's latent; None: a full-rank query projection
+    qk_rope_repeat: int | None = None  # how often each RoPE frequency occurs in that rotated part; None: 1
 
     def __post_init__(self):
         if self.attention not in ATTENTIONS:
@@ -69,6 +71,8 @@ class GPTConfig:
             raise ValueError(f"vocab_size must be at least 0, not {self.vocab_size}")
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta must be above 0, not {self.rope_theta}")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps must be above 0, not {self.norm_eps}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.window < 0 or self.sink_tokens < 0:
@@ -118,7 +122,7 @@ class GPTConfig:
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
 
-    def __init__(self, width: int, eps: float = 1e-6):
+    def __init__(self, width: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
@@ -149,12 +153,15 @@ class UnfusedRMSNorm(torch.autograd.Function):
         return (grad * weight).addcmul_(unit, along, value=-1).mul_(scale), product.sum(0), None
 
 
-def rope_angles(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_angles(positions: Tensor, width: int, theta: float, repeat: int = 1) -> tuple[Tensor, Tensor]:
     """Cosines and sines (B, 1, T, width) of RoPE (Su et al. 2021) at `positions` (B, T), in fp32.
 
-    The first half of the sines carries the sign of the rotation, see `rotate`.
+    The first half of the sines carries the sign of the rotation, see `rotate`. `repeat` RoPEs, each of
+    width / repeat, lie side by side.
     """
+    width //= repeat
     exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / max(width, 1)
+    exponent = exponent.repeat(repeat)
     angle = positions[:, None, :, None].float() * theta**-exponent  # (B, 1, T, width/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
@@ -499,7 +506,8 @@ class GroupedQueryAttention(nn.Module):
         self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
+            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
 
     @staticmethod
     def resolve(config: GPTConfig) -> None:
@@ -563,7 +571,10 @@ class MultiHeadLatentAttention(nn.Module):
     W_uk_h to the query and W_uv_h behind the sum, so that the heads attend to the cached latents themselves.
     """
 
-    KNOBS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
+    KNOBS = (
+        *("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank"),
+        "qk_rope_repeat",
+    )
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -575,10 +586,10 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_proj = nn.Linear(config.n_embd, q_width, bias=False)
         else:
             self.q_a_proj = nn.Linear(config.n_embd, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.norm_eps)
             self.q_b_proj = nn.Linear(config.q_lora_rank, q_width, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(config.n_embd, self.rank + self.dr, bias=False)
-        self.kv_a_layernorm = RMSNorm(self.rank)
+        self.kv_a_layernorm = RMSNorm(self.rank, config.norm_eps)
         self.kv_b_proj = nn.Linear(self.rank, self.n_head * (self.dn + self.dv), bias=False)
         self.o_proj = nn.Linear(self.n_head * self.dv, config.n_embd, bias=False)
 
@@ -599,6 +610,12 @@ class MultiHeadLatentAttention(nn.Module):
         if config.qk_rope_head_dim < 0 or config.qk_rope_head_dim % 2:
             raise ValueError(
                 f"RoPE turns pairs: qk_rope_head_dim must be even, not {config.qk_rope_head_dim}"
+            )
+        config.qk_rope_repeat = 1 if config.qk_rope_repeat is None else config.qk_rope_repeat
+        if config.qk_rope_repeat < 1 or config.qk_rope_head_dim % (2 * config.qk_rope_repeat):
+            raise ValueError(
+                f"qk_rope_head_dim = {config.qk_rope_head_dim} is no multiple of twice qk_rope_repeat = "
+                f"{config.qk_rope_repeat}"
             )
 
     @staticmethod
@@ -700,9 +717,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.n_embd)
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.self_attn = ATTENTIONS[config.attention](config)
-        self.post_attention_layernorm = RMSNorm(config.n_embd)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
@@ -721,7 +738,7 @@ class GPT(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd)
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
@@ -764,7 +781,8 @@ class GPT(nn.Module):
             if not (self.training or any(cache.lengths)):
                 self.lay_out_for_decoding()
             positions, layers = cache.advance(idx.size(1), lengths), cache.layers
-        rope = rope_angles(positions, ATTENTIONS[config.attention].rope_width(config), config.rope_theta)
+        width, repeat = ATTENTIONS[config.attention].rope_width(config), config.qk_rope_repeat or 1
+        rope = rope_angles(positions, width, config.rope_theta, repeat)
         x = F.dropout(self.embed_tokens(idx), config.dropout, self.training)  # (B, T, C)
         for layer, layer_cache in zip(self.layers, layers, strict=True):
             x = layer(x, rope, layer_cache)

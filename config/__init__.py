@@ -60,7 +60,7 @@ class Config(GPTConfig):
     wandb_run_name: str | None = None  # name of the run in W&B; None: the name of out_dir
     # data
     dataset: str = "stdlib"  # a folder in data/, or the path of a prepared folder
-    tokenizer: str | None = None  # byte, char, bpe, gpt2; None: the data set's own
+    tokenizer: str | None = None  # byte, char, bpe, gpt2, or a run folder; None: the data set's own
     gradient_accumulation_steps: int = 1  # micro-batches a step
     batch_size: int = 16  # sequences of block_size tokens in a micro-batch
     data_timeout: float = 30.0  # seconds that a micro-batch may take to read before a line says so

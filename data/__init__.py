@@ -34,19 +34,22 @@ CHECK_ALL_BELOW = 100_000_000  # a split of more tokens is checked in this many 
 def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) -> "Dataset":
     """Opens a set by its name in data/ or by its folder.
 
-    A named set that is missing is prepared if that needs no network. `tokenizer` asks for a named set under
-    another tokenizer than its own (kept in data/NAME/TOKENIZER), or tells that of a folder that does not.
-    Raises UserError: unknown, missing, unfinished, empty or damaged set, unknown tokenizer.
+    A named set that is missing is prepared if that needs no network. `tokenizer`, a kind or a folder that has
+    one, asks for a named set under another than its own (kept in data/NAME/TOKENIZER), or tells that of a
+    folder that does not. Raises UserError: unknown, missing, unfinished, empty or damaged set, unknown
+    tokenizer.
     """
-    if tokenizer is not None and tokenizer not in tokenizers.KINDS:
-        raise UserError(f"unknown tokenizer {tokenizer!r}: choose one of {', '.join(tokenizers.KINDS)}")
+    key, value, kind = "tokenizer", tokenizer, tokenizer
+    if tokenizer is not None and tokenizers.is_saved(tokenizer):
+        tok = tokenizers.load(tokenizer)
+        key, value, kind = "tokenizer_sha256", tokenizers.sha256(tok), tok.name
+    elif tokenizer is not None and tokenizer not in tokenizers.KINDS:
+        raise tokenizers.unknown(tokenizer)
     ours = sorted(path.parent.name for path in ROOT.glob("*/prepare.py"))
     if name in ours:
         folder = ROOT / name
-        if tokenizer is not None and not (
-            _is_set(folder) and _read_meta(folder).get("tokenizer") == tokenizer
-        ):
-            folder = folder / tokenizer
+        if tokenizer is not None and not (_is_set(folder) and _read_meta(folder).get(key) == value):
+            folder = folder / value[:16]
         if not _is_set(folder):
             _prepare(name, folder, tokenizer, prepare)
     elif Path(name).is_dir():
@@ -57,7 +60,7 @@ def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) 
         close = difflib.get_close_matches(name, ours, 1)
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(ours)}, or give a folder"
         raise UserError(f"unknown data set {name!r}: {hint}")
-    return Dataset(folder, tokenizer)
+    return Dataset(folder, kind)
 
 
 class Dataset:

@@ -1,5 +1,5 @@
-"""Tokenizers, all with tiktoken's interface: `byte`, `bpe` and `gpt2` are tiktoken encodings, `char` and
-`ids` small classes that look like one. What is used of the interface:
+"""Tokenizers, all with tiktoken's interface: `byte`, `bpe` and `gpt2` are tiktoken encodings, and so is what
+convert.py makes of a tokenizer.json; `char` and `ids` are small classes that look like one. What is used:
 
     name, n_vocab, eot_token (char, ids: None), encode_ordinary, encode_ordinary_batch, decode, decode_bytes,
     decode_single_token_bytes
@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import threading
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -93,14 +94,47 @@ class IdsTokenizer(_PlainTokenizer):
         return b"%d " % token
 
 
-Tokenizer = tiktoken.Encoding | CharTokenizer | IdsTokenizer
+class BpeTokenizer(tiktoken.Encoding):
+    """tiktoken's byte-pair encoding, with any name for the token that ends a document, or none."""
+
+    def __init__(
+        self,
+        name: str,
+        pattern: str,
+        ranks: dict[bytes, int],  # id of each token, which is also its priority in merging
+        special_tokens: dict[str, int],
+        end_of_text: str | None = END_OF_TEXT,  # which of them ends a document
+        nfc: bool = False,  # whether text is put into Unicode's normal form C first
+    ):
+        """Raises ValueError if the ids are not 0, 1, ... or a single byte has none."""
+        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+        if sorted([*ranks.values(), *special_tokens.values()]) != list(range(self.n_vocab)):
+            raise ValueError("ids must be distinct and begin at 0, without gaps")
+        if not all(bytes([b]) in ranks for b in range(256)):
+            raise ValueError("each single byte must be a token")
+        self.pattern, self.ranks, self.specials = pattern, ranks, special_tokens
+        self.end_of_text, self.nfc = end_of_text, nfc
+
+    @property
+    def eot_token(self) -> int | None:
+        return None if self.end_of_text is None else self.specials[self.end_of_text]
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return super().encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+
+
+Tokenizer = BpeTokenizer | CharTokenizer | IdsTokenizer
 
 
 def train(kind: str, texts: Iterable[str], vocab_size: int = 0) -> Tokenizer:
-    """The tokenizer `kind`; `char` and `bpe` are made from `texts`, `vocab_size` is for `bpe`.
+    """The tokenizer `kind`, or the one in the folder `kind`.
+
+    `char` and `bpe` are made from `texts`, `vocab_size` is for `bpe`.
 
     Raises UserError: unknown kind, no text, vocab_size too small, rustbpe missing, gpt2 without network.
     """
+    if is_saved(kind):
+        return load(kind)
     if kind == "byte":
         return _encoding("byte", r"(?s:.+)", [bytes([b]) for b in range(256)])
     if kind == "gpt2":
@@ -112,7 +146,16 @@ def train(kind: str, texts: Iterable[str], vocab_size: int = 0) -> Tokenizer:
         return CharTokenizer(chars)
     if kind == "bpe":
         return _train_bpe(texts, vocab_size)
-    raise UserError(f"unknown tokenizer {kind!r}: choose one of {', '.join(KINDS)}")
+    raise unknown(kind)
+
+
+def is_saved(folder: str | Path) -> bool:
+    """Whether a folder, such as that of a run, holds a tokenizer."""
+    return (Path(folder) / "tokenizer_spec.json").exists()
+
+
+def unknown(kind: str) -> UserError:
+    return UserError(f"unknown tokenizer {kind!r}: choose one of {', '.join(KINDS)}, or a run folder")
 
 
 def save(tok: Tokenizer, folder: str | Path) -> None:
@@ -135,9 +178,10 @@ def load(folder: str | Path) -> Tokenizer:
             tok = IdsTokenizer(spec["n_vocab"])
         else:
             lines = (Path(folder) / "tokenizer.tiktoken").read_bytes().splitlines()
-            tok = _encoding(
-                spec["kind"], spec["pattern"], [base64.b64decode(line.split()[0]) for line in lines]
-            )
+            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+            more = {name: spec[name] for name in ("end_of_text", "nfc") if name in spec}
+            specials = spec.get("special_tokens", {END_OF_TEXT: len(ranks)})
+            tok = BpeTokenizer(spec["kind"], spec["pattern"], ranks, specials, **more)
         damaged = sha256(tok) != spec["sha256"]
     except FileNotFoundError as e:
         raise UserError(f"{folder} holds no tokenizer: {Path(e.filename).name} is missing") from None
@@ -164,13 +208,10 @@ def byte_lengths(tok: Tokenizer) -> np.ndarray:
     return lengths
 
 
-def _encoding(name: str, pattern: str, tokens: list[bytes]) -> tiktoken.Encoding:
+def _encoding(name: str, pattern: str, tokens: list[bytes]) -> BpeTokenizer:
+    """Ids in the order of `tokens`, then <|endoftext|>."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    if len(ranks) != len(tokens) or not all(bytes([b]) in ranks for b in range(256)):
-        raise ValueError("ranks must be distinct and hold each single byte")
-    return tiktoken.Encoding(
-        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(tokens)}
-    )
+    return BpeTokenizer(name, pattern, ranks, {END_OF_TEXT: len(tokens)})
 
 
 def _describe(tok: Tokenizer) -> tuple[dict, bytes]:
@@ -179,13 +220,14 @@ def _describe(tok: Tokenizer) -> tuple[dict, bytes]:
         return {"kind": tok.name, "chars": tok.chars}, b""
     if isinstance(tok, IdsTokenizer):
         return {"kind": tok.name, "n_vocab": tok.n_vocab}, b""
-    ranks = b"".join(
-        b"%s %d\n" % (base64.b64encode(tok.decode_single_token_bytes(i)), i) for i in range(tok.eot_token)
-    )
-    return {"kind": tok.name, "pattern": tok._pat_str}, ranks
+    spec = {"kind": tok.name, "pattern": tok.pattern}
+    if tok.specials != {END_OF_TEXT: len(tok.ranks)} or tok.nfc:
+        spec |= {"special_tokens": tok.specials, "end_of_text": tok.end_of_text, "nfc": tok.nfc}
+    in_order = sorted(tok.ranks.items(), key=lambda item: item[1])
+    return spec, b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in in_order)
 
 
-def _train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     if vocab_size < 257:
         raise UserError(
             f"--vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}) for bpe, not {vocab_size}"
@@ -217,7 +259,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     return tok
 
 
-def _gpt2() -> tiktoken.Encoding:
+def _gpt2() -> BpeTokenizer:
     """GPT-2's tokenizer. tiktoken downloads it with no timeout; waiting in a thread bounds that."""
     outcome = [f"no answer in {DOWNLOAD_SECONDS} s"]
 

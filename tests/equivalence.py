@@ -28,6 +28,7 @@ VARIANTS = {
         "q-lora": {"q_lora_rank": 10, "tie_embeddings": True},
         "narrow-values": {"v_head_dim": 6},
         "wide-values": {"v_head_dim": 20},
+        "repeated-rope": {"qk_rope_head_dim": 4, "qk_rope_repeat": 2},
         "free-head": {"n_embd": 30, "qk_nope_head_dim": 10, "qk_rope_head_dim": 4, "kv_lora_rank": 9},
         "no-rope": {"qk_rope_head_dim": 0},
     },

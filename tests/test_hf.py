@@ -10,11 +10,11 @@ from convert import from_hf_state_dict, hf_config, hf_state_dict
 
 LLAMA, QWEN3, DEEPSEEK = "LlamaForCausalLM", "Qwen3ForCausalLM", "DeepseekV3ForCausalLM"
 CASES = {
-    "mha": (LLAMA, {"attention": "mha", "qk_norm": False}),
+    "mha": (LLAMA, {"attention": "mha", "qk_norm": False, "norm_eps": 1e-2}),
     "gqa": (LLAMA, {"attention": "gqa", "n_kv_head": 2, "qk_norm": False, "rope_theta": 500.0}),
     "gqa-free-head": (LLAMA, {"attention": "gqa", "n_kv_head": 2, "qk_norm": False, "head_dim": 12}),
     "mqa": (LLAMA, {"attention": "mqa", "qk_norm": False}),
-    "qk-norm-mha": (QWEN3, {"attention": "mha"}),
+    "qk-norm-mha": (QWEN3, {"attention": "mha", "norm_eps": 1e-2}),
     "qk-norm-gqa": (QWEN3, {"attention": "gqa", "n_kv_head": 2, "rope_theta": 500.0}),
     "qk-norm-mqa-free-head": (QWEN3, {"attention": "mqa", "head_dim": 6, "n_embd": 30}),
     "mla": (DEEPSEEK, {"attention": "mla"}),
@@ -75,6 +75,8 @@ def test_there_and_back_is_the_identity(cls, knobs, tie):
         ({"window": 8}, "window"),
         ({"qk_norm": False, "n_embd": 30, "head_dim": 8}, "n_embd"),
         ({"attention": "mla", "qk_rope_head_dim": 0}, "qk_rope_head_dim"),
+        ({"attention": "mla", "qk_rope_head_dim": 4, "qk_rope_repeat": 2}, "qk_rope_repeat"),
+        ({"attention": "mla", "norm_eps": 1e-5}, "norm_eps"),
     ],
     ids=str,
 )

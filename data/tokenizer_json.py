@@ -1,0 +1,138 @@
+"""`tokenizer.json`, the file that Hugging Face's `tokenizers` reads, from our tokenizers and back.
+
+A byte-pair encoding by ranks merges the two neighbours whose joint token has the lowest id; tokenizer.json
+lists the pairs to merge, in order. So each way of cutting a token in two becomes a merge on the way out, and
+on the way in the merges must come in the order of the ids they make.
+"""
+
+from config import UserError
+from data.tokenizer import GPT2_PATTERN, BpeTokenizer, CharTokenizer, IdsTokenizer, Tokenizer
+
+# GPT-2's printable names of bytes: those that are visible in Latin-1 stand for themselves
+_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_HIDDEN = [b for b in range(256) if b not in _VISIBLE]
+BYTE_NAMES = {b: chr(b) for b in _VISIBLE} | {b: chr(256 + i) for i, b in enumerate(_HIDDEN)}
+BYTES_BY_NAME = {name: b for b, name in BYTE_NAMES.items()}
+# GPT-2's split with each digit on its own, as Hugging Face's Digits and then ByteLevel make it
+DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(
+    r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)"
+)
+
+
+def to_json(tok: Tokenizer) -> dict:
+    """The contents of tokenizer.json: the same ids for every text that `tok.encode_ordinary` takes.
+
+    A character that a char tokenizer lacks is an error there too.
+    """
+    blank = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
+    blank |= {"normalizer": None, "post_processor": None}
+    if isinstance(tok, BpeTokenizer):
+        # Oniguruma, their engine, writes (?m: where ours writes (?s:; bytes without merges need no split
+        split = {"type": "Split", "pattern": {"Regex": tok.pattern}, "behavior": "Isolated", "invert": False}
+        to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        merges = _merges(tok.ranks)
+        model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+        model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False}
+        model |= {"ignore_merges": True, "vocab": {_name(token): i for token, i in tok.ranks.items()}}
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        return blank | {
+            "added_tokens": [{"id": i, "content": token, **plain} for token, i in tok.specials.items()],
+            "normalizer": {"type": "NFC"} if tok.nfc else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]} if merges else to_bytes,
+            "decoder": to_bytes,
+            "model": model | {"merges": merges},
+        }
+    if isinstance(tok, CharTokenizer):
+        every = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+        vocab, decoder = {c: i for i, c in enumerate(tok.chars)}, {"type": "Fuse"}
+    else:
+        every, vocab, decoder = {"type": "WhitespaceSplit"}, {str(i): i for i in range(tok.n_vocab)}, None
+    model = {
+        "type": "WordLevel",
+        "vocab": vocab,
+        "unk_token": "<unk>",
+    }  # not in vocab, so the unknown is a fault
+    return blank | {"pre_tokenizer": every, "decoder": decoder, "model": model}
+
+
+def from_json(content: dict, end_of_text: str | None) -> Tokenizer:
+    """Our tokenizer from the contents of a tokenizer.json; `end_of_text` is the special token so used.
+
+    Byte-level byte-pair encodings (GPT-2, Llama 3, Qwen, SmolLM2, ...), and those that `to_json` writes.
+    Raises UserError naming what is not one.
+    """
+    model, splitter = content["model"], content["pre_tokenizer"]
+    if model["type"] == "WordLevel" and content["added_tokens"] == []:
+        words = sorted(model["vocab"], key=model["vocab"].get)
+        if splitter["type"] == "Split" and all(len(word) == 1 for word in words):
+            return CharTokenizer("".join(words))
+        if splitter["type"] == "WhitespaceSplit" and words == [str(i) for i in range(len(words))]:
+            return IdsTokenizer(len(words))
+    if model["type"] != "BPE" or model.get("byte_fallback") or not _is_byte_level(content["decoder"]):
+        raise UserError(f"its tokenizer ({model['type']}) is no byte-level byte-pair encoding")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise UserError(f"its tokenizer uses {option}, for which there is nothing here")
+    normalizer = (content["normalizer"] or {"type": None})["type"]
+    if normalizer not in (None, "NFC"):
+        raise UserError(f"its tokenizer normalises text by {normalizer}, only NFC is known")
+    specials = {token["content"]: token["id"] for token in content["added_tokens"]}
+    ranks = {_bytes(name): i for name, i in model["vocab"].items() if name not in specials}
+    if end_of_text is not None and end_of_text not in specials:
+        raise UserError(f"its tokenizer does not know {end_of_text!r}, its token for the end of a text")
+    made = [
+        ranks[_bytes(merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge))]
+        for merge in model["merges"]
+    ]
+    if made != sorted(made):
+        raise UserError("its tokenizer merges in another order than that of the ids")
+    pattern = _pattern(splitter, bool(made))
+    try:
+        return BpeTokenizer("bpe", pattern, ranks, specials, end_of_text, normalizer == "NFC")
+    except ValueError as e:
+        raise UserError(f"its tokenizer does not fit: {' '.join(str(e).split())}") from e
+
+
+def _merges(ranks: dict[bytes, int]) -> list[str]:
+    """Every cut of a token into two tokens, in the order of the ids made, then of the parts' ids."""
+    pairs = []
+    for token, rank in ranks.items():
+        cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+        pairs += [(rank, ranks[a], ranks[b], a, b) for a, b in cuts if a in ranks and b in ranks]
+    return [f"{_name(a)} {_name(b)}" for *_, a, b in sorted(pairs)]
+
+
+def _pattern(splitter: dict, merges: bool) -> str:
+    """The pattern that splits text as this pre-tokenizer does."""
+    parts = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
+    kinds = [part["type"] for part in parts]
+    if not _is_byte_level(parts[-1]) or parts[-1].get("add_prefix_space"):
+        raise UserError(f"its pre-tokenizer ({' + '.join(kinds)}) is not known")
+    match parts[:-1]:
+        case [] if parts[-1].get("use_regex", True):
+            return GPT2_PATTERN
+        case [] if not merges:  # nothing to keep apart
+            return r"(?s:.+)"
+        case [{"type": "Digits", "individual_digits": True}] if parts[-1].get("use_regex", True):
+            return DIGITS_PATTERN
+        case [{"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}}] if not parts[-1].get(
+            "use_regex", True
+        ):
+            return pattern
+    raise UserError(f"its pre-tokenizer ({' + '.join(kinds)}) is not known")
+
+
+def _is_byte_level(part: dict | None) -> bool:
+    return part is not None and part["type"] == "ByteLevel"
+
+
+def _name(token: bytes) -> str:
+    return "".join(BYTE_NAMES[b] for b in token)
+
+
+def _bytes(name: str) -> bytes:
+    """Raises UserError if `name` is not made of the names of bytes."""
+    try:
+        return bytes(BYTES_BY_NAME[c] for c in name)
+    except KeyError as e:
+        raise UserError(f"its tokenizer holds {name!r}, which is no sequence of bytes") from e

@@ -1,0 +1,407 @@
+"""Runs to and from Hugging Face, by the command, on small random models: nothing is downloaded."""
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import tokenizers as hugging_face_tokenizers
+import torch
+import transformers
+from equivalence import close, small_model, tokens
+from safetensors.torch import load_file, save_file
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+import checkpoint
+import convert
+from config import Config, UserError
+from data import tokenizer
+from data.tokenizer_json import from_json, to_json
+from sample import generate_lists, load_run
+
+BYTE = tokenizer.train("byte", [])
+TEXT = [Path(__file__).read_text(encoding="utf-8"), "naïve café 数学 🙂 " * 20]
+BPE = tokenizer.train("bpe", TEXT, 400)
+SHAPES = {
+    "mha": {"attention": "mha", "qk_norm": False},
+    "mqa": {"attention": "mqa", "qk_norm": False},
+    "gqa": {"attention": "gqa", "n_kv_head": 2, "qk_norm": False},
+    "qk-norm": {"attention": "gqa", "n_kv_head": 2},
+    "mla": {"attention": "mla"},
+    "mla-q-lora": {"attention": "mla", "q_lora_rank": 10},
+}
+VARIANTS = {
+    f"{name}-{tie}": (knobs, tie == "tied") for name, knobs in SHAPES.items() for tie in ("tied", "untied")
+}
+GREEDY = 100
+
+IN_A_FRESH_PROCESS = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+idx, texts, prompt = torch.load("in.pt")
+torch.set_num_threads(1)
+results = {}
+with torch.no_grad():
+    for name in sys.argv[1:]:
+        model, tok = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        start = tok(prompt, return_tensors="pt", add_special_tokens=False)
+        new = model.generate(**start, max_new_tokens=100, do_sample=False)[0, start["input_ids"].size(1) :]
+        results[name] = {"class": type(model).__name__, "logits": model(idx).logits}
+        results[name]["greedy"] = tok.decode(new, skip_special_tokens=True)
+        ids = tok(texts, add_special_tokens=False)["input_ids"] if texts and "untied" in name else []
+        results[name] |= {"ids": ids, "back": tok.batch_decode(ids)}
+torch.save(results, "out.pt")
+"""
+
+
+def random_texts(n: int) -> list[str]:
+    """Of any code points, of those that splitting turns on, of ASCII, and of words."""
+    draw = random.Random(0)
+    words = [
+        "def",
+        "  return",
+        "\n\n    self",
+        "it's",
+        "WE'LL",
+        "数学",
+        "🙂",
+        "naïve",
+        "a    b",
+        "1234",
+        "\t\t",
+    ]
+    kinds = [
+        lambda: chr(draw.choice([draw.randrange(0xD800), draw.randrange(0xE000, 0x110000)])),
+        lambda: draw.choice(" \t\r\n.'x3éſK<|>sdllverE0٣Ⅷ½\u00a0\u2003\u0085"),
+        lambda: chr(draw.randrange(0x20, 0x7F)),
+        lambda: draw.choice(words) + " ",
+    ]
+    return ["".join(kinds[i % 4]() for _ in range(draw.randrange(40))) for i in range(n)]
+
+
+def make_run(folder: Path, tok=BPE, **knobs):
+    """A run folder with a random model; returns the model."""
+    model = small_model(vocab_size=tok.n_vocab, block_size=160, **knobs)
+    config = Config(**asdict(model.config), out_dir=str(folder), dataset="text")
+    checkpoint.claim(folder, resume=False, overwrite=False)
+    checkpoint.write_config(folder, config)
+    tokenizer.save(tok, folder)
+    checkpoint.save(folder, "best", checkpoint.Checkpoint(model.state_dict(), {}, {"step": 1}))
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Every variant as a run and as a Hugging Face folder, and what a fresh process makes of the latter."""
+    root = tmp_path_factory.mktemp("exported")
+    for i, (name, (knobs, tie)) in enumerate(VARIANTS.items()):
+        tok = BYTE if i % 4 > 1 else BPE
+        make_run(root / "runs" / name, tok, tie_embeddings=tie, **knobs)
+        convert.main(["to-hf", str(root / "runs" / name / "best"), str(root / name), "--check=False"])
+    torch.save((tokens(2, 40), random_texts(1000), "class A:"), root / "in.pt")
+    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, *VARIANTS]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    return root, torch.load(root / "out.pt")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_fresh_process_computes_the_same(exported, name):
+    root, results = exported
+    model, tok = load_run(root / "runs" / name, "cpu")
+    theirs = results[name]
+    with torch.no_grad():
+        close(model(tokens(2, 40))[0], theirs["logits"], 1e-4)
+    prompt = tok.encode_ordinary("class A:")
+    (ours,) = generate_lists(model, [prompt], GREEDY, temperature=0, stop_ids=(tok.eot_token,))
+    assert tok.decode(ours) == theirs["greedy"]
+    expected = {"mla": "DeepseekV3", "qk-": "Qwen3"}.get(name[:3], "Llama")
+    assert theirs["class"] == f"{expected}ForCausalLM"
+
+
+@pytest.mark.parametrize("tok", [BYTE, BPE], ids=["byte", "bpe"])
+def test_a_fresh_process_reads_text_the_same(exported, tok):
+    root, results = exported
+    texts = random_texts(1000)
+    (name, *_) = [n for n in VARIANTS if "untied" in n and load_run(root / "runs" / n)[1].name == tok.name]
+    assert results[name]["ids"] == [tok.encode_ordinary(text) for text in texts]
+    assert results[name]["back"] == texts
+
+
+@pytest.mark.parametrize("name", ["mqa-tied", "qk-norm-untied", "mla-untied", "mla-q-lora-tied"])
+def test_from_hf_and_to_hf_again_is_the_identity(exported, name, tmp_path):
+    root, _ = exported
+    convert.main(["from-hf", str(root / name), str(tmp_path / "run"), "--check=False"])
+    convert.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "hf"), "--check=False"])
+    for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (root / name / file).read_text() == (tmp_path / "hf" / file).read_text()
+    before, after = (load_file(folder / "model.safetensors") for folder in (root / name, tmp_path / "hf"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_command_checks_what_it_wrote(tmp_path, capsys, monkeypatch):
+    make_run(tmp_path / "run", attention="mla")
+    command = ["to-hf", f"--run={tmp_path / 'run'}", f"--out={tmp_path / 'hf'}"]
+    convert.main([*command, "--dtype=bfloat16"])
+    assert "wrote DeepseekV3ForCausalLM" in (said := capsys.readouterr().out)
+    assert "logits as in transformers" in said and "token ids equal" in said
+    assert load_file(tmp_path / "hf" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    with pytest.raises(UserError, match="already holds a model.*--overwrite=True"):
+        convert.main(command)
+    monkeypatch.setattr(convert, "order_rope_rows", lambda name, weight, config, to_hf: weight)
+    with pytest.raises(UserError, match="logits of transformers .* differ"):
+        convert.main([*command, "--overwrite=True"])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    convert.main([*command, "--overwrite=True"])
+    assert "NOT checked: transformers is not installed" in capsys.readouterr().out
+
+
+# from Hugging Face
+
+
+def foreign_model(folder: Path, cls="Llama", **fields) -> torch.nn.Module:
+    """A model as transformers itself makes and saves it, in several files."""
+    small = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small |= {
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "head_dim": 12,
+    }
+    config = getattr(transformers, f"{cls}Config")(**small | fields)
+    model = getattr(transformers, f"{cls}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=p.size(1) ** -0.5) if p.ndim == 2 else p.uniform_(0.5, 1.5)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return model
+
+
+DENSE = {
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 5,
+    "q_lora_rank": None,
+}
+DENSE |= {"first_k_dense_replace": 2, "num_key_value_heads": 4, "n_routed_experts": 1, "head_dim": 4}
+
+
+@pytest.mark.parametrize(
+    "cls,fields",
+    [
+        ("Llama", {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
+        ("Qwen3", {"tie_word_embeddings": True}),
+        ("DeepseekV3", DENSE),
+        ("DeepseekV3", DENSE | {"rope_interleave": False, "q_lora_rank": 7}),
+    ],
+)
+def test_a_foreign_model_becomes_a_run(cls, fields, tmp_path, capsys):
+    theirs = foreign_model(tmp_path / "hf", cls, **fields)
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert "logits as in transformers" in said and "prompts and samples are token ids" in said
+    model, tok = load_run(tmp_path / "run", "cpu")
+    idx = tokens(2, 40)
+    with torch.no_grad():
+        close(model(idx)[0], theirs(idx).logits, 1e-4)
+    assert tok.encode_ordinary("1 60") == [1, 60]
+
+
+def test_the_old_way_of_writing_rope_is_read(tmp_path):
+    foreign_model(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    content = json.loads(path.read_text())
+    del content["rope_parameters"]
+    path.write_text(json.dumps(content | {"rope_theta": 500.0, "rope_scaling": None}))
+    assert convert.gpt_config(json.loads(path.read_text())).rope_theta == 500.0
+
+
+@pytest.mark.parametrize(
+    "change,named",
+    [
+        ({"model_type": "mamba"}, "'mamba'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "'llama3'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"model_type": "deepseek_v3", "first_k_dense_replace": 1}, "first_k_dense_replace = 1"),
+        ({"num_key_value_heads": 3}, "n_kv_head = 3"),
+        ({"hidden_size": None}, "n_embd|hidden_size"),
+        ({"intermediate_size": 52}, "shape"),
+        ({"num_hidden_layers": 1}, r"no place here for the weights layers\.1"),
+        ({"num_hidden_layers": 3}, r"lacks the weights layers\.2"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_does_not_map_is_refused_by_name(change, named, tmp_path):
+    foreign_model(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    content = json.loads(path.read_text())
+    if "rope_scaling" in change:
+        del content["rope_parameters"]
+    path.write_text(json.dumps(content | change))
+    with pytest.raises(UserError, match=named):
+        convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run"), "--check=False"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_faults_of_a_folder_are_one_line(tmp_path, monkeypatch):
+    command = ["from-hf", str(tmp_path / "hf"), str(tmp_path / "run")]
+    with pytest.raises(UserError, match="no folder"):
+        convert.main(command)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="cannot fetch nobody/nothing .*connect to the network"):
+        convert.main(["from-hf", "nobody/nothing", str(tmp_path / "run")])
+    foreign_model(tmp_path / "hf")
+    (shard, *_) = (tmp_path / "hf").glob("*.safetensors")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:100])
+    with pytest.raises(UserError, match=f"{shard.name} is missing or damaged"):
+        convert.main(command)
+    (tmp_path / "hf" / "model.safetensors.index.json").unlink()
+    torch.save({}, tmp_path / "hf" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin: pickles can run code and are not loaded"):
+        convert.main(command)
+
+
+def test_a_converted_run_does_not_resume(tmp_path):
+    weights = small_model(vocab_size=5).state_dict()
+    checkpoint.save(tmp_path, "last", checkpoint.Checkpoint(weights, {}, {}))
+    with pytest.raises(UserError, match="holds weights only.*--init_from="):
+        checkpoint.load(tmp_path, "last")
+
+
+@pytest.mark.parametrize("argv", [[], ["to-gguf"], ["to-hf", "a", "b", "c"], ["to-hf", "a"]])
+def test_a_wrong_command_is_one_line(argv):
+    with pytest.raises(UserError, match="which conversion|unexpected argument|--out"):
+        convert.main(argv)
+
+
+# tokenizers
+
+
+@pytest.mark.parametrize(
+    "tok", [BYTE, BPE, tokenizer.train("char", TEXT), tokenizer.IdsTokenizer(20)], ids=lambda tok: tok.name
+)
+def test_tokenizer_json_and_back_is_the_identity(tok):
+    back = from_json(to_json(tok), None if tok.eot_token is None else tokenizer.END_OF_TEXT)
+    assert (
+        tokenizer.sha256(back) == tokenizer.sha256(tok) or tok is BYTE
+    )  # whose kind is a bpe without merges
+    assert (back.n_vocab, back.eot_token) == (tok.n_vocab, tok.eot_token)
+
+
+def test_char_tokenizers_agree_on_newlines_and_on_the_unknown():
+    tok = tokenizer.train("char", TEXT)
+    theirs = hugging_face_tokenizers.Tokenizer.from_str(json.dumps(to_json(tok)))
+    for text in TEXT:
+        ids = theirs.encode(text).ids
+        assert ids == tok.encode_ordinary(text)
+        assert theirs.decode(ids) == text
+    with pytest.raises(Exception, match="(?i)unk"):
+        theirs.encode("ж")
+
+
+def foreign_tokenizer(pre, normalizer=None) -> hugging_face_tokenizers.Tokenizer:
+    """A byte-level BPE as others ship them: special tokens first, merges as trained."""
+    theirs = hugging_face_tokenizers.Tokenizer(models.BPE())
+    theirs.pre_tokenizer, theirs.decoder = pre, decoders.ByteLevel()
+    if normalizer is not None:
+        theirs.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<|end|>", "<|begin|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    theirs.train_from_iterator(TEXT, trainer)
+    return theirs
+
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def by_regex(pattern):
+    split = pre_tokenizers.Split(hugging_face_tokenizers.Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def gpt2_style():
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        foreign_tokenizer(gpt2_style()),
+        foreign_tokenizer(
+            pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2_style()])
+        ),
+        foreign_tokenizer(by_regex(LLAMA3)),
+        foreign_tokenizer(by_regex(LLAMA3), normalizers.NFC()),
+    ],
+    ids=["gpt2", "smollm2", "llama3", "qwen3"],
+)
+def test_a_foreign_tokenizer_gives_the_same_ids(theirs, tmp_path):
+    tok = from_json(json.loads(theirs.to_str()), "<|end|>")
+    tokenizer.save(tok, tmp_path)
+    tok = tokenizer.load(tmp_path)
+    texts = [*random_texts(1000), "e\u0301 a  5", "12  34"]
+    assert [tok.encode_ordinary(text) for text in texts] == [theirs.encode(text).ids for text in texts]
+    assert (tok.eot_token, tok.n_vocab) == (theirs.token_to_id("<|end|>"), theirs.get_vocab_size())
+    again = hugging_face_tokenizers.Tokenizer.from_str(json.dumps(to_json(tok)))
+    assert [again.encode(text).ids for text in texts] == [theirs.encode(text).ids for text in texts]
+
+
+@pytest.mark.parametrize(
+    "change,named",
+    [
+        (lambda spec: spec["model"].update(type="Unigram"), "Unigram"),
+        (lambda spec: spec["model"].update(byte_fallback=True), "no byte-level"),
+        (lambda spec: spec.update(decoder={"type": "Metaspace"}), "no byte-level"),
+        (lambda spec: spec.update(normalizer={"type": "Lowercase"}), "Lowercase"),
+        (lambda spec: spec.update(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
+        (lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True), "ByteLevel"),
+        (lambda spec: spec["model"]["merges"].reverse(), "another order"),
+        (lambda spec: spec["model"]["vocab"].update({"word here": 500}), "no sequence of bytes"),
+        (lambda spec: spec["model"]["vocab"].update({"Ġ!Ġ": 501}), "without gaps"),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused_by_name(change, named):
+    spec = json.loads(foreign_tokenizer(gpt2_style()).to_str())
+    change(spec)
+    with pytest.raises(UserError, match=named):
+        from_json(spec, "<|end|>")
+
+
+def test_data_is_prepared_under_the_tokenizer_of_a_converted_run(tmp_path):
+    spec = foreign_tokenizer(by_regex(LLAMA3)).to_str()
+    foreign_model(tmp_path / "hf", vocab_size=500, eos_token_id=[7, 0])
+    (tmp_path / "hf" / "tokenizer.json").write_text(spec)
+    convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run")])
+    tok = tokenizer.load(tmp_path / "run")
+    assert tok.end_of_text == "<|end|>"
+    assert tokenizer.sha256(tokenizer.train(str(tmp_path / "run"), [])) == tokenizer.sha256(tok)
+
+
+def test_tied_weights_that_are_stored_twice_are_read_once(tmp_path):
+    foreign_model(tmp_path / "hf", tie_word_embeddings=True)
+    (tmp_path / "hf" / "model.safetensors.index.json").unlink()
+    weights = {}
+    for shard in (tmp_path / "hf").glob("*.safetensors"):
+        weights |= load_file(shard)
+        shard.unlink()
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "hf" / "model.safetensors")
+    convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run"), "--check=False"])
+    assert "lm_head.weight" not in checkpoint.load_weights(tmp_path / "run", "last")
