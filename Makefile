@@ -1,4 +1,5 @@
 # make train   a venv, the data, a trained config/mla.py, a sample (ARGS="--overwrite=True" trains it anew)
+# make compare the picture and the table of the README: quality against cache, resumable
 # make test    the test suite
 # make lint    ruff
 
@@ -6,11 +7,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= config/mla.py
 
-.PHONY: train test lint clean
+.PHONY: train compare test lint clean
 
 train: .venv/run
 	$(BIN)/python train.py $(CONFIG) $(ARGS)
 	$(BIN)/python sample.py out/$(basename $(notdir $(CONFIG))) --start="class Error(" --temperature=0.5 --max_new_tokens=150
+
+compare: .venv/run
+	$(BIN)/python sweep.py config/compare.txt out/compare
+	$(BIN)/python compare.py out/compare/*
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q

@@ -1,0 +1,453 @@
+"""Compare runs: how much quality does each byte of KV cache buy? `python compare.py out/*`
+
+Prints a table sorted by cache, the Pareto frontier marked with a * (no other run is as good on as few bytes),
+and draws the picture. Runs that differ in their seed alone are one row: mean ± standard deviation over seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle, product
+from pathlib import Path
+from typing import Literal
+
+import checkpoint
+from config import UserError, cli, parse
+
+USAGE = """python compare.py RUN_FOLDER... [--key=value ...]
+
+The table goes to standard output. What cannot be compared is named on standard error, a line each."""
+REQUIRED = ("attention", "tokens", "params/total", "kv_cache/bytes_per_token", "kv_cache/ratio_to_mha")
+REQUIRED += ("best/val_loss", "final/val_loss")  # the latter is written when a run has come to its end
+MEASURED = ("best/val_loss", "best/val_bpb", "decode/tokens_per_s", "train/tokens_per_s")
+CACHE = "kv_cache/bytes_per_token"
+NOT_THE_EXPERIMENT = {"seed", "out_dir", "overwrite", "wandb_log", "wandb_project", "wandb_run_name"}
+MOST_NAMES = 30  # rows that are named in the picture
+CURVE_POINTS = 400  # of a curve that are read; a picture shows no more
+MARK = b'"train/loss"'  # in the lines of metrics.jsonl that are points of the curve
+STYLES = {  # of an attention: colour, marker and line, any of which tells it apart
+    "mha": ("#000000", "o", "-"),
+    "gqa": ("#0072b2", "^", "--"),
+    "mqa": ("#e69f00", "s", ":"),
+    "mla": ("#d55e00", "D", "-."),
+}
+MORE_STYLES = (("#009e73", "v", (0, (5, 1))), ("#cc79a7", "P", (0, (1, 1))), ("#56b4e9", "X", (0, (8, 2))))
+
+
+@dataclass
+class Options:
+    """Which runs, and what to make of them."""
+
+    format: Literal["text", "markdown", "json"] = "text"  # of the table
+    picture: str = "compare.png"  # where the picture goes; empty: nowhere
+    into: str = ""  # a Markdown file, whose text from <!-- compare --> to <!-- /compare --> becomes the table
+    wandb: str = ""  # ENTITY/PROJECT: the finished runs of a W&B project instead of folders
+    workspace: bool = False  # also save a workspace with the scatter panel in that project
+
+
+@dataclass
+class Run:
+    name: str
+    config: dict
+    summary: dict  # the keys of metrics.jsonl, last values, and the facts of the run
+    curve: list[dict]  # training events in order, thinned: tokens, time, train/loss, train/tokens_per_s
+    id: str = ""  # in W&B
+
+    def __post_init__(self):
+        missing = [key for key in REQUIRED if self.summary.get(key) is None]
+        if missing == ["final/val_loss"]:
+            step = self.summary.get("step")
+            raise UserError(f"{self.name}: not finished; stopped, or still running, at step {step}")
+        if missing:
+            raise UserError(f"{self.name}: its summary has no {', '.join(missing)}")
+        bad = [key for key in REQUIRED[1:] if not is_number(self.summary[key])]
+        if bad or not self.summary[CACHE] > 0 or not self.summary["params/total"] > 0:
+            raise UserError(f"{self.name}: {', '.join(bad) or CACHE} should be a number above 0")
+        self.curve = [
+            e for e in self.curve if all(map(is_number, map(e.get, ("tokens", "time", "train/loss"))))
+        ]
+        if rates := [rate for e in self.curve if is_number(rate := e.get("train/tokens_per_s"))]:
+            self.summary = self.summary | {"train/tokens_per_s": statistics.median(rates)}
+
+
+@dataclass
+class Row:
+    """Runs that differ in nothing but their seed."""
+
+    runs: list[Run]
+    name: str = ""
+    frontier: bool = False
+    values: dict[str, list[float]] = field(init=False)  # of MEASURED, from each run that has them
+
+    def __post_init__(self):
+        summaries = [run.summary for run in self.runs]
+        self.values = {key: [v for s in summaries if is_number(v := s.get(key))] for key in MEASURED}
+        names = [Path(run.name).name for run in self.runs]
+        self.name = names[0]
+        if len(names) > 1:  # what they have in common: mla-s1 and mla-s2 are mla
+            self.name = re.sub(r"[-_.]*(seed|s)?[-_.]*$", "", os.path.commonprefix(names)) or names[0]
+
+    def __getitem__(self, key: str):
+        """The mean over seeds of what is MEASURED (None if no run has it), or a fact of the runs."""
+        if key not in MEASURED:
+            return self.runs[0].summary.get(key)
+        return statistics.fmean(self.values[key]) if self.values[key] else None
+
+    def spread(self, key: str) -> float | None:
+        """Sample standard deviation over seeds; None for a single run."""
+        return statistics.stdev(self.values[key]) if len(self.values[key]) > 1 else None
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) < float("inf")
+
+
+# Reading: each source is a call that returns a Run or raises a UserError, one line
+
+
+def read_folder(path: Path) -> Run:
+    if not path.is_dir():
+        raise UserError(f"{path}: no folder")
+    if not (path / "config.json").exists():
+        raise UserError(f"{path}: no run folder, it has no config.json")
+    if not (path / "summary.json").exists():
+        raise UserError(f"{path}: stopped before its first checkpoint, it has no summary.json")
+    config, summary = (checkpoint.read_json(path / f"{name}.json") for name in ("config", "summary"))
+    if not isinstance(config, dict) or not isinstance(summary, dict):
+        raise UserError(f"{path}: damaged, config.json or summary.json is no JSON object")
+    return Run(str(path), config, summary, read_curve(path / "metrics.jsonl"))
+
+
+def read_curve(path: Path) -> list[dict]:
+    """Training events of a metrics.jsonl: the first after each of CURVE_POINTS places in it, and the last."""
+    try:
+        data = path.read_bytes() + b"\n"
+    except OSError:
+        return []
+    hits = {data.find(MARK, i * len(data) // CURVE_POINTS) for i in range(CURVE_POINTS)} | {data.rfind(MARK)}
+    events = []
+    for at in sorted(hits - {-1}):
+        try:
+            events.append(json.loads(data[data.rfind(b"\n", 0, at) + 1 : data.index(b"\n", at)]))
+        except ValueError:  # cut short when the run was killed
+            continue
+    return [event for event in events if isinstance(event, dict)]
+
+
+def wandb_sources(project: str, api=None) -> list[Callable[[], Run]]:
+    """The runs of ENTITY/PROJECT; `api` takes the place of wandb.Api(). Raises UserError."""
+    try:
+        import wandb
+    except ImportError as e:
+        raise UserError("--wandb needs a package: pip install wandb") from e
+    try:
+        return [partial(read_wandb, run) for run in (api or wandb.Api(timeout=20)).runs(project)]
+    except Exception as e:  # no key, no network, no such project: errors of several libraries
+        raise UserError(f"cannot read {project} from W&B: {one_line(e)}") from e
+
+
+def read_wandb(run) -> Run:
+    keys = ["tokens", "time", "train/loss", "train/tokens_per_s"]
+    try:
+        config, summary = dict(run.config), dict(run.summary)
+        curve = run.history(samples=CURVE_POINTS, keys=keys, pandas=False)
+    except Exception as e:
+        raise UserError(f"{run.name}: cannot read it from W&B: {one_line(e)}") from e
+    return Run(run.name, config, config | summary, curve, run.id)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_all(sources: list[Callable[[], Run]]) -> list[Run]:
+    """The runs that can be compared; a line on standard error for each of the others."""
+    runs = []
+    for source in sources:
+        try:
+            runs.append(source())
+        except UserError as e:
+            print(f"left out {one_line(e)}", file=sys.stderr)
+    if not runs:
+        raise UserError("no finished run to compare; name run folders, such as out/*")
+    return runs
+
+
+# Comparing
+
+
+def make_rows(runs: list[Run]) -> list[Row]:
+    """Runs by experiment, sorted by cache and then by quality, with the Pareto frontier marked."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        experiment = {k: v for k, v in run.config.items() if k not in NOT_THE_EXPERIMENT}
+        if experiment.get("init_from") == "resume":  # went on after a stop, with what it had begun with
+            experiment["init_from"] = "scratch"
+        facts = [run.summary.get(key) for key in ("corpus_sha256", "tokens", CACHE)]
+        same = json.dumps([experiment, facts], sort_keys=True, default=str)
+        seed = run.summary.get("seed")
+        again = 0  # a seed that is there already is a repetition, a row of its own
+        while any(other.summary.get("seed") == seed for other in groups.get((same, again), [])):
+            again += 1
+        groups.setdefault((same, again), []).append(run)
+    rows = [Row(group) for group in groups.values()]
+    for row in rows:
+        if sum(other.name == row.name for other in rows) > 1:
+            row.name = row.runs[0].name
+    key = quality_key(rows)
+    rows.sort(key=lambda row: (row[CACHE], row[key]))
+    best = float("inf")
+    for row in rows:
+        row.frontier = row[key] < best
+        best = min(best, row[key])
+    return rows
+
+
+def quality_key(rows: list[Row]) -> str:
+    """Bits per byte, which compares tokenizers too; the loss where the data is no text."""
+    return "best/val_bpb" if all(row["best/val_bpb"] is not None for row in rows) else "best/val_loss"
+
+
+def warnings(rows: list[Row]) -> list[str]:
+    """Why rows are not comparable, a line for each reason; rows are held against what most of them have."""
+    lines = []
+    for key, what in (("corpus_sha256", "other data"), ("tokens", "another number of tokens")):
+        values = [row[key] for row in rows]
+        usual = statistics.mode(values)
+        odd = [f"{row.name} ({shorten(row[key])})" for row in rows if row[key] != usual]
+        if odd:
+            lines.append(f"not comparable, {what} than the rest ({shorten(usual)}): {', '.join(odd)}")
+    middle = statistics.median_low(row["params/total"] for row in rows)
+    off = {row.name: row["params/total"] - middle for row in rows}
+    odd = [f"{name} ({n / middle:+.1%})" for name, n in off.items() if abs(n) > 0.01 * middle]
+    if odd:
+        lines.append(f"not comparable, parameters more than 1 % off the median {middle:,}: {', '.join(odd)}")
+    return lines
+
+
+def shorten(value) -> str:
+    return f"{value:,}" if is_number(value) else str(value)[:8]
+
+
+# Showing
+
+
+def cells(row: Row) -> dict[str, str]:
+    """A row of the table, by column."""
+
+    def measured(key: str, digits: str) -> str:
+        if row[key] is None:
+            return "-"
+        spread = "" if row.spread(key) is None else f" ± {row.spread(key):{digits}}"
+        return f"{row[key]:{digits}}{spread}"
+
+    def rate(key: str) -> str:
+        return "-" if row[key] is None else f"{row[key]:,.0f}"
+
+    return {
+        "run": row.name + (" *" if row.frontier else ""),
+        "attention": row["attention"],
+        "parameters": f"{row['params/total']:,}",
+        "cache B/token": f"{row[CACHE]:,}",
+        "of MHA": f"{row['kv_cache/ratio_to_mha']:.1%}",
+        "val loss": measured("best/val_loss", ".4f"),
+        "bits/byte": measured("best/val_bpb", ".4f"),
+        "seeds": str(len(row.runs)),
+        "decode tok/s": rate("decode/tokens_per_s"),
+        "train tok/s": rate("train/tokens_per_s"),
+    }
+
+
+def as_text(rows: list[Row]) -> str:
+    columns = [[title, *column] for title, column in columns_of(rows).items()]
+    for i, column in enumerate(columns):
+        width = max(map(len, column))
+        column.insert(1, "-" * width)
+        columns[i] = [cell.ljust(width) if i < 2 else cell.rjust(width) for cell in column]
+    return "\n".join("  ".join(line) for line in zip(*columns, strict=True))
+
+
+def as_markdown(rows: list[Row]) -> str:
+    table = columns_of(rows).items()
+    columns = [[title, "---" if i < 2 else "---:", *column] for i, (title, column) in enumerate(table)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
+
+
+def columns_of(rows: list[Row]) -> dict[str, list[str]]:
+    return {title: [cells(row)[title] for row in rows] for title in cells(rows[0])}
+
+
+def as_json(rows: list[Row]) -> str:
+    facts = [*REQUIRED[:5], "kv_cache/elements_per_token_layer", "params/non_embedding", "dataset"]
+    facts += ["corpus_sha256", "decode/context"]
+    out = []
+    for row in rows:
+        entry = {"name": row.name, "frontier": row.frontier, "runs": [run.name for run in row.runs]}
+        entry["seeds"] = [run.summary.get("seed") for run in row.runs]
+        entry |= {key: row[key] for key in (*facts, *MEASURED)}
+        out.append(entry | {f"{key}/spread": row.spread(key) for key in MEASURED})
+    return json.dumps({"rows": out, "warnings": warnings(rows)}, indent=2)
+
+
+def put_into(path: Path, table: str, mark: str = "compare") -> None:
+    """Replace the table in a Markdown file. Raises UserError if the file does not say where it goes."""
+    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    if not 0 <= text.find(begin) < text.find(end):
+        raise UserError(f"{path} has no lines {begin} and {end}, between which the table goes")
+    head, tail = text[: text.index(begin) + len(begin)], text[text.index(end) :]
+    path.write_text(f"{head}\n{table}\n{tail}", encoding="utf-8")
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Quality against cache, the frontier as a staircase, seeds as bars; the loss curve of each attention."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as e:
+        raise UserError("a picture needs a package: pip install matplotlib; or --picture= for none") from e
+    key, styles = quality_key(rows), styles_of(row["attention"] for row in rows)
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    mosaic = [["quality", "tokens"], ["quality", "time"]]
+    figure, panels = plt.subplot_mosaic(mosaic, figsize=(9, 4.6), width_ratios=(3, 2), layout="constrained")
+    axes = panels["quality"]
+    stairs = [(row[CACHE], row[key]) for row in rows if row.frontier]
+    stairs.append((max(row[CACHE] for row in rows) * 1.25, stairs[-1][1]))
+    axes.step(*zip(*stairs, strict=True), where="post", color="0.8", linewidth=3, zorder=0, label="frontier")
+    for name, (colour, marker, line) in styles.items():
+        look = dict(color=colour, marker=marker, linestyle=line, markersize=6)
+        mine = [row for row in rows if row["attention"] == name]
+        at = (
+            [row[CACHE] for row in mine],
+            [row[key] for row in mine],
+            [row.spread(key) or 0.0 for row in mine],
+        )
+        axes.errorbar(*at, capsize=3, elinewidth=1, **look | {"linestyle": "none"})
+        axes.plot([], [], label=name, **look)  # for the legend
+        best = min(mine, key=lambda row: row[key]).runs[0]
+        for panel, unit in (("tokens", 1e6), ("time", 60)):
+            x, y = [e[panel] / unit for e in best.curve], [e["train/loss"] for e in best.curve]
+            panels[panel].plot(x, y, color=colour, linestyle=line, linewidth=1.2)
+    n = max(len(row.runs) for row in rows)
+    bars = f"; bars: ± standard deviation, {n} seeds" if n > 1 else ""
+    unit = "bits per byte" if key == "best/val_bpb" else "loss, nats a token"
+    axes.set(xlabel="KV cache, bytes a token (bf16, all layers)", ylabel=f"val {unit}{bars}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.legend(loc="upper right", fontsize=8, handlelength=3)
+    panels["tokens"].set(xlabel="training tokens, millions", ylabel="train loss")
+    panels["time"].set(xlabel="training time, minutes", ylabel="train loss")
+    losses = sorted(e["train/loss"] for row in rows for e in row.runs[0].curve)
+    for name, panel in panels.items():
+        panel.grid(alpha=0.3, linewidth=0.5)
+        if losses and name != "quality":  # not the first steps, beside which the runs look alike
+            panel.set_ylim(losses[0] - 0.05, losses[int(0.8 * (len(losses) - 1))] + 0.05)
+    if len(rows) <= MOST_NAMES:
+        name_points(figure, axes, rows, key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def styles_of(attentions: Iterable[str]) -> dict[str, tuple]:
+    """Colour, marker and line of each attention, the known ones first and in their order."""
+    names = set(attentions)
+    new = dict(zip(sorted(names - set(STYLES)), cycle(MORE_STYLES)))  # noqa: B905 (one of them is endless)
+    return {name: style for name, style in (STYLES | new).items() if name in names}
+
+
+def name_points(figure, axes, rows: list[Row], key: str) -> None:
+    """Write names beside points, each where it covers least of points, bars, stairs and other names."""
+    figure.canvas.draw()  # so that places in pixels are known
+    frame, taken = axes.get_window_extent().extents, [axes.get_legend().get_window_extent().extents]
+    pixels = axes.transData.transform([(row[CACHE], row[key]) for row in rows])
+    for row, (x, y) in zip(rows, pixels, strict=True):
+        bar = axes.transData.transform((row[CACHE], row[key] + (row.spread(key) or 0.0)))[1] - y
+        taken += [(x - 8, y - 8, x + 8, y + 8), (x - 5, y - bar, x + 5, y + bar)]
+    stairs = [at for row, at in zip(rows, pixels, strict=True) if row.frontier]
+    for (x0, y0), (x1, y1) in zip(stairs, stairs[1:], strict=False):
+        taken += [(x0, y0 - 2, x1, y0 + 2), (x1 - 2, y1, x1 + 2, y0)]
+    for row in rows:
+        tries = []
+        for dx, dy in product((8, -8, 0), (0, 8, -8, 16, -16)):
+            align = {"ha": ("center", "left", "right")[(dx > 0) - (dx < 0)]}
+            align["va"] = ("center", "bottom", "top")[(dy > 0) - (dy < 0)]
+            place = dict(xytext=(dx, dy), textcoords="offset points", fontsize=8, **align)
+            text = axes.annotate(row.name, (row[CACHE], row[key]), **place)
+            box = text.get_window_extent().extents
+            outside = overlap(box, box) - overlap(box, frame)
+            tries.append((10 * outside + sum(overlap(box, other) for other in taken), len(tries), text, box))
+        best = min(tries)
+        taken.append(best[3])
+        for other in tries:
+            if other is not best:
+                other[2].remove()
+
+
+def overlap(a, b) -> float:
+    """Area that two boxes (left, bottom, right, top) share."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def save_workspace(project: str, runs: list[Run]) -> str:
+    """Save a view of ENTITY/PROJECT with the scatter panel, runs coloured by attention; returns its address.
+
+    Raises UserError.
+    """
+    try:
+        import wandb_workspaces.reports.v2 as panels
+        import wandb_workspaces.workspaces as workspaces
+    except ImportError as e:
+        raise UserError("--workspace needs a package: pip install wandb-workspaces") from e
+    styles = styles_of(run.summary["attention"] for run in runs)
+    x, y = panels.SummaryMetric(CACHE), panels.SummaryMetric("best/val_bpb")
+    scatter = panels.ScatterPlot(title="quality against cache", x=x, y=y, log_x=True)
+    curves = [panels.LinePlot(x=panels.Metric(x), y=["val/loss"]) for x in ("tokens", "time")]
+    section = workspaces.Section(name="Comparison", panels=[scatter, *curves], is_open=True)
+    colours = {run.id: workspaces.RunSettings(color=styles[run.summary["attention"]][0]) for run in runs}
+    settings = workspaces.RunsetSettings(run_settings=colours)
+    entity, _, name = project.partition("/")
+    workspace = workspaces.Workspace(
+        entity, name, "Quality against cache", [section], runset_settings=settings
+    )
+    try:
+        return workspace.save().url
+    except Exception as e:  # no key, no network: errors of several libraries
+        raise UserError(f"cannot save a workspace in {project}: {one_line(e)}") from e
+
+
+def main(argv: list[str]) -> None:
+    options = parse(Options, [arg for arg in argv if arg.startswith("-")], USAGE)
+    folders = [Path(arg) for arg in argv if not arg.startswith("-")]
+    if options.workspace and not options.wandb:
+        raise UserError("--workspace belongs to a W&B project; name it with --wandb=ENTITY/PROJECT")
+    if bool(folders) == bool(options.wandb):
+        raise UserError("name run folders, such as out/*, or else --wandb=ENTITY/PROJECT")
+    if options.wandb and not re.fullmatch(r"[^/\s]+/[^/\s]+", options.wandb):
+        raise UserError(f"--wandb should be ENTITY/PROJECT, not {options.wandb}")
+    sources = wandb_sources(options.wandb) if options.wandb else [partial(read_folder, f) for f in folders]
+    runs = read_all(sources)
+    rows = make_rows(runs)
+    print({"text": as_text, "markdown": as_markdown, "json": as_json}[options.format](rows))
+    for line in warnings(rows):
+        print(f"warning: {line}", file=sys.stderr)
+    if options.into:
+        put_into(Path(options.into), as_markdown(rows))
+    if options.picture:
+        draw(rows, Path(options.picture))
+        print(f"wrote {options.picture}", file=sys.stderr)
+    if options.workspace:
+        print(f"wrote {save_workspace(options.wandb, runs)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,154 @@
+"""sweep.py: which runs it starts, how, and what it makes of their ends; and the lists that come with it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import sweep
+from config import UserError, load
+from data.text import prepare
+from model import GPT
+
+ROOT = Path(__file__).parent.parent
+STAND_IN = """
+# in the place of train.py: leaves what a run leaves, and a diary of when it ran and how
+import json, os, sys, time
+from pathlib import Path
+options = dict(arg.removeprefix("--").partition("=")[::2] for arg in sys.argv[1:])
+folder = Path(options["out_dir"])
+with open(folder.parent / "diary", "a") as diary:
+    diary.write(f"begin {folder.name} {options.get('init_from')} {os.environ['OMP_NUM_THREADS']}\\n")
+(folder / "last").mkdir(exist_ok=True)
+(folder / "config.json").write_text((folder.parent / f"{folder.name}.json").read_text())
+if options["seed"] == "13":
+    sys.exit("error: unlucky")
+time.sleep(0.3)
+(folder / "summary.json").write_text(json.dumps({"final/val_loss": 1.5, "time": 60.0}))
+with open(folder.parent / "diary", "a") as diary:
+    diary.write(f"end {folder.name}\\n")
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """stand_in(runs): the runs, with their configs where the stand-in for train.py finds them."""
+    (tmp_path / "train.py").write_text(STAND_IN)
+    monkeypatch.setattr(sweep, "TRAIN", tmp_path / "train.py")
+    monkeypatch.setattr(sweep, "open_dataset", lambda *names: None)
+
+    def write(runs):
+        for name, argv in runs.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(asdict(load(argv))))
+        return runs
+
+    return write
+
+
+def diary(folder):
+    return (folder / "diary").read_text().splitlines()
+
+
+def test_runs_go_side_by_side_and_only_once(tmp_path, stand_in, capsys):
+    runs = stand_in({f"run{i}": [f"--seed={i}"] for i in range(4)})
+    sweep.run_all(runs, tmp_path, jobs=2, threads=3)
+    lines = diary(tmp_path)
+    assert sorted(lines) == sorted(
+        f"{what}" for i in range(4) for what in (f"begin run{i} None 3", f"end run{i}")
+    )
+    running = [sum(1 if line.startswith("begin") else -1 for line in lines[: n + 1]) for n in range(8)]
+    assert max(running) == 2
+    assert capsys.readouterr().out.count("val loss 1.5000, trained in 60 s") == 4
+    sweep.run_all(runs, tmp_path, jobs=2)
+    assert diary(tmp_path) == lines
+    assert capsys.readouterr().out == "4 of 4 runs are done already\n"
+
+
+def test_a_failure_is_named_and_does_not_stop_the_others(tmp_path, stand_in, capsys):
+    runs = stand_in({"good": ["--seed=1"], "bad": ["--seed=13"], "well": ["--seed=2"]})
+    with pytest.raises(UserError, match="1 of 3 runs failed: bad"):
+        sweep.run_all(runs, tmp_path, jobs=1)
+    assert "bad failed (1): error: unlucky" in capsys.readouterr().out
+    assert "end well" in diary(tmp_path)
+    with pytest.raises(UserError, match="1 of 1 runs failed: bad"):  # which has a checkpoint to go on from
+        sweep.run_all(runs, tmp_path, jobs=1)
+    assert diary(tmp_path)[-1] == "begin bad resume 1"
+
+
+def test_a_run_with_other_values_is_refused(tmp_path, stand_in):
+    runs = stand_in({"run": ["--seed=1", "--learning_rate=0.5"]})
+    sweep.run_all(runs, tmp_path)
+    before = diary(tmp_path)
+    with pytest.raises(UserError, match=r"run was trained with learning_rate = 0.5, now 0.25 is asked for"):
+        sweep.run_all({"run": ["--seed=1", "--learning_rate=0.25"], "new": ["--seed=2"]}, tmp_path)
+    assert diary(tmp_path) == before
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of {i * i % 91}\n" for i in range(900)))
+    prepare.main([f"--input={tmp_path / 'text.txt'}", "--tokenizer=byte", f"--out_dir={tmp_path / 'set'}"])
+    knobs = (
+        "--n_layer=1 --n_head=1 --n_embd=16 --block_size=32 --batch_size=2 --eval_iters=2 --sample_tokens=0"
+    )
+    (tmp_path / "list").write_text(f"run --dataset={tmp_path / 'set'} {knobs} --max_iters=100000\n")
+    command = [sys.executable, "sweep.py", str(tmp_path / "list"), str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "out/run/log.txt"
+    while process.poll() is None and not (log.exists() and "step 10/" in log.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0].endswith("1 runs are left, the same command goes on\n")
+    assert process.returncode == 130
+    assert "SIGTERM: stopped at step" in log.read_text()
+    step = json.loads((tmp_path / "out/run/last/state.json").read_text())["step"]
+    config = json.loads((tmp_path / "out/run/config.json").read_text())
+    config |= {"max_iters": step + 3, "lr_decay_iters": step + 3}
+    (tmp_path / "out/run/config.json").write_text(json.dumps(config))
+    sweep.run_all(
+        {"run": [f"--dataset={tmp_path / 'set'}", *knobs.split(), f"--max_iters={step + 3}"]},
+        tmp_path / "out",
+    )
+    summary = json.loads((tmp_path / "out/run/summary.json").read_text())
+    assert summary["step"] == step + 3 and summary["final/val_loss"] > 0
+
+
+def parameters(argv):
+    config = load(argv)
+    config.vocab_size = 2048  # of the stdlib set
+    with torch.device("meta"):
+        return GPT(config).n_params()
+
+
+def test_the_list_of_make_compare(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = sweep.read_list(Path("config/compare.txt"))
+    usual = parameters(["config/mha.py"])
+    for name, argv in runs.items():
+        assert abs(parameters(argv) / usual - 1) < 0.01, name
+    for attention in ("mha", "gqa", "mqa", "mla"):
+        assert [argv for name, argv in runs.items() if name.startswith(f"{attention}-s")] == [
+            [f"config/{attention}.py", f"--seed={seed}"] for seed in (1, 2, 3)
+        ]
+    shapes = {(c.attention, c.kv_bytes_per_token()) for c in map(load, runs.values())}
+    assert len([shape for shape in shapes if shape[0] == "mla"]) >= 4
+    assert len([shape for shape in shapes if shape[0] == "gqa"]) >= 3
+
+
+def test_faults_of_a_list(tmp_path):
+    (tmp_path / "list").write_text("# comment\n\na --seed=1  # the first\na --seed=2\n")
+    with pytest.raises(UserError, match="two runs named a"):
+        sweep.read_list(tmp_path / "list")
+    with pytest.raises(UserError, match="cannot read the list"):
+        sweep.main([str(tmp_path / "none"), str(tmp_path)])
+    with pytest.raises(UserError, match="out_dir"):
+        sweep.main([str(tmp_path / "list")])
+    with pytest.raises(UserError, match="threads"):
+        sweep.main([str(tmp_path / "list"), str(tmp_path), "--threads=0"])
+    assert os.listdir(tmp_path) == ["list"]
