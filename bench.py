@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle, product
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -104,9 +105,9 @@ class CacheOptions:
     tokens: int = 32768  # validation tokens to read, evenly spread
     batch_size: int = 16  # rows of block_size tokens, read side by side
     chunk: int = 16  # tokens fed at a time; all but the first chunk see what the cache holds of the others
-    which: str = "best"  # which checkpoint, best or last
+    which: Literal["best", "last"] = "best"  # which checkpoint
     device: str = "auto"  # cpu, cuda, cuda:N, mps
-    dtype: str = "auto"  # of the weights: float32, bfloat16, float16
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
 
     def __post_init__(self):
         unknown = set(self.formats.split(",")) - set(CACHE_FORMATS)
@@ -114,6 +115,9 @@ class CacheOptions:
             raise ValueError(f"formats are {', '.join(CACHE_FORMATS)}, not {unknown.pop()!r}")
         if min(self.tokens, self.batch_size, self.chunk) < 1:
             raise ValueError("tokens, batch_size and chunk must be at least 1")
+        for name in ("windows", "sinks"):
+            if not all(number.isdecimal() for number in filter(None, getattr(self, name).split(","))):
+                raise ValueError(f"{name} is whole numbers with commas between, not {getattr(self, name)!r}")
 
 
 def speedrun(argv: list[str]) -> None:
@@ -311,10 +315,11 @@ def cache_rows(run: Path, options: CacheOptions) -> list[dict]:
     dataset = open_dataset(config.dataset, config.tokenizer)
     if tokenizers.sha256(dataset.tokenizer) != tokenizers.sha256(tokenizer):
         raise UserError(f"{config.dataset} here is not the data that {run} was trained on: another tokenizer")
-    windows = [int(w) for w in options.windows.split(",") if w]
+    windows = [int(n) for n in options.windows.split(",") if n.strip("0")]
     windows = windows or [config.block_size // 2, config.block_size // 4]
+    sinks = [int(n) for n in options.sinks.split(",") if n]
     shapes = [(config.window, config.sink_tokens, config.window_pattern)]
-    shapes += [(w, s, "S") for w, s in product(windows, map(int, options.sinks.split(",")))]
+    shapes += [(w, s, "S") for w, s in product(windows, sinks or [0])]
     variants = []  # (row, model, dtype of the cache)
     for (window, sinks, pattern), name in product(shapes, options.formats.split(",")):
         changed, dtype = copy.copy(model), CACHE_FORMATS[name]  # the same weights under another config

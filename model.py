@@ -259,7 +259,7 @@ class CacheStep:
     uniform: bool = True  # all rows are equally long
     start: int | None = 0  # slot of the first new token where all go side by side, else:
     at: tuple[Tensor, ...] = ()  # (row, new token, slot) of each one to be stored, (n,) each
-    joined: bool = False  # read what is held before storing, which overwrites what the first of them see
+    joined: bool = False  # a chunk in a ring: read before storing, which overwrites what its first tokens see
     end: int = 0  # slots to read
     mask: Tensor | None = None  # (B or 1, 1, T, S), true where a query may look; None: everywhere, but
     # causally if first
@@ -282,11 +282,11 @@ class CacheStep:
     def plan(self, old: list[int], counts: list[int], n: int, device) -> None:
         """Plan n tokens on top of rows of old[b] tokens, of which the first counts[b] are to be stored."""
         new = [a + b for a, b in zip(old, counts, strict=True)]
-        begin, end, wraps = max(old), max(new), max(new) > self.slots
+        begin, end = max(old), max(new)
         self.first, self.uniform = begin == 0, min(old) == begin
         rows = old[:1] if self.uniform else old
         self.positions = torch.tensor(rows, device=device)[:, None] + torch.arange(n, device=device)
-        self.joined = wraps and not self.first and n > self.slots - self.sinks - self.window + 1
+        self.joined = self.window > 0 and n > 1 and not self.first
         self.end, self.start, self.mask = min(end, self.slots), None, None
         if self.uniform and (begin + n <= self.slots or n == 1 == min(counts)):
             self.start = begin if begin < self.slots else self.sinks + (begin - self.sinks) % self.ring
