@@ -645,12 +645,14 @@ def draw_cache(rows: list[dict], path: Path) -> None:
     for name in dict.fromkeys(row["format"] for row in rows):
         panels[0].plot([], [], markers[name], color="k", mfc="w", label=name)
     unit = "bits per byte" if quality == "val/bpb" else "loss, nats a token"
-    panels[0].set(xlabel="cache, bytes a token", ylabel=unit, xscale="log", title="formats")
+    panels[0].set(xlabel="cache, bytes a token", ylabel=unit, title="formats")
+    panels[0].set_xscale("log", base=2)
+    panels[0].xaxis.set_major_formatter("{x:,.0f}")
     panels[1].set(
-        xlabel="tokens in the cache of a layer", ylabel="worse by, %", title="windows put on at inference"
+        xlabel="tokens that a layer holds", ylabel="worse by, %", title="windows put on at inference"
     )
     for panel in panels:
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, handlelength=4)
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
 

@@ -268,9 +268,9 @@ class CacheStep:
     def ring(self) -> int:
         return max(self.slots - self.sinks, 1)
 
-    def slot(self, positions: Tensor) -> Tensor:
-        behind = positions - self.sinks
-        return torch.where(behind < 0, positions, self.sinks + behind % self.ring)
+    def slot(self, p: int | Tensor) -> int | Tensor:
+        """The slot of position p: itself, less the rounds that it has gone on the ring."""
+        return p - (p >= self.sinks) * ((p - self.sinks) // self.ring * self.ring)
 
     def held(self, lengths: Tensor) -> Tensor:
         """Positions (B, slots) that the slots hold in rows of these lengths (B, 1); -1: none."""
@@ -289,7 +289,7 @@ class CacheStep:
         self.joined = self.window > 0 and n > 1 and not self.first
         self.end, self.start, self.mask = min(end, self.slots), None, None
         if self.uniform and (begin + n <= self.slots or n == 1 == min(counts)):
-            self.start = begin if begin < self.slots else self.sinks + (begin - self.sinks) % self.ring
+            self.start = self.slot(begin)
         else:
             t, lengths = torch.arange(n), torch.tensor(new)[:, None]
             p = torch.tensor(old)[:, None] + t  # (B, n)

@@ -80,7 +80,9 @@ def test_a_stop_ends_its_row_alone(model):
     assert generate_lists(model, PROMPTS, 100, seed=3, stop_ids=[stop]) == expected
 
 
-def test_prefill_in_chunks(model, monkeypatch):
+@pytest.mark.parametrize("knobs", [{}, {"window": 9, "sink_tokens": 2, "window_pattern": "SL"}], ids=str)
+def test_prefill_in_chunks(model, monkeypatch, knobs):
+    model.config = replace(model.config, **knobs)
     whole = generate_lists(model, PROMPTS, 30, temperature=0)
     monkeypatch.setattr(sample, "PREFILL_CHUNK", 7)
     assert generate_lists(model, PROMPTS, 30, temperature=0) == whole
