@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from config import Config
+from config import Config, UserError
 
 EMBEDDING_LR = 10  # learning rate of an embedding that is not the head too, in units of learning_rate
 
@@ -106,10 +106,12 @@ def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> 
 
 
 def load_state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]):
-    """Inverse of `state_tensors`."""
-    by_name = defaultdict(dict)
+    """Inverse of `state_tensors`. Raises UserError if they are not those of these optimizers."""
+    by_name, shapes = defaultdict(dict), {name: p.shape for name, p in model.named_parameters()}
     for name, value in tensors.items():
-        parameter, key = name.rsplit(".", 1)
+        parameter, _, key = name.rpartition(".")
+        if value.shape not in (shapes.get(parameter), torch.Size()):
+            raise UserError(f"the optimizer's state does not fit its model: {name} is {list(value.shape)}")
         by_name[parameter][key] = value
     for optimizer in optimizers:
         owned = {p for group in optimizer.param_groups for p in group["params"]}

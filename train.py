@@ -110,7 +110,8 @@ def train(config: Config) -> dict:
         return metrics
     checkpoint.claim(run_dir, resume, config.overwrite)
     checkpoint.write_config(run_dir, config)
-    tokenizers.save(dataset.tokenizer, run_dir)
+    with checkpoint.writing(run_dir):
+        tokenizers.save(dataset.tokenizer, run_dir)
     log = Log(run_dir, config, facts, state["step"] if resume else None)
     log.say(
         f"{config.attention}: {facts['params/total']:,} parameters, "
@@ -371,12 +372,13 @@ class Log:
             lines = path.read_text(errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= resume_step]
             aside = path.with_suffix(".new")
-            aside.write_text("".join(line + "\n" for line in kept))
-            aside.replace(path)
+            with checkpoint.writing(path):
+                aside.write_text("".join(line + "\n" for line in kept))
+                aside.replace(path)
             for line in kept:
                 values = json.loads(line).items()
                 self.summary |= {k: v for k, v in values if not k.startswith(("final/", "decode/"))}
-        self.file = open(path, "a")  # noqa: SIM115 (open as long as the run)
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         self.wandb = start_wandb(run_dir, config, facts) if config.wandb_log else None
 
     def __call__(self, metrics: dict) -> None:
@@ -384,8 +386,7 @@ class Log:
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()
         }
         with checkpoint.writing(Path(self.file.name)):
-            self.file.write(json.dumps(metrics) + "\n")  # JSON has no nan
-            self.file.flush()
+            self.file.write((json.dumps(metrics) + "\n").encode())  # JSON has no nan
         self.summary |= metrics
         if self.wandb:
             self.wandb.log({k: v for k, v in metrics.items() if v is not None})
