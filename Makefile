@@ -15,7 +15,7 @@ train: .venv/run
 
 compare: .venv/run
 	$(BIN)/python sweep.py config/compare.txt out/compare
-	$(BIN)/python compare.py out/compare/*
+	$(BIN)/python compare.py out/compare/* --picture=assets/compare.png --into=README.md
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q
