@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import ROOT, TINY, command, corpus, events, run, same, weights  # noqa: F401 (fixtures)
+from test_train import ROOT, TINY, command, events, run, same, weights  # noqa: F401 (run is a fixture)
 
 import checkpoint
 import data
@@ -27,7 +27,7 @@ KNOBS = ["--max_iters=12", "--eval_interval=6", "--save_interval=2", "--log_inte
 
 
 @pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory) -> Path:  # noqa: F811
+def whole(corpus, tmp_path_factory) -> Path:
     """A run to which nothing happens."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     train.main([*TINY, *KNOBS, f"--dataset={corpus}", f"--out_dir={folder}"])
@@ -119,7 +119,7 @@ def test_disk_full_between_saves(run, at_step, tmp_path):  # noqa: F811
         assert checkpoint.load_newest(tmp_path / "disk/run").state["step"] == 0
 
 
-def test_disk_full_from_the_start_is_one_line_and_exit_code_2(corpus, tmp_path):  # noqa: F811
+def test_disk_full_from_the_start_is_one_line_and_exit_code_2(corpus, tmp_path):
     limit = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash"]  # KiB
     done = subprocess.run(
         limit + command(corpus, tmp_path / "run", *KNOBS), cwd=ROOT, capture_output=True, text=True
@@ -210,7 +210,7 @@ def test_sigterm(run, whole, tmp_path, monkeypatch, moment):  # noqa: F811
     resumes(run, tmp_path / "run", whole, monkeypatch)
 
 
-def test_sigterm_while_it_compiles(corpus, tmp_path):  # noqa: F811
+def test_sigterm_while_it_compiles(corpus, tmp_path):
     """A minute or more, with nothing to save yet: it ends at once."""
     line = command(corpus, tmp_path / "run", *KNOBS, "--compile=True")
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

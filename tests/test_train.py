@@ -57,15 +57,6 @@ RUN_KEYS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    text = "".join(f"the cat number {i % 37} sat on the mat {i * i % 91}\n" for i in range(900))
-    (folder / "text.txt").write_text(text)
-    prepare.main([f"--input={folder / 'text.txt'}", "--tokenizer=byte", f"--out_dir={folder / 'set'}"])
-    return folder / "set"
-
-
 @pytest.fixture
 def run(corpus, tmp_path, capsys):
     """Trains in this process: run("name", "--knob=value" ...) -> run folder."""
