@@ -115,8 +115,11 @@ class GPTConfig:
         return slots * self.kv_bytes_per_token(dtype) // self.n_layer
 
     def kv_ratio_to_mha(self) -> float:
-        """Cache relative to multi-head attention of this width, which holds 2 n_embd a token a layer."""
-        return self.kv_elements_per_token_layer() / (2 * self.n_embd)
+        """Cache of a full context relative to that of multi-head attention of this width without windows,
+        which holds 2 n_embd a token a layer.
+        """
+        held = self.kv_bytes(self.block_size) / (self.kv_bytes_per_token() * self.block_size)
+        return held * self.kv_elements_per_token_layer() / (2 * self.n_embd)
 
 
 class RMSNorm(nn.Module):

@@ -466,7 +466,7 @@ def describe(config: Config, model: GPT, dataset: Dataset) -> dict:
         "params/total": model.n_params(),
         "params/non_embedding": model.n_params(embedding=False),
         "kv_cache/elements_per_token_layer": config.kv_elements_per_token_layer(),
-        "kv_cache/bytes_per_token": config.kv_bytes_per_token(torch.bfloat16),
+        "kv_cache/bytes_per_token": config.kv_bytes(config.block_size, torch.bfloat16) // config.block_size,
         "kv_cache/ratio_to_mha": config.kv_ratio_to_mha(),
     }
 

@@ -378,6 +378,12 @@ def test_elements_per_token(knobs, elements):
     assert config.kv_elements_per_token_layer() == elements
     assert config.kv_bytes_per_token(torch.float32) == 2 * 4 * elements
     assert config.kv_ratio_to_mha() == elements / 64
+    knobs |= {
+        "window": 10,
+        "sink_tokens": 2,
+        "window_pattern": "SL",
+    }  # one layer of two holds 12 of 64 tokens
+    assert small_config(**knobs).kv_ratio_to_mha() == elements / 64 * (12 + 64) / 128
 
 
 def test_published_footprints():
