@@ -525,12 +525,12 @@ def restore_random_state(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 def table(summary: dict) -> str:
     """Quality and cache side by side, a run's result in two lines."""
+    bits = {"val bits/byte": "final/val_bpb", "best bits/byte": "best/val_bpb"}  # None where data is no text
     columns = {
         "attention": summary["attention"],
         "parameters": f"{summary['params/total']:,}",
         "val loss": f"{summary['final/val_loss']:.4f}",
-        "val bits/byte": f"{summary['final/val_bpb']:.4f}",
-        "best bits/byte": f"{summary['best/val_bpb']:.4f}",
+        **{name: f"{summary[key]:.4f}" for name, key in bits.items() if summary[key] is not None},
         "cache bytes/token (bf16)": f"{summary['kv_cache/bytes_per_token']:,}",
         "of MHA": f"{summary['kv_cache/ratio_to_mha']:.1%}",
         "decode tokens/s": f"{summary['decode/tokens_per_s']:,.0f}",

@@ -17,6 +17,7 @@ import checkpoint
 import train
 from config import Config, UserError, load
 from data import open_dataset
+from data.mqar import prepare as mqar
 from data.text import prepare
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +102,15 @@ def test_a_run_learns_and_reports_quality_and_cache(run, attention, capsys):
     assert summary["tokens"] == 40 * 4 * 32
     out = capsys.readouterr().out
     assert "cache bytes/token" in out and attention in out and "step 40: val loss" in out
+
+
+def test_data_that_is_no_text_has_no_bits_per_byte(tmp_path, capsys):
+    mqar.main([f"--out_dir={tmp_path / 'set'}", "--n_pairs=2", "--seq_len=8", "--n_train=100", "--n_val=10"])
+    knobs = ["--block_size=8", "--max_iters=4", f"--dataset={tmp_path / 'set'}"]
+    summary = train.train(load([*TINY, *knobs, f"--out_dir={tmp_path / 'run'}"]))
+    assert summary["final/val_loss"] > 0 and summary["final/val_bpb"] is None
+    out = capsys.readouterr().out
+    assert "val loss" in out and "bits" not in out
 
 
 def test_resume_is_bit_identical(run):
