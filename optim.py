@@ -29,15 +29,65 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).type_as(g)
 
 
-class Muon(torch.optim.Optimizer):
+class Optimizer:
+    """What the training loop needs of torch.optim.Optimizer, whose methods first import torch's compiler: two
+    seconds of every run, for nothing where nothing is compiled.
+    """
+
+    def __init__(self, groups: list[dict], **defaults):
+        self.param_groups = [
+            defaults | {"initial_lr": group.get("lr", defaults["lr"])} | group for group in groups
+        ]
+        self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+
+    def zero_grad(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+                    self.state[p]["step"] = torch.zeros((), device=p.device)
+            grads = [p.grad for p in params]
+            steps, means, squares = (
+                [self.state[p][key] for p in params] for key in ("step", "exp_avg", "exp_avg_sq")
+            )
+            torch._foreach_add_(steps, 1)
+            beta1, beta2 = group["betas"]
+            torch._fused_adamw_(
+                params,
+                grads,
+                means,
+                squares,
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+class Muon(Optimizer):
     """Momentum whose every update is orthogonalised (Jordan et al. 2024), for matrices.
 
     Matrices of one shape are orthogonalised together. An update is scaled by sqrt(max(1, rows / columns)), so
     that its effect on activations does not depend on the matrix's shape; weight decay is decoupled.
     """
-
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -60,7 +110,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 
 
-def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, config: Config) -> list[Optimizer]:
     """The optimizers of a run; each parameter is in one of them. Only matrices and embeddings decay."""
     embedding, heads, matrices, vectors = [], [], [], []
     for name, p in model.named_parameters():
@@ -74,10 +124,17 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
             matrices.append(p)
     optimizers = []
     if config.optimizer == "muon":
-        optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
+        optimizers.append(
+            Muon(
+                [{"params": matrices}],
+                lr=config.muon_lr,
+                momentum=config.muon_momentum,
+                weight_decay=config.weight_decay,
+            )
+        )
     else:
         heads += matrices
-    adamw = torch.optim.AdamW(
+    adamw = AdamW(
         [
             {"params": heads},
             {"params": vectors, "weight_decay": 0.0},
@@ -87,15 +144,11 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
-        fused=True,
     )
-    for optimizer in (*optimizers, adamw):
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
     return [*optimizers, adamw]
 
 
-def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
     """The optimizers' state, by the name of parameter and state."""
     state = {p: values for optimizer in optimizers for p, values in optimizer.state.items()}
     return {
@@ -105,7 +158,7 @@ def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> 
     }
 
 
-def load_state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]):
+def load_state_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, Tensor]):
     """Inverse of `state_tensors`. Raises UserError if they are not those of these optimizers."""
     by_name, shapes = defaultdict(dict), {name: p.shape for name, p in model.named_parameters()}
     for name, value in tensors.items():

@@ -68,6 +68,7 @@ class Config(GPTConfig):
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the hidden matrices, with AdamW for the rest
     learning_rate: float = 1e-3  # AdamW's peak learning rate; an untied embedding has ten times that
     muon_lr: float = 0.02  # Muon's peak learning rate; it follows the same schedule
+    muon_momentum: float = 0.95  # Muon's momentum; 0.9 suits runs of a few hundred steps
     max_iters: int = 2000  # steps to train
     weight_decay: float = 0.1  # decoupled weight decay, on matrices only
     beta1: float = 0.9  # AdamW's decay of the mean of gradients
@@ -104,7 +105,7 @@ class Config(GPTConfig):
             for name in names.split():
                 if getattr(self, name) < low:
                     raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
         if not 0 <= self.cooldown <= 1:

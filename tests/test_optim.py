@@ -7,7 +7,7 @@ from equivalence import small_model
 
 from config import Config
 from model import UnfusedRMSNorm
-from optim import Muon, make_optimizers, orthogonalise
+from optim import AdamW, Muon, make_optimizers, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (24, 8), (8, 24)])
@@ -23,10 +23,11 @@ def test_orthogonalise_brings_singular_values_near_one_and_keeps_the_directions(
 def test_muon_updates_each_matrix_as_if_alone():
     torch.manual_seed(0)
     together = [torch.nn.Parameter(torch.randn(6, 4)) for _ in range(3)]
+    options = dict(lr=0.1, momentum=0.9, weight_decay=0.1)
     alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
     optimizers = [
-        Muon(together, lr=0.1, weight_decay=0.1),
-        *(Muon([p], lr=0.1, weight_decay=0.1) for p in alone),
+        Muon([{"params": together}], **options),
+        *(Muon([{"params": [p]}], **options) for p in alone),
     ]
     for _ in range(3):
         for p, q in zip(together, alone, strict=True):
@@ -35,6 +36,25 @@ def test_muon_updates_each_matrix_as_if_alone():
         for optimizer in optimizers:
             optimizer.step()
     for p, q in zip(together, alone, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_adamw_is_torchs():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (5,), (3, 2))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    options = dict(lr=0.1, betas=(0.8, 0.9), weight_decay=0.1)
+    optimizers = [
+        cls([{"params": [a, b], "lr": 0.03}, {"params": [c], "weight_decay": 0.0}], **options)
+        for cls, (a, b, c) in ((AdamW, ours), (torch.optim.AdamW, theirs))
+    ]
+    for step in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = None if step == 1 and p.ndim == 1 else torch.randn_like(p)
+            q.grad = None if p.grad is None else p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q)
 
 
