@@ -264,12 +264,13 @@ def step(argv: list[str]) -> None:
     for _ in range(3 + options.steps):
         begin = time.perf_counter()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = run(idx[:, :-1], idx[:, 1:].contiguous())[1]
+            x, y = idx[:, :-1], idx[:, 1:].contiguous()
+            loss = run(x, y)[1] if side == "nanoGPT" else run(x, y, want_logits=False)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         loss.item()
         seconds.append(time.perf_counter() - begin)
     rate = idx[:, 1:].numel() / statistics.median(seconds[3:])

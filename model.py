@@ -731,6 +731,52 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of the logits `hidden weight^T`, which never exist all at once.
+
+    Some rows at a time: their logits, their loss and, while the logits are there, what the loss will send
+    back (as Liger Kernel does, arXiv 2410.10989). At a vocabulary of 50,304 the logits of a batch, in fp32
+    and with their gradient, would be most of a training step's memory. Rows of target -1 do not count.
+    """
+
+    LOGITS = 1 << 24  # at a time: 64 MB in fp32
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # (N, C), (V, C), (N,)
+        rows = max(LinearCrossEntropy.LOGITS // len(weight), 1)
+        count, total = (targets >= 0).sum(), hidden.new_zeros((), dtype=torch.float32)
+        needed = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if needed[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+        for at in range(0, len(hidden), rows):
+            h, target = hidden[at : at + rows], targets[at : at + rows, None]
+            logits = F.linear(h, weight).float()
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            counts = target >= 0
+            target = target.clamp(min=0)
+            total += ((normaliser - logits.gather(1, target)) * counts).sum()
+            if any(needed):  # softmax minus one-hot, in place of the logits
+                grad = logits.sub_(normaliser).exp_()
+                grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0)).mul_(counts)
+                grad = grad.to(h.dtype)
+                if needed[0]:
+                    grad_hidden[at : at + rows] = grad @ weight
+                if needed[1]:
+                    grad_weight += grad.mT @ h
+        ctx.save_for_backward(grad_hidden, grad_weight, count)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_hidden, grad_weight, count = ctx.saved_tensors
+        scale = grad / count
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * scale).type_as(grad_hidden)
+        if grad_weight is not None:
+            grad_weight = grad_weight * scale
+        return grad_hidden, grad_weight, None
+
+
 class GPT(nn.Module):
     """The language model: token embedding, blocks, final norm, output head."""
 
@@ -791,10 +837,13 @@ class GPT(nn.Module):
             x = layer(x, rope, layer_cache)
         return self.norm(x)
 
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V)."""
-        tied = self.config.tie_embeddings
-        return F.linear(hidden, self.embed_tokens.weight if tied else self.lm_head.weight)
+        return F.linear(hidden, self.head_weight)
 
     def forward(
         self,
@@ -802,13 +851,18 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         cache: KVCache | None = None,
         lengths: list[int] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        want_logits: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Token ids (B, T) -> logits (B, T, V) and, given targets (B, T), their mean cross-entropy in nats.
 
-        Targets of -1 do not count. With a cache, the T tokens follow those which it holds; with `lengths`,
-        row b's tokens from lengths[b] on are padding, which the cache leaves out.
+        Targets of -1 do not count. want_logits=False: where logits would take much memory, None instead. With
+        a cache, the T tokens follow those which it holds; with `lengths`, row b's tokens from lengths[b] on
+        are padding, which the cache leaves out.
         """
-        logits = self.head(self.hidden(idx, cache, lengths))
+        hidden = self.hidden(idx, cache, lengths)
+        if not want_logits and targets.numel() * self.config.vocab_size > LinearCrossEntropy.LOGITS:
+            return None, LinearCrossEntropy.apply(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+        logits = self.head(hidden)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)

@@ -182,7 +182,7 @@ def train(config: Config) -> dict:
             with stalls:
                 x, y = dataset.train_batch(first, config.batch_size, config.block_size, config.seed)
             with autocast:
-                loss = compiled(x.to(device), y.to(device))[1]
+                loss = compiled(x.to(device), y.to(device), want_logits=False)[1]
             loss = loss * (1 + 0 * loss.detach())  # one that is not finite makes its gradient so
             scaler.scale(loss / config.gradient_accumulation_steps).backward()
             losses.append(loss.detach())
@@ -194,7 +194,7 @@ def train(config: Config) -> dict:
         for optimizer in optimizers:
             if sound:
                 scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         scaler.update()
         if not sound:
             del losses[-config.gradient_accumulation_steps :]
@@ -323,7 +323,7 @@ def evaluate(model, dataset: Dataset, config: Config, autocast, stop=None) -> di
     for x, y in dataset.val_batches(config.block_size, config.batch_size, config.eval_iters):
         n = int((y >= 0).sum())
         with autocast:
-            total += model(x.to(device), y.to(device))[1] * n
+            total += model(x.to(device), y.to(device), want_logits=False)[1] * n
         count += n
         if stop is not None and stop.signal is not None:
             break

@@ -28,6 +28,7 @@ from model import (
     GPT,
     GPTConfig,
     KVCache,
+    LinearCrossEntropy,
     attend,
     attend_in_shares,
     dequantise,
@@ -658,3 +659,23 @@ def test_weights_laid_out_for_decoding_are_the_same_weights(knobs):
     close(model(idx)[0], full)
     model.train()(idx, idx)[1].backward()  # the weights can still learn
     assert model.layers[0].mlp.gate_proj.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_in_slices_is_the_loss(tied, monkeypatch):
+    model = small_model(**CASES["mha"], tie_embeddings=tied).train()
+    x, y = tokens(3, 20), tokens(3, 20, seed=1)
+    y[0, :7] = y[2, 19] = -1
+    logits, loss = model(x, y)
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    monkeypatch.setattr(LinearCrossEntropy, "LOGITS", 7 * VOCAB)  # 60 rows, 7 at a time
+    nothing, sliced = model(x, y, want_logits=False)
+    (3 * sliced).backward()
+    assert nothing is None
+    close(sliced, loss, 1e-6)
+    for name, p in model.named_parameters():
+        close(p.grad / 3, expected[name], 1e-6)
+    with torch.no_grad():
+        close(model(x, y, want_logits=False)[1], loss, 1e-6)

@@ -75,7 +75,9 @@ def test_the_new_attention_trains_samples_and_compares(tmp_path, gta, capsys):
         "--sample_tokens=8",
     ]
     knobs += [f"--dataset={tmp_path / 'set'}", f"--out_dir={tmp_path / 'run'}", "--device=cpu"]
-    train.main(["config/gqa.py", "--attention=gta", "--qk_norm=None", *knobs, "--max_iters=40", "--eval_interval=20"])
+    train.main(
+        ["config/gqa.py", "--attention=gta", "--qk_norm=None", *knobs, "--max_iters=40", "--eval_interval=20"]
+    )
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["kv_cache/elements_per_token_layer"] == 2 * 16 + 8  # G D + D / 2
     first, *_, last = [
