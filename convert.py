@@ -2,6 +2,8 @@
 
     python convert.py to-hf RUN DIR           a folder for transformers, and for servers that read the same
     python convert.py from-hf DIR_OR_ID OUT   a Llama-, Qwen3- or dense DeepSeek-style model as a run
+    python convert.py to-gqa RUN OUT --n_kv_head=2        mean-pool key and value heads; 1: multi-query
+    python convert.py to-mla RUN OUT --kv_lora_rank=64    factorise keys and values into a latent
 
 `--help` after a command lists its options. A run that comes out can be sampled, and trained further by
 `python train.py --init_from=OUT --out_dir=...`.
@@ -27,7 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import checkpoint
+from change_attention import factorise, group_name, grouped, pool_heads
 from config import Config, UserError, cli, from_dict, parse
+from data import open_dataset
 from data import tokenizer as tokenizers
 from data.tokenizer_json import from_json, to_json
 from model import ATTENTIONS, GPT, GPTConfig, GroupedQueryAttention, MultiHeadLatentAttention
@@ -379,10 +383,6 @@ def gpt_config(content: dict) -> Config:
     return from_dict(Config, knobs, "config.json")
 
 
-def group_name(n_head: int, n_kv_head: int) -> str:
-    return "mha" if n_kv_head == n_head else "mqa" if n_kv_head == 1 else "gqa"
-
-
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a Hugging Face model, in fp32. Raises UserError if there are none as safetensors."""
     index = folder / "model.safetensors.index.json"
@@ -434,7 +434,93 @@ def write_run(out: Path, config: Config, weights: dict[str, Tensor], tok, option
     checkpoint.save(out, "last", checkpoint.Checkpoint(weights, {}, {}))
 
 
-COMMANDS = {"to-hf": to_hf, "from-hf": from_hf}
+# ---- from one attention to another
+
+
+@dataclass
+class ToGqaOptions:
+    run: str  # the run, of mha or gqa; may be given without its name
+    out: str  # the run folder to write; likewise
+    n_kv_head: int  # key and value heads that remain, a divisor of those there are; 1: multi-query
+    overwrite: bool = False  # give up a run that is there
+
+
+@dataclass
+class ToMlaOptions:
+    run: str  # the run, of mha, mqa or gqa
+    out: str  # the run folder to write
+    kv_lora_rank: int | None = None  # width of the latent; None: n_embd, at which nothing is lost
+    qk_rope_head_dim: int | None = (
+        None  # width of the rotated key; None: a head's, or all heads' if nothing is lost
+    )
+    text: str = ""  # text file to calibrate on; empty: the training data of the run
+    tokens: int = 8192  # tokens to calibrate on
+    overwrite: bool = False  # give up a run that is there
+
+
+def to_gqa(argv: list[str]) -> None:
+    """Mean-pool the key and value heads of a run."""
+    options = read_options(ToGqaOptions, argv)
+    model, tok = load_run(options.run, "cpu", "float32")
+    config, weights = pool_heads(model, options.n_kv_head)
+    write_run(Path(options.out), config, weights, tok, options)
+    print(f"wrote {config.attention} to {options.out}; {cache_change(model.config, config)}")
+
+
+def to_mla(argv: list[str]) -> None:
+    """Factorise the keys and values of a run into latents, on calibration text."""
+    options = read_options(ToMlaOptions, argv)
+    model, tok = load_run(options.run, "cpu", "float32")
+    source = grouped(model.config)
+    rank, rope_width = options.kv_lora_rank or source.n_embd, options.qk_rope_head_dim
+    if rope_width is None:
+        rope_width = source.rotary_dim * (source.n_kv_head if rank >= source.n_embd else 1)
+    idx = calibration_tokens(source, tok, options)
+    config, weights = factorise(model, idx, rank, rope_width)
+    write_run(Path(options.out), config, weights, tok, options)
+    with torch.no_grad():
+        before, after = (
+            m(idx[:, :-1], idx[:, 1:])[1].item() for m in (model, inference_model(config, weights))
+        )
+    print(
+        f"wrote mla to {options.out}; {cache_change(source, config)}; loss on {idx.numel():,} tokens of "
+        f"calibration {before:.4f} -> {after:.4f}"
+    )
+    if source.qk_norm:
+        print(
+            "its QK-norm became a fixed scale a head, which is not exact; train with --qk_norm=False for that"
+        )
+
+
+def cache_change(before: GPTConfig, after: GPTConfig) -> str:
+    numbers = (config.kv_elements_per_token_layer() for config in (before, after))
+    return "cache of {} -> {} numbers a token a layer".format(*numbers)
+
+
+def calibration_tokens(config: Config, tok: tokenizers.Tokenizer, options: ToMlaOptions) -> Tensor:
+    """Token ids (rows, block_size + 1), or one shorter row. Raises UserError if there are none."""
+    length = config.block_size + 1
+    rows = -(-options.tokens // length)
+    if options.text:
+        try:
+            ids = tok.encode_ordinary(Path(options.text).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"cannot read {options.text} as UTF-8 text") from e
+    else:
+        data = open_dataset(config.dataset, config.tokenizer)
+        if tokenizers.sha256(data.tokenizer) != tokenizers.sha256(tok):
+            raise UserError(
+                f"{config.dataset} has another tokenizer than the run; give a text file by --text"
+            )
+        ids = data.train.read(0, rows * length).tolist()
+    if len(ids) < 2:
+        raise UserError("there is no text to calibrate on")
+    length = min(length, len(ids))
+    rows = min(rows, len(ids) // length)
+    return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+COMMANDS = {"to-hf": to_hf, "from-hf": from_hf, "to-gqa": to_gqa, "to-mla": to_mla}
 
 if __name__ == "__main__":
     cli(main)

@@ -55,6 +55,9 @@ def main(argv: list[str]) -> None:
         if base["min_lr"] == base["learning_rate"] / 10:
             del base["min_lr"]  # follows learning_rate
         config = load(argv, base)
+    elif config.init_from != "scratch":  # the model is by default that of the run that it starts from
+        source = checkpoint.read_config(Path(config.init_from))
+        config = load(argv, {field.name: getattr(source, field.name) for field in fields(GPTConfig)})
     train(config)
 
 

@@ -1,0 +1,197 @@
+"""Change the attention of a trained model: mean-pool its key and value heads, or factorise them into latents.
+
+Each function takes a model and returns the config and the weights of another. A complex number stands for the
+two dimensions of a head that RoPE turns together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import Config, UserError
+from model import ATTENTIONS, GPT, GroupedQueryAttention
+
+
+def grouped(config: Config) -> Config:
+    """The config itself. Raises UserError if its attention is not mha, mqa or gqa."""
+    if ATTENTIONS[config.attention] is not GroupedQueryAttention:
+        raise UserError(f"the run has attention {config.attention}; what is converted is mha, mqa or gqa")
+    return config
+
+
+def group_name(n_head: int, n_kv_head: int) -> str:
+    return "mha" if n_kv_head == n_head else "mqa" if n_kv_head == 1 else "gqa"
+
+
+def pool_heads(model: GPT, n_kv_head: int) -> tuple[Config, dict[str, Tensor]]:
+    """The config and weights of a model whose key and value heads are means of groups of `model`'s.
+
+    The GQA paper's conversion (Ainslie et al. 2023, section 2.1). Raises UserError.
+    """
+    config = grouped(model.config)
+    if n_kv_head < 1 or config.n_kv_head % n_kv_head:
+        raise UserError(f"n_kv_head = {n_kv_head} is no divisor of the {config.n_kv_head} that there are")
+    weights = dict(model.state_dict())
+    for name, weight in weights.items():
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
+            heads = weight.unflatten(0, (n_kv_head, -1, config.head_dim))  # (new heads, of each, D, C)
+            weights[name] = heads.mean(1).flatten(0, 1)
+    name = group_name(config.n_head, n_kv_head)
+    return replace(config, attention=name, n_kv_head=n_kv_head), weights
+
+
+@torch.no_grad()
+def factorise(model: GPT, idx: Tensor, rank: int, rope_width: int) -> tuple[Config, dict[str, Tensor]]:
+    """The config and weights of an MLA model with latents of width `rank` that does nearly what `model` does.
+
+    idx: token ids (rows, T), whose activations decide what is kept. The ideas are TransMLA's (arXiv
+    2502.07864).
+
+    RoPE. For each frequency any combination of the heads' keys can be turned instead of the keys, as turning
+    is a multiplication. The rotated key, which all heads share, holds the combinations that matter most to
+    the scores, `repeat` of them for each of its frequencies; the queries undo the combining. MLA's
+    frequencies are a geometric series: every `stride`-th of the model's, with the stride that rotates most
+    energy. What is left is multiplied by its mean turn over the distances of a context, near ones counting
+    more, as 1 / (1 + distance): a slow frequency loses next to nothing.
+
+    Latent. The rest of the keys, and the values, are linear in the unit vector u that the norm in front
+    makes. Both are given the same energy; their principal components choose the subspace of u that the latent
+    spans, in an orthonormal basis. The latent's RMSNorm keeps its direction only, which loses nothing of all
+    of u, whose length is fixed; of a part, least squares give the keys and values that come nearest.
+
+    Exact, but for rounding, if rank >= n_embd and rope_width = n_kv_head * rotary_dim. Raises UserError if
+    rope_width does not fit.
+    """
+    config = grouped(model.config)
+    C, H, G, D, R = config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.rotary_dim
+    repeat = max(-(-rope_width // max(R, 1)), 1)
+    width = rope_width // repeat  # of one RoPE among the `repeat`
+    if rank < 1 or rope_width < 0 or rope_width % 2 or rope_width > G * R or (repeat > 1 and width != R):
+        raise UserError(
+            f"kv_lora_rank = {rank}, qk_rope_head_dim = {rope_width}: the former is at least 1, the latter "
+            f"even and at most {R}, or a multiple of {R} and at most {G * R}"
+        )
+    frequency = config.rope_theta ** -(torch.arange(0, R, 2, dtype=torch.float64) / max(R, 1))  # (R/2,)
+    distance = torch.arange(config.block_size, dtype=torch.float64)
+    turns = torch.exp(-1j * frequency[:, None] * distance)
+    mean_turn = (turns / (1 + distance)).sum(1) / (1 / (1 + distance)).sum()  # (R/2,)
+    lost = (
+        1 - mean_turn.abs().square()
+    )  # share of the energy at each frequency that counts only if it is turned
+
+    units = attention_inputs(model, idx)  # of each layer (N, C)
+    layers, kept = [], {stride: 0.0 for stride in range(1, R // width + 1 if width else 2)}
+    for layer, u in zip(model.layers, units, strict=True):
+        q, k, v = plain_projections(layer, u)  # (H, D, C), (G, D, C), (G, D, C)
+        second = u.T @ u / len(u)  # (C, C)
+        zq, zk = (torch.complex(w[:, : R // 2], w[:, R // 2 : R]) for w in (q, k))  # (heads, R/2, C)
+        energy = torch.einsum("hjc,cd,hjd->hj", zq, second + 0j, zq.conj()).real
+        weigh = (
+            energy.unflatten(0, (G, -1)).sum(1).sqrt().T + 1e-12
+        )  # (R/2, G), how much queries look at a key
+        keys = weigh[..., None] * zk.transpose(0, 1)  # (R/2, G, C)
+        values, vectors = torch.linalg.eigh(keys @ (second + 0j) @ keys.mH)
+        values, vectors = values.flip(-1), vectors.flip(-1)[..., :repeat]  # the largest first
+        layers.append((q, k, v, zq, zk, weigh, keys, vectors))
+        for stride in kept:
+            of = torch.arange(width // 2) * stride
+            kept[stride] += float(
+                (values[of, :repeat] * lost[of, None]).sum() / values.sum().clamp(min=1e-30)
+            )
+    stride = max(kept, key=kept.get)
+    of = torch.arange(width // 2) * stride  # which frequencies are turned
+
+    weights = dict(model.state_dict())
+    for i, (u, (q, k, v, zq, zk, weigh, keys, vectors)) in enumerate(zip(units, layers, strict=True)):
+        # the rotated key (repeat * width/2 complex rows), and for each head the query that reads it
+        shared = vectors[of].mH @ keys[of]  # (width/2, repeat, C)
+        undo = (vectors[of] / weigh[of, :, None]).repeat_interleave(H // G, 1)  # (width/2, H, repeat)
+        q_rope = torch.einsum("jhm,hjc->hmjc", undo.conj(), zq[:, of]).flatten(1, 2)
+        k_rope = shared.transpose(0, 1).flatten(0, 1)
+        q_rope = torch.cat((q_rope.real, q_rope.imag), 1)  # (H, rope_width, C)
+        k_rope = torch.cat((k_rope.real, k_rope.imag), 0)  # (rope_width, C)
+        rest = zk.clone()
+        rest[:, of] -= ((vectors[of] @ shared) / weigh[of, :, None]).transpose(0, 1)
+        rest *= mean_turn[:, None]
+        k_nope = torch.cat((rest.real, rest.imag, k[:, R:]), 1)  # (G, D, C)
+
+        # the latent: an orthonormal basis of what matters most, and of more if the rank allows
+        both = torch.stack((k_nope, v)).flatten(1, 2)  # (2, G D, C)
+        balanced = both / (u @ both.mT).square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-9)
+        balanced = balanced.flatten(0, 1)
+        second = balanced @ (u.T @ u / len(u)) @ balanced.T
+        principal = torch.linalg.eigh(second)[1].flip(-1)[:, :rank].T @ balanced  # (up to rank, C)
+        basis = torch.linalg.qr(principal.T, mode="complete")[0].T[:rank]
+        basis = torch.cat((basis, basis.new_zeros(rank - len(basis), C)))  # (rank, C)
+        latent = u @ basis.T
+        size = (latent.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()  # what its norm divides by
+        latent /= size
+        target = both.flatten(0, 1)  # (2 G D, C)
+        kv_b = target @ basis.T * size.mean()  # right if the size were the same for all tokens
+        gram = latent.T @ latent
+        gram += 1e-4 * gram.diagonal().mean() * torch.eye(rank)
+        kv_b += torch.linalg.solve(gram, latent.T @ (u @ target.T - latent @ kv_b.T)).T
+        kv_b = kv_b.unflatten(0, (2, G, D)).transpose(0, 1).repeat_interleave(H // G, 0)  # (H, 2, D, rank)
+
+        prefix = f"layers.{i}.self_attn."
+        for name in ("k_proj", "v_proj", "q_norm", "k_norm"):
+            weights.pop(f"{prefix}{name}.weight", None)
+        scale = ((D + rope_width) / D) ** 0.5  # MLA divides scores by the root of the wider key
+        new = {
+            "q_proj": torch.cat((q, q_rope), 1).flatten(0, 1) * scale,
+            "kv_a_proj_with_mqa": torch.cat((basis, k_rope)),
+            "kv_a_layernorm": torch.ones(rank),
+            "kv_b_proj": kv_b.flatten(0, 2),
+        }
+        weights |= {f"{prefix}{name}.weight": w.float() for name, w in new.items()}
+        weights[f"layers.{i}.input_layernorm.weight"] = torch.ones(C)  # it is in the projections now
+    widths = {"kv_lora_rank": rank, "qk_rope_head_dim": rope_width, "qk_rope_repeat": repeat}
+    widths |= {"qk_nope_head_dim": D, "v_head_dim": D, "rope_theta": config.rope_theta}
+    if width:
+        widths["rope_theta"] = config.rope_theta ** (stride * width / R)
+    gone = dict.fromkeys(GroupedQueryAttention.KNOBS)
+    return replace(config, attention="mla", **gone, **widths), weights
+
+
+def attention_inputs(model: GPT, idx: Tensor) -> list[Tensor]:
+    """What the norm in front of each attention makes of idx, less its weight: (N, C) in float64."""
+    inputs = [[] for _ in model.layers]
+
+    def keep(into: list[Tensor]):
+        return lambda norm, args: into.append(
+            F.rms_norm(args[0].flatten(0, 1), norm.weight.shape, None, norm.eps)
+        )
+
+    hooks = [
+        layer.input_layernorm.register_forward_pre_hook(keep(into))
+        for layer, into in zip(model.layers, inputs, strict=True)
+    ]
+    for rows in idx.split(8):
+        model.hidden(rows)
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(parts).double() for parts in inputs]
+
+
+def plain_projections(layer: nn.Module, u: Tensor) -> list[Tensor]:
+    """The matrices (heads, D, C) that make queries, keys and values of unit vectors u (N, C), in float64.
+
+    The weight of the norm in front is in them, and so is a QK-norm, as the one factor a head that comes
+    nearest to its effect on u.
+    """
+    attention = layer.self_attn
+    result = []
+    for name in ("q", "k", "v"):
+        w = getattr(attention, f"{name}_proj").weight.double() * layer.input_layernorm.weight
+        w = w.unflatten(0, (-1, attention.head_dim))
+        norm = getattr(attention, f"{name}_norm", None)
+        if norm is not None:
+            square = torch.einsum("nc,hdc->nhd", u, w).square().mean(-1)  # (N, heads)
+            factor = (square / (square + norm.eps).sqrt()).mean(0) / square.mean(0)
+            w = w * factor[:, None, None] * norm.weight[:, None]
+        result.append(w)
+    return result
