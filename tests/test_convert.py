@@ -11,16 +11,17 @@ import pytest
 import tokenizers as hugging_face_tokenizers
 import torch
 import transformers
-from equivalence import close, small_model, tokens
+from equivalence import cached_logits, close, small_model, tokens
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import checkpoint
 import convert
+from change_attention import factorise, pool_heads
 from config import Config, UserError
 from data import tokenizer
 from data.tokenizer_json import from_json, to_json
-from sample import generate_lists, load_run
+from sample import generate_lists, inference_model, load_run
 
 BYTE = tokenizer.train("byte", [])
 TEXT = [Path(__file__).read_text(encoding="utf-8"), "naïve café 数学 🙂 " * 20]
@@ -405,3 +406,141 @@ def test_tied_weights_that_are_stored_twice_are_read_once(tmp_path):
     save_file(weights, tmp_path / "hf" / "model.safetensors")
     convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run"), "--check=False"])
     assert "lm_head.weight" not in checkpoint.load_weights(tmp_path / "run", "last")
+
+
+# from one attention to another
+
+
+def as_run(model) -> torch.nn.Module:
+    """The model with the config of a run, as load_run gives it."""
+    return inference_model(Config(**asdict(model.config)), model.state_dict())
+
+
+@torch.no_grad()
+def furthest(model, other, idx) -> float:
+    return (model(idx)[0] - other(idx)[0]).abs().max().item()
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_pooling_takes_the_mean_of_heads(groups, qk_norm):
+    model = as_run(small_model(attention="mha", qk_norm=qk_norm))
+    config, weights = pool_heads(model, groups)
+    assert (config.attention, config.n_kv_head) == ({4: "mha", 2: "gqa", 1: "mqa"}[groups], groups)
+    pooled, idx = inference_model(config, weights), tokens(2, 40)
+    if groups == 4:
+        assert furthest(model, pooled, idx) == 0
+    with torch.no_grad():  # heads that are alike lose nothing
+        for layer in model.layers:
+            for proj in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                heads = proj.weight.view(groups, 4 // groups, 8, 32)
+                heads[:] = heads.mean(1, keepdim=True).clone()
+    alike = inference_model(*pool_heads(model, groups))
+    assert furthest(model, alike, idx) < 1e-5
+    assert all(torch.allclose(alike.state_dict()[name], weights[name]) for name in weights)
+
+
+FULL = {
+    "mha": {"attention": "mha", "qk_norm": False},
+    "mha-tied": {"attention": "mha", "qk_norm": False, "tie_embeddings": True},
+    "gqa-free-head": {"attention": "gqa", "n_kv_head": 2, "qk_norm": False, "head_dim": 12},
+    "mqa-partial-rope": {"attention": "mqa", "qk_norm": False, "rotary_dim": 4, "rope_theta": 500.0},
+    "no-rope": {"attention": "mha", "qk_norm": False, "rotary_dim": 0},
+    "window": {"attention": "mha", "qk_norm": False, "window": 8, "sink_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("knobs", FULL.values(), ids=FULL)
+@pytest.mark.parametrize("rank", [32, 64])
+def test_factorising_at_full_rank_is_exact(knobs, rank):
+    model = as_run(small_model(**knobs))
+    config = model.config
+    idx, unseen = tokens(4, 64), tokens(2, 64, seed=1)
+    latent = inference_model(*factorise(model, idx, rank, config.n_kv_head * config.rotary_dim))
+    assert latent.config.attention == "mla"
+    with torch.no_grad():
+        close(latent(unseen)[0], model(unseen)[0], 1e-4)
+        close(cached_logits(latent, unseen, [30, 1, 1, 32]), model(unseen)[0], 1e-4)
+
+
+def test_one_rotated_key_is_exact_where_the_heads_keys_are_alike():
+    model = as_run(small_model(attention="mha", qk_norm=False))
+    with torch.no_grad():
+        for layer in model.layers:
+            heads = layer.self_attn.k_proj.weight.view(4, 8, 32)
+            heads[:] = heads[:1].clone() * torch.tensor([1.0, -2.0, 0.5, 3.0]).view(4, 1, 1)
+    config, weights = factorise(model, tokens(4, 64), 32, 8)
+    assert (config.qk_rope_head_dim, config.qk_rope_repeat, config.rope_theta) == (8, 1, 10000.0)
+    assert furthest(model, inference_model(config, weights), tokens(2, 64, seed=1)) < 1e-4
+
+
+def test_a_narrower_rotated_key_keeps_frequencies_of_the_model():
+    model = as_run(small_model(attention="mqa", qk_norm=False))
+    with torch.no_grad():
+        for layer in model.layers:  # keys only at the frequencies 0 and 2 of 4
+            layer.self_attn.k_proj.weight.view(2, 4, 32)[:, 1::2] = 0
+    config, weights = factorise(model, tokens(4, 64), 32, 4)
+    assert config.rope_theta == 10000.0  # every second frequency
+    assert furthest(model, inference_model(config, weights), tokens(2, 64, seed=1)) < 1e-4
+
+
+def test_a_smaller_rank_loses_little_of_keys_and_values_of_low_rank():
+    model = as_run(small_model(attention="mqa", qk_norm=False, n_embd=64))
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.self_attn.v_proj.weight[12:] = layer.self_attn.v_proj.weight[:4].clone()
+    idx = tokens(8, 64)
+    errors = [furthest(model, inference_model(*factorise(model, idx, r, 16)), idx) for r in (2, 12, 63, 64)]
+    assert errors[0] > errors[1] > errors[3] and errors[2] > errors[3] and errors[3] < 1e-4
+
+
+@pytest.mark.parametrize("rank,rope_width", [(0, 8), (8, 3), (8, 40), (8, 12), (8, -2)])
+def test_widths_that_do_not_fit_are_refused(rank, rope_width):
+    with pytest.raises(UserError, match="qk_rope_head_dim"):
+        factorise(as_run(small_model(attention="mha")), tokens(1, 8), rank, rope_width)
+
+
+def test_changed_runs_by_the_command(tmp_path, capsys):
+    make_run(tmp_path / "run", attention="mha", tie_embeddings=True)
+    (tmp_path / "text.txt").write_text(TEXT[0], encoding="utf-8")
+    run, text = str(tmp_path / "run"), f"--text={tmp_path / 'text.txt'}"
+    convert.main(["to-gqa", run, str(tmp_path / "gqa"), "--n_kv_head=2"])
+    assert "wrote gqa" in (said := capsys.readouterr().out) and "64 -> 32 numbers" in said
+    convert.main(["to-mla", run, str(tmp_path / "mla"), text, "--kv_lora_rank=12"])
+    assert "64 -> 20 numbers" in (said := capsys.readouterr().out) and "QK-norm became a fixed scale" in said
+    model, tok = load_run(tmp_path / "mla")
+    assert (model.config.kv_lora_rank, model.config.qk_rope_head_dim) == (12, 8)
+    assert tokenizer.sha256(tok) == tokenizer.sha256(BPE)
+    convert.main(["to-mla", str(tmp_path / "gqa"), str(tmp_path / "full"), text])
+    model, _ = load_run(tmp_path / "full")
+    assert (model.config.kv_lora_rank, model.config.qk_rope_head_dim, model.config.qk_rope_repeat) == (
+        32,
+        16,
+        2,
+    )
+    for command, fault in {
+        ("to-mla", "mla", "again", text): "attention mla",
+        ("to-gqa", "gqa", "again", "--n_kv_head=4"): "no divisor of the 2",
+        ("to-gqa", "run", "gqa", "--n_kv_head=1"): "already holds a run",
+        ("to-mla", "run", "again", "--text=none"): "cannot read none",
+    }.items():
+        name, source, out, option = command
+        with pytest.raises(UserError, match=fault):
+            convert.main([name, str(tmp_path / source), str(tmp_path / out), option])
+
+
+def test_a_changed_run_trains_further_with_its_own_shape(tmp_path, monkeypatch):
+    import train
+    from data.text.prepare import main as prepare_text
+
+    (tmp_path / "text.txt").write_text("\n".join(TEXT) * 20, encoding="utf-8")
+    data = ["--tokenizer=byte", "--val_fraction=0.2", f"--out_dir={tmp_path / 'data'}"]
+    prepare_text([f"--input={tmp_path / 'text.txt'}", *data])
+    make_run(tmp_path / "run", BYTE, attention="mha", tie_embeddings=True)
+    convert.main(["to-gqa", str(tmp_path / "run"), str(tmp_path / "mqa"), "--n_kv_head=1"])
+    knobs = [f"--dataset={tmp_path / 'data'}", "--max_iters=2", "--sample_tokens=0", "--eval_iters=1"]
+    train.main([f"--init_from={tmp_path / 'mqa'}", f"--out_dir={tmp_path / 'more'}", *knobs])
+    config = checkpoint.read_config(tmp_path / "more")
+    assert (config.attention, config.n_embd, config.tie_embeddings) == ("mqa", 32, True)
+    with pytest.raises(UserError, match="--init_from="):
+        train.main(["--init_from=resume", f"--out_dir={tmp_path / 'mqa'}", *knobs])
