@@ -259,6 +259,7 @@ class CacheStep:
     # of one forward pass
     positions: Tensor | None = None  # (B or 1, T)
     first: bool = True  # all rows were empty: attention is over the new tokens alone
+    uniform: bool = True  # all rows are equally long
     start: int | None = 0  # slot of the first new token where all go side by side, else:
     at: tuple[Tensor, ...] = ()  # (row, new token, slot) of each one to be stored, (n,) each
     joined: bool = False  # a chunk in a ring: read before storing, which overwrites what its first tokens see
@@ -285,12 +286,12 @@ class CacheStep:
         """Plan n tokens on top of rows of old[b] tokens, of which the first counts[b] are to be stored."""
         new = [a + b for a, b in zip(old, counts, strict=True)]
         begin, end = max(old), max(new)
-        self.first, uniform = begin == 0, min(old) == begin
-        rows = old[:1] if uniform else old
+        self.first, self.uniform = begin == 0, min(old) == begin
+        rows = old[:1] if self.uniform else old
         self.positions = torch.tensor(rows, device=device)[:, None] + torch.arange(n, device=device)
         self.joined = self.window > 0 and n > 1 and not self.first
         self.end, self.start, self.mask = min(end, self.slots), None, None
-        if uniform and (begin + n <= self.slots or n == 1 == min(counts)):
+        if self.uniform and (begin + n <= self.slots or n == 1 == min(counts)):
             self.start = self.slot(begin)
         else:
             t, lengths = torch.arange(n), torch.tensor(new)[:, None]
@@ -306,8 +307,8 @@ class CacheStep:
             held = self.held(torch.tensor(rows, device=device)[:, None])
             keys = torch.cat((held.expand(len(rows), -1), self.positions), 1)
             self.mask = visible(q, keys[:, None, None], self.window, self.sinks)
-        elif not uniform or n > 1 or (self.window and end > self.sinks + self.window):
-            distinct = new[:1] if uniform and min(new) == end else new
+        elif not self.uniform or n > 1 or (self.window and end > self.sinks + self.window):
+            distinct = new if not self.uniform or min(new) < max(new) else new[:1]
             lengths = torch.tensor([max(length, 1) for length in distinct], device=device)[:, None]
             keys = self.held(lengths)[:, None, None, : self.end]  # (B or 1, 1, 1, S)
             # padding looks where its row's last token does: a query without any key would give NaN

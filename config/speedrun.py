@@ -10,7 +10,7 @@ intermediate_size = 192
 qk_norm = False
 
 batch_size = 24
-max_iters = 250
+max_iters = 220
 warmup_iters = 5
 cooldown = 0.7
 learning_rate = 0.015

@@ -179,28 +179,6 @@ def test_a_window_slides_past_the_length_of_its_cache():
             cached_logits(model, idx, [7, 33], model.new_cache(2, 6))
 
 
-@every_attention
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_a_token_is_quantised_once_and_a_rope_key_never(knobs, dtype):
-    model, idx, written = small_model(**knobs), tokens(2, 14), []
-    cache, exact = model.new_cache(2, 14, dtype), model.new_cache(2, 14)
-    for part in idx.split([6, 1, 1, 5, 1], 1):
-        cached_logits(model, part, [part.size(1)], cache)
-        cached_logits(model, part, [part.size(1)], exact)
-        held = [
-            b.narrow(-2, 0, cache.lengths[0]).clone()
-            for layer in cache.layers
-            for b in layer.buffers.values()
-        ]
-        for before, after in zip(written, held, strict=False):
-            assert torch.equal(before, after.narrow(-2, 0, before.size(-2)))
-        written = held
-    if knobs["attention"] == "mla":  # what the first layer stores does not depend on other tokens
-        dr = model.config.qk_rope_head_dim
-        rope_keys = exact.layers[0].buffers["latent"][..., -dr:].bfloat16()
-        close(cache.layers[0].buffers["latent_exact"].float(), rope_keys.float(), 0.01)
-
-
 def test_quantised_codes_and_scales():
     x = torch.randn(3, 5, 300) * torch.logspace(-3, 3, 5)[:, None]
     x[0, 0] = 0
