@@ -4,7 +4,7 @@ A run folder holds `config.json` (every knob, resolved), `metrics.jsonl` (a line
 the tokenizer, and the checkpoints `last/` and `best/`, each of them
 
     model.safetensors      the weights
-    optimizer.safetensors  optimizer and random-number state
+    optimizer.safetensors  the optimizers' state
     state.json             step, best loss and other counters
     manifest.json          size and SHA-256 of the three; written last
 
@@ -37,7 +37,7 @@ from torch import Tensor
 from config import Config, UserError, from_dict
 
 CHECKPOINTS = tuple(name + suffix for name in ("last", "best") for suffix in ("", ".new", ".old"))
-RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "wandb_id", *CHECKPOINTS)
+RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "wandb_id", "launch_id", *CHECKPOINTS)
 PARTS = ("model.safetensors", "optimizer.safetensors", "state.json")
 STATE = {  # what state.json must hold
     "step": int,
@@ -54,7 +54,7 @@ STATE = {  # what state.json must hold
 @dataclass
 class Checkpoint:
     model: dict[str, Tensor]  # by parameter name
-    optimizer: dict[str, Tensor]  # by name of parameter and state; random-number state under "rng."
+    optimizer: dict[str, Tensor]  # by name of parameter and state
     state: dict  # plain JSON values: those of STATE and more
 
 
@@ -94,11 +94,11 @@ def read_json(path: Path):
         raise UserError(f"{path} is damaged: it is not valid JSON") from e
 
 
-def claim(run_dir: Path, resume: bool, overwrite: bool) -> None:
+def claim(run_dir: Path, resume: bool, overwrite: bool, launch: str | None = None) -> None:
     """Make `run_dir` ready to be written. A run that is there survives, unless `overwrite` gives it up.
 
-    Without a checkpoint there is no run to lose. Raises UserError if there is one that would be overwritten,
-    or no way to write there.
+    Without a checkpoint there is no run to lose. `launch` names the command that writes from now on. Raises
+    UserError if there is a run that would be overwritten, or no way to write there.
     """
     try:
         exists = any((run_dir / name).exists() for name in CHECKPOINTS)
@@ -117,8 +117,18 @@ def claim(run_dir: Path, resume: bool, overwrite: bool) -> None:
         if not resume:
             for name in RUN_FILES:
                 _remove(run_dir / name)
+        if launch is not None:
+            (run_dir / "launch_id").write_text(launch)
     except OSError as e:
         raise UserError(f"cannot write to out_dir {run_dir}: {e.strerror}; choose another --out_dir") from e
+
+
+def launched_by(run_dir: Path) -> str | None:
+    """The launch that claimed `run_dir` last; None if it holds no checkpoint, or none that has a name."""
+    if not any((run_dir / name).exists() for name in CHECKPOINTS):
+        return None
+    path = run_dir / "launch_id"
+    return path.read_text() if path.exists() else None
 
 
 def is_finished(run_dir: Path) -> bool:

@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+import parallel
 from config import Config, UserError
 
 EMBEDDING_LR = 10  # learning rate of an embedding that is not the head too, in units of learning_rate
@@ -85,8 +86,9 @@ class AdamW(Optimizer):
 class Muon(Optimizer):
     """Momentum whose every update is orthogonalised (Jordan et al. 2024), for matrices.
 
-    Matrices of one shape are orthogonalised together. An update is scaled by sqrt(max(1, rows / columns)), so
-    that its effect on activations does not depend on the matrix's shape; weight decay is decoupled.
+    Matrices of one shape are orthogonalised together, each by one of the ranks. An update is scaled by
+    sqrt(max(1, rows / columns)), so that its effect on activations does not depend on the matrix's shape;
+    weight decay is decoupled.
     """
 
     @torch.no_grad()
@@ -97,17 +99,18 @@ class Muon(Optimizer):
                 if p.grad is not None:
                     same_shape[p.shape].append(p)
             for shape, params in same_shape.items():
-                grads = [p.grad for p in params]
                 for p in params:
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
-                momenta = [self.state[p]["momentum"] for p in params]
+                grads = [parallel.local(p.grad) for p in params]
+                momenta = [parallel.local(self.state[p]["momentum"]) for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
-                updates = orthogonalise(torch.stack(nesterov)).unbind()
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                updates = parallel.each_matrix_once(orthogonalise, nesterov, params)
+                weights = [parallel.local(p) for p in params]
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 scale = max(1, shape[0] / shape[1]) ** 0.5
-                torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
+                torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model: nn.Module, config: Config) -> list[Optimizer]:
@@ -170,4 +173,6 @@ def load_state_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: d
         owned = {p for group in optimizer.param_groups for p in group["params"]}
         for name, p in model.named_parameters():
             if p in owned and name in by_name:
-                optimizer.state[p] = {key: value.to(p.device) for key, value in by_name[name].items()}
+                optimizer.state[p] = {
+                    key: parallel.placed_like(value, p) for key, value in by_name[name].items()
+                }

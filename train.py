@@ -1,4 +1,7 @@
-"""Train a GPT: `python train.py config/mla.py --batch_size=32`. `--help` lists every knob."""
+"""Train a GPT: `python train.py config/mla.py --batch_size=32`. `--help` lists every knob.
+
+On many GPUs or machines: `torchrun --standalone --nproc_per_node=8 train.py config/124m/mla.py`.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,14 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import parallel
 from checkpoint import Checkpoint
 from config import Config, UserError, cli, load, pick_device, pick_dtype
 from data import Dataset, open_dataset
 from data import tokenizer as tokenizers
 from model import GPT, GPTConfig
 from optim import load_state_tensors, make_optimizers, state_tensors
-from sample import decode_probe, generate_text
+from sample import decode_probe, generate_text, inference_model
 from watch import LossSpikes, SkippedSteps, Stalls
 
 # Dense peak in FLOP/s in 16 bits, by a word of the device's name (vendors' data sheets, without sparsity).
@@ -47,7 +51,17 @@ PEAK_FLOPS = {
 
 
 def main(argv: list[str]) -> None:
+    with parallel.joined():
+        with parallel.together():
+            config = configure(argv)
+        train(config)
+
+
+def configure(argv: list[str]) -> Config:
     config = load(argv)
+    if parallel.restarted() and checkpoint.launched_by(Path(config.out_dir)) == parallel.launch():
+        config.init_from = "resume"  # a rank died, and torchrun has started all of them again
+        argv = [*argv, "--init_from=resume"]
     if config.init_from == "resume":  # what the run was started with is the default of what it goes on with
         base = asdict(checkpoint.read_config(Path(config.out_dir)))
         if base["lr_decay_iters"] == base["max_iters"]:
@@ -58,7 +72,7 @@ def main(argv: list[str]) -> None:
     elif config.init_from != "scratch":  # the model is by default that of the run that it starts from
         source = checkpoint.read_config(Path(config.init_from))
         config = load(argv, {field.name: getattr(source, field.name) for field in fields(GPTConfig)})
-    train(config)
+    return config
 
 
 def train(config: Config) -> dict:
@@ -66,17 +80,25 @@ def train(config: Config) -> dict:
 
     Raises UserError for whatever is wrong with the configuration, the data or the run folder, before anything
     in the folder is changed; later, with the last checkpoint in place, for faults of disk and data, and
-    for training that has come apart. Raises SystemExit (128 + signal) after a checkpoint if SIGINT or SIGTERM
-    ends the run.
+    for training that has come apart. Raises SystemExit (128 + signal) after a checkpoint if SIGINT, SIGTERM
+    or SIGUSR1 ends the run. As one of several ranks it trains on its share of each step; only the first
+    writes and prints.
     """
     # ---- on what, and where
-    run_dir, resume = Path(config.out_dir), config.init_from == "resume"
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    run_dir, resume, first_rank = Path(config.out_dir), config.init_from == "resume", parallel.rank() == 0
+    with parallel.together():
+        if parallel.size() > 1 and parallel.local_rank() == 0:
+            open_dataset(config.dataset, config.tokenizer)  # prepares one that is missing, once a node
+    with parallel.together():
+        device = parallel.own_device(pick_device(config.device))
+        dtype = pick_dtype(config.dtype, device)
+        micro_steps, rows = parallel.share(config.gradient_accumulation_steps, config.batch_size)
+        if parallel.size() > 1 and config.parallel == "fsdp" and dtype == torch.float16:
+            raise UserError("float16 needs gradients scaled, which fsdp does not do; use --dtype=bfloat16")
+        dataset = open_dataset(config.dataset, config.tokenizer)
+        dataset.check_block_size(config.block_size)
+        fit_vocabulary(config, dataset)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-    dataset = open_dataset(config.dataset, config.tokenizer)
-    dataset.check_block_size(config.block_size)
-    fit_vocabulary(config, dataset)
 
     # ---- model and optimizers, new or as an earlier run left them
     if device.type == "cpu":
@@ -85,54 +107,68 @@ def train(config: Config) -> dict:
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, where a matrix product is left in fp32
     with torch.device(device):
         model = GPT(config)
-    optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     facts = describe(config, model, dataset)
     state = {"step": 0, "samples": 0, "time": 0.0, "evaluated": None, "best": {}, "skipped_steps": 0}
-    if resume:
-        check_fits(config, dataset, run_dir, resume)
-        saved = checkpoint.load_newest(run_dir)
-        state |= saved.state
-        if state["corpus_sha256"] != facts["corpus_sha256"]:
-            raise UserError(f"{run_dir} cannot resume: {config.dataset} is other data than it was trained on")
-        if state["step"] >= config.max_iters and checkpoint.is_finished(run_dir):
-            raise UserError(f"{run_dir} is complete at step {state['step']}; raise --max_iters to go on")
-        load_weights(model, saved.model, run_dir)
-        load_state_tensors(model, optimizers, restore_random_state(saved.optimizer))
-        scaler.load_state_dict(state["scaler"])
-        del saved
-    elif config.init_from != "scratch":
-        source = Path(config.init_from)
-        if not source.is_dir():
-            raise UserError(f"init_from is scratch, resume or a run folder, not {config.init_from}")
-        check_fits(config, dataset, source, resume)
-        load_weights(model, checkpoint.load_weights(source, checkpoint.best_or_last(source)), source)
+    optimizer_state = {}
+    with parallel.together():
+        if resume:
+            check_fits(config, dataset, run_dir, resume)
+            saved = checkpoint.load_newest(run_dir)
+            state |= saved.state
+            if state["corpus_sha256"] != facts["corpus_sha256"]:
+                raise UserError(
+                    f"{run_dir} cannot resume: {config.dataset} is other data than it was trained on"
+                )
+            if state["step"] >= config.max_iters and checkpoint.is_finished(run_dir):
+                raise UserError(f"{run_dir} is complete at step {state['step']}; raise --max_iters to go on")
+            load_weights(model, saved.model, run_dir)
+            optimizer_state = saved.optimizer
+            scaler.load_state_dict(state["scaler"])
+            del saved
+        elif config.init_from != "scratch":
+            source = Path(config.init_from)
+            if not source.is_dir():
+                raise UserError(f"init_from is scratch, resume or a run folder, not {config.init_from}")
+            check_fits(config, dataset, source, resume)
+            load_weights(model, checkpoint.load_weights(source, checkpoint.best_or_last(source)), source)
+    newest = parallel.highest(state["step"])
+    with parallel.together():
+        if state["step"] != newest:
+            raise UserError(f"{run_dir} is not the same on all nodes: it must be on storage that they share")
+    compile = use_compile(config, device)
+    wrapped = parallel.wrap(model, config, device, dtype, compile)
+    optimizers = make_optimizers(model, config)  # of the parameters as the ranks hold them
+    load_state_tensors(model, optimizers, optimizer_state)
+    del optimizer_state
     if config.eval_only:
-        metrics = evaluate(model, dataset, config, autocast)
-        print(quality(metrics))
+        metrics = evaluate(wrapped, dataset, config, autocast)
+        if first_rank:
+            print(quality(metrics))
         return metrics
-    checkpoint.claim(run_dir, resume, config.overwrite)
-    checkpoint.write_config(run_dir, config)
-    with checkpoint.writing(run_dir):
-        tokenizers.save(dataset.tokenizer, run_dir)
-    log = Log(run_dir, config, facts, state["step"] if resume else None)
+    with parallel.together():
+        if first_rank:
+            checkpoint.claim(run_dir, resume, config.overwrite, parallel.launch())
+            checkpoint.write_config(run_dir, config)
+            with checkpoint.writing(run_dir):
+                tokenizers.save(dataset.tokenizer, run_dir)
+    log = Log(run_dir if first_rank else None, config, facts, state["step"] if resume else None)
+    on = f"{parallel.size()} ranks of {device.type}" if parallel.size() > 1 else device.type
     log.say(
         f"{config.attention}: {facts['params/total']:,} parameters, "
         f"{facts['kv_cache/bytes_per_token']:,} bytes of cache a token (bf16); "
         f"{config.dataset}: {len(dataset.train):,} tokens; "
-        f"{device.type}, {str(dtype).removeprefix('torch.')}; run folder {run_dir}"
+        f"{on}, {str(dtype).removeprefix('torch.')}; run folder {run_dir}"
     )
     stop = StopSignal()
-    compiled = model
-    if use_compile(config, device):
+    if compile:
         log.say("compiling: the first step and the first evaluation take a minute or so")
-        compiled = torch.compile(model)
 
     # ---- the loop
-    samples_per_step = config.gradient_accumulation_steps * config.batch_size
+    samples_per_step = config.gradient_accumulation_steps * config.batch_size  # on all ranks
     tokens_per_step = samples_per_step * config.block_size
     flops_per_token = model.flops_per_token(config.block_size)
-    peak_flops = peak_flops_of(device, dtype)
+    peak_flops = peak_flops_of(device, dtype) if first_rank else None
     saver = checkpoint.Saver(run_dir)
     skipped = SkippedSteps(config.max_skipped_steps, state["skipped_steps"], log.say)
     spikes, stalls = LossSpikes(log.say), Stalls(config.data_timeout, log.say)
@@ -149,16 +185,20 @@ def train(config: Config) -> dict:
         state.update(step=step, samples=samples, time=time.perf_counter() - started)
         state.update(corpus_sha256=facts["corpus_sha256"], scaler=scaler.state_dict())
         state.update(skipped_steps=skipped.total)
-        optimizer = state_tensors(model, optimizers) | random_state(device)
-        saver.save(names, Checkpoint(model.state_dict(), optimizer, state))
+        weights = parallel.whole(model.state_dict())
+        optimizer = parallel.whole(state_tensors(model, optimizers))
+        with parallel.together():
+            if first_rank:
+                saver.save(names, Checkpoint(weights, optimizer, state))
 
     while True:
-        saver.check()
+        with parallel.together():
+            saver.check()
         evaluated = improved = False
         at_end = step >= config.max_iters
         if (at_end or step % config.eval_interval == 0) and state["evaluated"] != step:
-            metrics = evaluate(compiled, dataset, config, autocast, stop)
-            evaluated = stop.signal is None
+            metrics = evaluate(wrapped, dataset, config, autocast, stop)
+            evaluated = not stop.agreed()
             if evaluated:
                 state |= {"evaluated": step} | metrics
                 improved = metrics["val/loss"] < state["best"].get("best/val_loss", math.inf)
@@ -173,26 +213,29 @@ def train(config: Config) -> dict:
             due = True  # and not what was saved last, or resumed from
         if improved or due:
             save(*["best"] * improved, *["last"] * due)
-        if at_end or stop.signal is not None:
+        stopped = stop.agreed()
+        if at_end or stopped:
             break
 
         factor = learning_rate(step, config)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-        for micro_step in range(config.gradient_accumulation_steps):
-            first = samples + micro_step * config.batch_size
+        for micro_step in range(micro_steps):
+            first = samples + (micro_step * parallel.size() + parallel.rank()) * rows
             with stalls:
-                x, y = dataset.train_batch(first, config.batch_size, config.block_size, config.seed)
+                x, y = dataset.train_batch(first, rows, config.block_size, config.seed)
+            torch.manual_seed((config.seed * 0x9E3779B1 + first) % 2**63)  # for dropout: no state to keep
+            parallel.sync_gradients(wrapped, micro_step == micro_steps - 1)
             with autocast:
-                loss = compiled(x.to(device), y.to(device), want_logits=False)[1]
+                loss = wrapped(x.to(device), y.to(device), want_logits=False)[1]
             loss = loss * (1 + 0 * loss.detach())  # one that is not finite makes its gradient so
-            scaler.scale(loss / config.gradient_accumulation_steps).backward()
+            scaler.scale(loss / micro_steps).backward()
             losses.append(loss.detach())
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         max_norm = config.grad_clip if config.grad_clip > 0 else math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        grad_norm = parallel.clip_grad_norm(model, max_norm)
         sound = skipped.step(step + 1, grad_norm.item())  # waits for the device, as the decision is the CPU's
         for optimizer in optimizers:
             if sound:
@@ -200,11 +243,12 @@ def train(config: Config) -> dict:
             optimizer.zero_grad()
         scaler.update()
         if not sound:
-            del losses[-config.gradient_accumulation_steps :]
+            del losses[-micro_steps:]
         step, samples, stop.at_once = step + 1, samples + samples_per_step, False
 
         if step % config.log_interval == 0 or step == config.max_iters:
             train_loss = torch.stack(losses).mean().item() if losses else math.nan
+            train_loss = parallel.total(train_loss)[0] / parallel.size()
             spikes.see(step, train_loss)
             now = time.perf_counter()
             rate = (step - lap_step) * tokens_per_step / (now - lap_time)
@@ -215,34 +259,35 @@ def train(config: Config) -> dict:
                 "train/skipped_steps": skipped.total,
                 "lr": config.learning_rate * factor,
                 "train/tokens_per_s": rate,
-                "train/mfu": rate * flops_per_token / peak_flops if peak_flops else None,
+                "train/mfu": rate * flops_per_token / (parallel.size() * peak_flops) if peak_flops else None,
                 "memory/peak_bytes": peak_memory(device),
             }
             record(metrics)
             log.progress(step, config.max_iters, metrics, tokens_per_step)
 
     stalls.close()
-    if stop.signal is not None:
+    if stopped:
         save("last")
-        saver.wait()
+        with parallel.together():
+            saver.wait()
         log.write_summary()
         log.close()
         log.say(f"{stop.signal.name}: stopped at step {step}, saved; --init_from=resume goes on from here")
         sys.exit(128 + stop.signal)
-    saver.wait()
+    with parallel.together():
+        saver.wait()
     stop.restore()
 
     # ---- what came of it: a decode probe, a sample, quality and cache side by side
-    final = {
-        "final/val_loss": state["val/loss"],
-        "final/val_bpb": state["val/bpb"],
-        **decode_probe(model, min(config.block_size, 1024) // 2, dtype=dtype),
-    }
-    record(final)
-    log.write_summary()
-    log.close()
-    print(generate_text(model, dataset.tokenizer, config.sample_tokens, seed=config.seed))
-    print(table(log.summary))
+    weights = parallel.whole(model.state_dict())
+    if first_rank:
+        final = inference_model(config, weights).to(device)
+        metrics = {"final/val_loss": state["val/loss"], "final/val_bpb": state["val/bpb"]}
+        record(metrics | decode_probe(final, min(config.block_size, 1024) // 2, dtype=dtype))
+        log.write_summary()
+        log.close()
+        print(generate_text(final, dataset.tokenizer, config.sample_tokens, seed=config.seed))
+        print(table(log.summary))
     return log.summary
 
 
@@ -315,23 +360,29 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 @torch.no_grad()
-def evaluate(model, dataset: Dataset, config: Config, autocast, stop=None) -> dict:
+def evaluate(model, dataset: Dataset, config: Config, autocast, stop: StopSignal | None = None) -> dict:
     """Mean loss in nats a token and bits per byte, over the same validation tokens whoever asks.
 
-    Draws nothing from any random state. Ends early, with what it has, when a signal came.
+    The ranks share the batches, and have the same result. Draws nothing from any random state. Ends early,
+    with what it has, when a signal came.
     """
     device = next(model.parameters()).device
     model.eval()
-    total, count = torch.zeros((), device=device), 0
-    for x, y in dataset.val_batches(config.block_size, config.batch_size, config.eval_iters):
+    loss, count = torch.zeros((), device=device), 0
+    for x, y in dataset.val_batches(
+        config.block_size, config.batch_size, config.eval_iters, parallel.rank(), parallel.size()
+    ):
         n = int((y >= 0).sum())
         with autocast:
-            total += model(x.to(device), y.to(device), want_logits=False)[1] * n
-        count += n
-        if stop is not None and stop.signal is not None:
+            mean = model(x.to(device), y.to(device), want_logits=False)[1]
+        if n:  # the mean over none is not a number
+            loss += mean * n
+            count += n
+        if stop is not None and stop.agreed():
             break
     model.train()
-    loss = total.item() / count
+    loss, count = parallel.total(loss.item(), count)
+    loss /= count
     bytes_per_token = dataset.val_bytes_per_token
     return {"val/loss": loss, "val/bpb": loss / math.log(2) / bytes_per_token if bytes_per_token else None}
 
@@ -342,23 +393,33 @@ def quality(metrics: dict) -> str:
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM, so that the loop ends at a whole step; a second one kills.
+    """Remembers the first SIGINT, SIGTERM or SIGUSR1 on any rank, so that all end the loop at a whole step.
 
-    Until the first step is taken there is nothing to save, and the first signal ends the run `at_once`: that
-    step may be minutes of compiling.
+    A second one kills, but not under torchrun, which passes on what has reached the workers already. Until
+    the first step is taken there is nothing to save, and the first signal ends the run `at_once`: that step
+    may be minutes of compiling.
     """
 
     def __init__(self):
         self.at_once = True
         self.signal: signal.Signals | None = None
-        self.before = {s: signal.signal(s, self.catch) for s in (signal.SIGINT, signal.SIGTERM)}
+        caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self.before = {number: signal.signal(number, self.catch) for number in caught}
 
     def catch(self, number, frame) -> None:
-        self.signal = signal.Signals(number)
-        self.restore()
+        self.signal = self.signal or signal.Signals(number)
+        if parallel.launch() is None:
+            self.restore()
         if self.at_once:
             print(f"{self.signal.name}: stopped before the first step, nothing to save", flush=True)
-            sys.exit(128 + number)
+            (os._exit if parallel.size() > 1 else sys.exit)(128 + number)  # without a word to waiting ranks
+
+    def agreed(self) -> bool:
+        """Whether a rank was told to stop. All of them must ask, at the same place."""
+        number = parallel.highest(self.signal or 0)
+        if number:
+            self.signal = signal.Signals(number)
+        return number > 0
 
     def restore(self) -> None:
         for number, handler in self.before.items():
@@ -366,10 +427,15 @@ class StopSignal:
 
 
 class Log:
-    """Writes metrics.jsonl and summary.json, the terminal's lines, and W&B if asked to."""
+    """Writes metrics.jsonl and summary.json, the terminal's lines, and W&B if asked to.
 
-    def __init__(self, run_dir: Path, config: Config, facts: dict, resume_step: int | None):
+    Without a run folder, on all ranks but the first, it only keeps the summary.
+    """
+
+    def __init__(self, run_dir: Path | None, config: Config, facts: dict, resume_step: int | None):
         self.run_dir, self.summary, self.bar = run_dir, dict(facts), sys.stdout.isatty()
+        if run_dir is None:
+            return
         path = run_dir / "metrics.jsonl"
         if resume_step is not None and path.exists():  # lines past the checkpoint will be written again
             lines = path.read_text(errors="replace").splitlines()
@@ -388,16 +454,21 @@ class Log:
         metrics = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()
         }
+        self.summary |= metrics
+        if self.run_dir is None:
+            return
         with checkpoint.writing(Path(self.file.name)):
             self.file.write((json.dumps(metrics) + "\n").encode())  # JSON has no nan
-        self.summary |= metrics
         if self.wandb:
             self.wandb.log({k: v for k, v in metrics.items() if v is not None})
 
     def say(self, line: str) -> None:
-        print("\r\033[K" + line if self.bar else line, flush=True)
+        if self.run_dir is not None:
+            print("\r\033[K" + line if self.bar else line, flush=True)
 
     def progress(self, step: int, last: int, metrics: dict, tokens_per_step: int) -> None:
+        if self.run_dir is None:
+            return
         rate = metrics["train/tokens_per_s"]
         left = timedelta(seconds=round((last - step) * tokens_per_step / rate))
         mfu = "" if metrics["train/mfu"] is None else f", mfu {metrics['train/mfu']:.1%}"
@@ -409,9 +480,12 @@ class Log:
             print(line, flush=True)
 
     def write_summary(self) -> None:
-        checkpoint.write_json(self.run_dir / "summary.json", self.summary)
+        if self.run_dir is not None:
+            checkpoint.write_json(self.run_dir / "summary.json", self.summary)
 
     def close(self) -> None:
+        if self.run_dir is None:
+            return
         self.file.close()
         if self.wandb:
             self.wandb.summary.update({k: v for k, v in self.summary.items() if v is not None})
@@ -511,21 +585,6 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"rng.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["rng.cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_random_state(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Set the random-number state that `saved` holds; returns the rest of `saved`."""
-    torch.set_rng_state(saved["rng.cpu"].cpu())
-    if "rng.cuda" in saved and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["rng.cuda"].cpu())
-    return {name: value for name, value in saved.items() if not name.startswith("rng.")}
-
-
 def table(summary: dict) -> str:
     """Quality and cache side by side, a run's result in two lines."""
     bits = {"val bits/byte": "final/val_bpb", "best bits/byte": "best/val_bpb"}  # None where data is no text
@@ -544,4 +603,4 @@ def table(summary: dict) -> str:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, ranks=True)

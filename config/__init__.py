@@ -61,8 +61,8 @@ class Config(GPTConfig):
     # data
     dataset: str = "stdlib"  # a folder in data/, or the path of a prepared folder
     tokenizer: str | None = None  # byte, char, bpe, gpt2, or a run folder; None: the data set's own
-    gradient_accumulation_steps: int = 1  # micro-batches a step
-    batch_size: int = 16  # sequences of block_size tokens in a micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches a step, on all ranks together
+    batch_size: int = 16  # sequences of block_size tokens in a micro-batch; ranks share them if it must be
     data_timeout: float = 30.0  # seconds that a micro-batch may take to read before a line says so
     # optimizer
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the hidden matrices, with AdamW for the rest
@@ -86,6 +86,8 @@ class Config(GPTConfig):
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; weights stay float32
     compile: bool | Literal["auto"] = "auto"  # torch.compile the model; auto: where it saves time
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # what each rank holds: ddp: the model, fsdp: its share of it
+    activation_checkpointing: bool = False  # compute blocks again in the backward pass, to save memory
     # after the last step
     sample_tokens: int = 200  # tokens of the sample to print; 0: no sample
 
@@ -188,9 +190,14 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
     return _build(cls, [(key, value, where) for key, value in values.items()])
 
 
-def cli(main: Callable[[list[str]], Any]) -> None:
-    """Run a command: main(arguments), with faults of the user's as one line on stderr and exit code 2."""
+def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
+    """Run a command: main(arguments), with faults of the user's as one line on stderr and exit code 2.
+
+    Only with `ranks` does the command know what to do as one of several that torchrun started.
+    """
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not ranks:
+            raise UserError(f"{sys.argv[0]} is one process; run it without torchrun")
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:

@@ -103,20 +103,24 @@ class Dataset:
         return self._inputs_and_targets(self.train.windows(starts, block_size + 1))
 
     def val_batches(
-        self, block_size: int, batch_size: int, max_batches: int = 0
+        self, block_size: int, batch_size: int, max_batches: int = 0, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """x, y (B, T) int64: each token of the val split but the first is a target once, in order.
 
         The last window is padded with y = -1, the last batch may have fewer rows: weigh losses by targets.
-        max_batches: that many batches of windows spread evenly over the split instead of all.
+        max_batches: that many batches of windows spread evenly over the split instead of all. The ranks take
+        turns at batches, equally many each, if need be one of padding alone.
         """
         self.check_block_size(block_size)
         stride = self.meta.get("example_len", block_size)
         n = -(-(len(self.val) - 1) // stride)
         wanted = min(n, max_batches * batch_size or n)
         starts = np.arange(wanted) * n // wanted * stride
-        for i in range(0, wanted, batch_size):
-            yield self._inputs_and_targets(self.val.windows(starts[i : i + batch_size], block_size + 1))
+        for i in range(0, wanted, ranks * batch_size):
+            mine = starts[i + rank * batch_size :][:batch_size]
+            if not len(mine):
+                mine = np.array([len(self.val)])  # beyond the end: padding
+            yield self._inputs_and_targets(self.val.windows(mine, block_size + 1))
 
     def check_block_size(self, block_size: int) -> None:
         """Raises UserError if windows of `block_size` do not fit this set."""

@@ -1,0 +1,230 @@
+"""Many processes, one run: the ranks that torchrun starts, and how they share a model's work.
+
+    torchrun --standalone --nproc_per_node=8 train.py config/124m/mla.py [--parallel=fsdp]
+
+Without torchrun there is one rank, and nothing here costs it anything. Ranks meet over NCCL on GPUs and over
+gloo on CPUs; no GPU has run this file yet.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from config import Config, UserError
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """In this block the process is one of the ranks that torchrun started, if it did."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    try:
+        yield
+    except SystemExit:  # all ranks leave; after any other exception the others may be waiting for this one
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """Number of ranks, on all nodes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Number of this process among those of its node."""
+    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
+
+
+def launch() -> str | None:
+    """What tells one torchrun command from another and stays as it restarts its workers; None without it."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def restarted() -> bool:
+    """Whether torchrun has started these ranks again, after one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def own_device(device: torch.device) -> torch.device:
+    """This rank's own among the node's devices. Raises UserError if there are fewer than ranks."""
+    if size() == 1 or device.type != "cuda":
+        return device
+    here, ranks = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if ranks > here:
+        raise UserError(f"{ranks} ranks do not fit the {here} GPUs of this node; lower --nproc_per_node")
+    device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A block that ranks leave together: if it fails on some, the lowest of these reports it, and all exit.
+
+    No collective may be called in the block.
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        lowest = size() - highest(size() - rank() if failed else 0)  # of the ranks that failed
+        if lowest < size() and lowest != rank():
+            sys.exit(2)
+
+
+def highest(value: int) -> int:
+    """The greatest `value` of all ranks. Each of them must ask; so for `total`."""
+    return int(_reduced(value, torch.int64, dist.ReduceOp.MAX)) if size() > 1 else value
+
+
+def total(*values: float) -> list[float]:
+    """The sum over ranks of each value, in float64."""
+    return _reduced(values, torch.float64, dist.ReduceOp.SUM).tolist() if size() > 1 else list(values)
+
+
+def _reduced(values, dtype: torch.dtype, op) -> Tensor:
+    values = torch.tensor(values, dtype=dtype)  # on the CPU: a GPU is not made to wait
+    dist.all_reduce(values, op)
+    return values
+
+
+def share(micro_steps: int, rows: int) -> tuple[int, int]:
+    """How many micro-batches of how many rows each rank takes of a step of `micro_steps` batches of `rows`.
+
+    As few micro-batches as keep them within `rows`. Raises UserError if the ranks cannot share evenly.
+    """
+    mine, sequences = -(-micro_steps // size()), micro_steps * rows
+    rows, rest = divmod(sequences, mine * size())
+    if rest:
+        raise UserError(
+            f"{size()} ranks of {mine} micro-batches cannot share a step of {sequences} sequences evenly; "
+            f"make gradient_accumulation_steps x batch_size a multiple of {mine * size()}"
+        )
+    return mine, rows
+
+
+def wrap(model: nn.Module, config: Config, device: torch.device, dtype: torch.dtype, compile: bool):
+    """`model` as the ranks train it, to be called in its place. Its parameters stay where they are by name.
+
+    DDP: each rank holds all of the model and gradients are averaged. FSDP: each holds its share of every
+    parameter (a DTensor, cut along the first dimension) and gathers a block's when it runs it, in `dtype`;
+    what is outside of blocks stays fp32. Gradients are reduced in fp32. One rank is left plain.
+    """
+    if config.activation_checkpointing:
+        for block in model.layers:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if size() > 1 and config.parallel == "fsdp":
+        mesh = init_device_mesh(device.type, (size(),))
+        fp32 = torch.float32
+        for block in model.layers:
+            if compile:
+                block.compile()
+            # autocast decides on the inputs, as it does without FSDP: RoPE's angles need fp32
+            policy = MixedPrecisionPolicy(dtype, reduce_dtype=fp32, cast_forward_inputs=False)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        policy = MixedPrecisionPolicy(reduce_dtype=fp32, cast_forward_inputs=False)
+        return fully_shard(model, mesh=mesh, mp_policy=policy)
+    if size() > 1:
+        ids = [device] if device.type == "cuda" else None
+        # the model has no buffers, so none are broadcast
+        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    return torch.compile(model) if compile else model  # outside DDP, so that it cuts graphs at its buckets
+
+
+def sync_gradients(wrapped, now: bool) -> None:
+    """Whether the next backward pass of a `wrap`ped model averages gradients over ranks: a step's last."""
+    module = getattr(wrapped, "_orig_mod", wrapped)  # what torch.compile wraps
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(now)
+    elif isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = now
+
+
+def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients down to a norm of `max_norm` over all parameters; returns what it was, ()."""
+    params = list(model.parameters())
+    norm = nn.utils.get_total_norm([p.grad for p in params])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+    return norm
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, put together from all ranks, on rank 0; nothing on the others. All must ask."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+            tensor = tensor.cpu() if rank() == 0 else tensor
+        if rank() == 0:
+            gathered[name] = tensor
+    return gathered
+
+
+def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """`value`, whole and the same on all ranks: on the device of `parameter`, and if of its shape cut so."""
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value
+
+
+def each_matrix_once(
+    function: Callable[[Tensor], Tensor], values: list[Tensor], parameters: list[Tensor]
+) -> list[Tensor]:
+    """function((N, m, n)) -> (N, m, n) of N matrices, each computed whole and on one rank only.
+
+    `values` is what this rank holds of them, as it does of the like-shaped `parameters`: all, or with FSDP
+    its ceil(m / size) rows of each, fewer at the end. So is the result.
+    """
+    if size() == 1:
+        return list(function(torch.stack(values)).unbind())
+    (m, n), count = parameters[0].shape, len(values)
+    slots = -(-count // size())  # matrices a rank; the last of them go unused
+    used = min(max(count - rank() * slots, 0), slots)
+    results = values[0].new_zeros(slots, m, n)
+    if not isinstance(parameters[0], DTensor):
+        if used:
+            results[:used] = function(torch.stack(values[rank() * slots :][:used]))
+        gathered = results.new_empty(size() * slots, m, n)
+        dist.all_gather(list(gathered.chunk(size())), results)
+        return list(gathered[:count].unbind())
+    rows, held = -(-m // size()), len(values[0])
+    parts = values[0].new_zeros(size() * slots, rows, n)  # this rank's rows, in the order of their owners
+    parts[:count, :held] = torch.stack(values)
+    received = torch.empty_like(parts)  # (source, slot) of this rank's matrices
+    dist.all_to_all_single(received, parts)
+    matrices = received.unflatten(0, (size(), slots)).transpose(0, 1).flatten(1, 2)[:, :m]  # (slots, m, n)
+    if used:
+        results[:used] = function(matrices[:used])
+    padded = nn.functional.pad(results, (0, 0, 0, size() * rows - m))
+    parts = padded.unflatten(1, (size(), rows)).transpose(0, 1).flatten(0, 1).contiguous()
+    dist.all_to_all_single(received, parts)  # (owner, slot) of this rank's rows
+    return list(received[:count, :held].unbind())
