@@ -17,8 +17,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import cycle, product
 from pathlib import Path
 from typing import Literal
@@ -27,7 +29,8 @@ import numpy as np
 import torch
 
 import checkpoint
-from config import UserError, cli, load, parse, pick_device, pick_dtype
+import parallel
+from config import Config, UserError, cli, load, parse, pick_device, pick_dtype
 from convert import hf_config, hf_state_dict
 from data import Dataset, open_dataset
 from data import tokenizer as tokenizers
@@ -215,6 +218,9 @@ def losses(run_dir: Path, folder: Path) -> dict[str, float]:
 def train(argv: list[str]) -> None:
     """Tokens a second, MFU and peak memory of a training step, by attention and context."""
     options = parse(TrainOptions, argv, "python bench.py train [--peer=DIR] [--key=value ...]")
+    if parallel.launch() is not None:
+        with parallel.joined():
+            return train_on_ranks(options)
     sides = options.attentions.split(",") + (["nanoGPT"] if options.peer else [])
     rows = []
     print(f"{'':8} {'context':>8} {'params':>12} {'tokens/s':>10} {'GFLOP/s':>8} {'peak MB':>8}")
@@ -233,20 +239,90 @@ def train(argv: list[str]) -> None:
     draw_train(rows, out_dir / "train.png")
 
 
+def train_on_ranks(options: TrainOptions) -> None:
+    """`train` under torchrun: tokens a second of all ranks together, and what of a step is communication.
+
+    That is the reduction of the gradients and, with Muon, the exchange of updates, measured by themselves.
+    """
+    device = parallel.own_device(pick_device(options.device))
+    dtype = pick_dtype(options.dtype, device)
+    out = []
+    for block_size in map(int, options.block_sizes.split(",")):
+        for side in options.attentions.split(","):
+            config = step_config(side, block_size, options)
+            torch.manual_seed(0)
+            model = GPT(config).to(device)
+            wrapped = parallel.wrap(model, config, device, dtype, options.compile)
+            run = partial(wrapped, want_logits=False)
+            optimizers = make_optimizers(model, config)
+            _, rows = parallel.share(1, max(options.tokens // block_size, 1))
+            idx = torch.randint(options.vocab_size, (rows, block_size + 1), device=device)
+            gradient = torch.zeros(model.n_params(), device=device)
+            same_shape = defaultdict(list)
+            for p in optimizers[0].param_groups[0]["params"] if options.optimizer == "muon" else []:
+                same_shape[p.shape].append(p.detach())
+
+            def communicate(gradient=gradient, same_shape=same_shape) -> None:
+                if parallel.size() > 1:
+                    torch.distributed.all_reduce(gradient)
+                    for matrices in same_shape.values():
+                        parallel.each_matrix_once(torch.clone, matrices, matrices)
+
+            step_s = statistics.median(step_times(run, model, optimizers, idx, dtype, options.steps))
+            share = statistics.median(times(communicate, device, options.steps)) / step_s
+            row = {"ranks": parallel.size(), "side": side, "context": block_size, "params": model.n_params()}
+            row |= {"tokens_per_s": parallel.size() * rows * block_size / step_s, "step_s": step_s}
+            out.append(row | {"communication_share": share, "gradient_bytes": gradient.nbytes})
+            if parallel.rank() == 0:
+                print(
+                    f"{side:8} {block_size:8} {row['params']:12,} {row['tokens_per_s']:10,.0f} tokens/s of "
+                    f"{parallel.size()} ranks, {step_s * 1e3:,.1f} ms a step, {share:.1%} communication",
+                    flush=True,
+                )
+    if parallel.rank() == 0:
+        result = {"machine": machine(), "options": asdict(options), "rows": out}
+        write(result, Path(options.out_dir) / f"train_{parallel.size()}_ranks.json")
+
+
+def times(run: Callable[[], None], device: torch.device, steps: int) -> list[float]:
+    """Seconds of each of `steps` calls, after 3 to warm up."""
+    seconds = []
+    for _ in range(3 + steps):
+        begin = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return seconds[3:]
+
+
+def step_times(run, model: GPT, optimizers: list, idx: torch.Tensor, dtype, steps: int) -> list[float]:
+    """Seconds of training steps of `model`, called as `run`, on the tokens idx (B, T + 1)."""
+
+    def train_step() -> None:
+        with torch.autocast(idx.device.type, dtype, enabled=dtype != torch.float32):
+            loss = run(idx[:, :-1], idx[:, 1:].contiguous())[1]
+        loss.backward()
+        parallel.clip_grad_norm(model, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return times(train_step, idx.device, steps)
+
+
+def step_config(side: str, block_size: int, options: TrainOptions) -> Config:
+    shape = [f"--{name}={getattr(options, name)}" for name in ("n_layer", "n_head", "n_embd", "vocab_size")]
+    attention = [] if side == "nanoGPT" else [f"--attention={side}", *ATTENTION_KNOBS[side]]
+    return load([*shape, f"--block_size={block_size}", f"--optimizer={options.optimizer}", *attention])
+
+
 def step(argv: list[str]) -> None:
     """One measurement of `train`, in a process of its own so that peak memory is its own."""
     side, block_size, options = argv[0], int(argv[1]), TrainOptions(**json.loads(argv[2]))
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
-    shape = [f"--{name}={getattr(options, name)}" for name in ("n_layer", "n_head", "n_embd", "vocab_size")]
-    config = load(
-        [
-            *shape,
-            f"--block_size={block_size}",
-            f"--optimizer={options.optimizer}",
-            *([] if side == "nanoGPT" else [f"--attention={side}", *ATTENTION_KNOBS[side]]),
-        ]
-    )
+    config = step_config(side, block_size, options)
     torch.manual_seed(0)
     if side == "nanoGPT":
         model, optimizers = nanogpt_model(Path(options.peer), config, device)
@@ -260,20 +336,11 @@ def step(argv: list[str]) -> None:
     idx = torch.randint(
         options.vocab_size, (max(options.tokens // block_size, 1), block_size + 1), device=device
     )
-    seconds = []
-    for _ in range(3 + options.steps):
-        begin = time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            x, y = idx[:, :-1], idx[:, 1:].contiguous()
-            loss = run(x, y)[1] if side == "nanoGPT" else run(x, y, want_logits=False)[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        loss.item()
-        seconds.append(time.perf_counter() - begin)
-    rate = idx[:, 1:].numel() / statistics.median(seconds[3:])
+    if side != "nanoGPT":
+        run = partial(run, want_logits=False)
+    rate = idx[:, 1:].numel() / statistics.median(
+        step_times(run, model, optimizers, idx, dtype, options.steps)
+    )
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
@@ -707,4 +774,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, ranks=sys.argv[1:2] == ["train"])

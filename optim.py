@@ -60,14 +60,15 @@ class AdamW(Optimizer):
                 if not self.state[p]:
                     self.state[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
                     self.state[p]["step"] = torch.zeros((), device=p.device)
-            grads = [p.grad for p in params]
+            grads = [parallel.local(p.grad) for p in params]
             steps, means, squares = (
-                [self.state[p][key] for p in params] for key in ("step", "exp_avg", "exp_avg_sq")
+                [parallel.local(self.state[p][key]) for p in params]
+                for key in ("step", "exp_avg", "exp_avg_sq")
             )
             torch._foreach_add_(steps, 1)
             beta1, beta2 = group["betas"]
             torch._fused_adamw_(
-                params,
+                [parallel.local(p) for p in params],
                 grads,
                 means,
                 squares,

@@ -62,8 +62,9 @@ def launch() -> str | None:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started these ranks again, after one of them died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Whether torchrun may have started ranks of this launch before, of which one died. All must ask."""
+    unique = launch() not in (None, "none")  # "none" is any launch with neither --standalone nor --rdzv-id
+    return highest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0 or unique
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -52,15 +52,17 @@ PEAK_FLOPS = {
 
 def main(argv: list[str]) -> None:
     with parallel.joined():
+        restarted = parallel.restarted()
         with parallel.together():
-            config = configure(argv)
+            config = configure(argv, restarted)
         train(config)
 
 
-def configure(argv: list[str]) -> Config:
+def configure(argv: list[str], restarted: bool = False) -> Config:
+    """The run that a command line asks for; if it is `restarted`, to go on from its own last checkpoint."""
     config = load(argv)
-    if parallel.restarted() and checkpoint.launched_by(Path(config.out_dir)) == parallel.launch():
-        config.init_from = "resume"  # a rank died, and torchrun has started all of them again
+    if restarted and checkpoint.launched_by(Path(config.out_dir)) == parallel.launch():
+        config.init_from = "resume"
         argv = [*argv, "--init_from=resume"]
     if config.init_from == "resume":  # what the run was started with is the default of what it goes on with
         base = asdict(checkpoint.read_config(Path(config.out_dir)))

@@ -6,9 +6,11 @@ As a script it runs trainings in groups of forked ranks, so that torch is import
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -74,12 +76,23 @@ def script(groups: list[tuple[int, list[list[str]]]]) -> None:
     train.decode_probe = lambda *args, **kwargs: {"decode/tokens_per_s": 0.0}  # slow, and tested elsewhere
     train.peak_flops_of = lambda *args: None
     for size, runs in groups:
-        for pid in fork_ranks(size, runs):
-            assert os.waitpid(pid, 0)[1] == 0
+        statuses = [os.waitpid(pid, 0)[1] for pid in fork_ranks(size, runs)]
+        codes = {os.waitstatus_to_exitcode(status) for status in statuses}
+        if codes != {0}:
+            sys.exit(max(codes) if len(codes) == 1 else 1)  # that of all ranks
+
+
+def start(*groups: tuple[int, list[list[str]]]) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, __file__, json.dumps(groups)], cwd=ROOT, env=environment())
 
 
 def in_groups(*groups: tuple[int, list[list[str]]]) -> None:
-    subprocess.run([sys.executable, __file__, json.dumps(groups)], check=True, cwd=ROOT, env=environment())
+    assert start(*groups).wait() == 0
+
+
+def workers(of: subprocess.Popen) -> list[int]:
+    """The processes that a process has started."""
+    return [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(of.pid)], text=True).split()]
 
 
 def environment() -> dict[str, str]:
@@ -137,6 +150,45 @@ def test_a_run_moves_from_two_ranks_to_one_and_four(runs):
     for name in moved:
         state = checkpoint.load(runs / name, "last").state
         assert (state["step"], state["samples"]) == (50, 400)
+
+
+def test_a_signal_to_one_rank_stops_all_after_one_save(corpus, tmp_path):
+    argv = [*TINY, *ATTENTIONS["mla"], f"--dataset={corpus}", f"--out_dir={tmp_path}/run"]
+    argv += ["--max_iters=100000", "--eval_interval=100000", "--parallel=fsdp"]
+    group = start((2, [argv]))
+    wait_for_step(tmp_path / "run", 2)
+    os.kill(workers(group)[1], signal.SIGUSR1)
+    sent = time.monotonic()
+    assert group.wait() == 128 + signal.SIGUSR1
+    assert time.monotonic() - sent < 30
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert checkpoint.load(tmp_path / "run", "last").state["step"] == last
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    for _ in range(1200):
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and f'{{"step": {step},' in path.read_text():
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"{run_dir} has not come to step {step}")
+
+
+def test_a_killed_rank_brings_the_group_back_on_two_nodes(corpus, tmp_path):
+    """Two torchrun agents meet on loopback; one's worker is killed -9, and the weights end as undisturbed."""
+    argv = [*TINY, *ATTENTIONS["mla"], f"--dataset={corpus}", "--save_interval=5", "--eval_interval=1000"]
+    in_groups((2, [[*argv, f"--out_dir={tmp_path}/whole"]]))
+    port = free_port()
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    agent += ["--max-restarts=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
+    command = [*agent, "train.py", *argv, f"--out_dir={tmp_path}/cut"]
+    agents = [subprocess.Popen(command, cwd=ROOT, env=environment()) for _ in range(2)]
+    wait_for_step(tmp_path / "cut", 12)
+    os.kill(workers(agents[1])[0], signal.SIGKILL)
+    assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    ends = [checkpoint.load(tmp_path / name, "last").model for name in ("whole", "cut")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0] | ends[1])
 
 
 if __name__ == "__main__":
