@@ -9,7 +9,9 @@ gloo on CPUs; no GPU has run this file yet.
 from __future__ import annotations
 
 import os
+import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -33,13 +35,34 @@ def joined() -> Iterator[None]:
         yield
         return
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    store, rank, size = meet()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=size)
     try:
         yield
     except SystemExit:  # all ranks leave; after any other exception the others may be waiting for this one
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def meet() -> tuple[dist.Store, int, int]:
+    """A store for the ranks that are alive now, this rank and their number.
+
+    torchrun's own store outlives a restart, and in it the addresses of the dead. So each rank writes a token,
+    the first one lists those it reads, and a list that all of its ranks have signed names their part of it.
+    """
+    store, rank, size = next(dist.rendezvous("env://"))
+    token = secrets.token_hex(8)
+    store.set(f"token/{rank}", token)
+    while True:
+        if rank == 0:
+            store.set("tokens", ",".join(store.get(f"token/{r}").decode() for r in range(size)))
+        tokens = store.get("tokens").decode()
+        if token in tokens:
+            store.set(f"{tokens}/{rank}", "signed")
+            if store.check([f"{tokens}/{r}" for r in range(size)]):
+                return dist.PrefixStore(tokens, store), rank, size
+        time.sleep(0.02)
 
 
 def rank() -> int:

@@ -180,7 +180,7 @@ def test_a_killed_rank_brings_the_group_back_on_two_nodes(corpus, tmp_path):
     in_groups((2, [[*argv, f"--out_dir={tmp_path}/whole"]]))
     port = free_port()
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    agent += ["--max-restarts=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
+    agent += ["--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
     command = [*agent, "train.py", *argv, f"--out_dir={tmp_path}/cut"]
     agents = [subprocess.Popen(command, cwd=ROOT, env=environment()) for _ in range(2)]
     wait_for_step(tmp_path / "cut", 12)
