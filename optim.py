@@ -167,6 +167,8 @@ def load_state_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: d
     by_name, shapes = defaultdict(dict), {name: p.shape for name, p in model.named_parameters()}
     for name, value in tensors.items():
         parameter, _, key = name.rpartition(".")
+        if parameter == "rng":  # earlier versions kept the random-number state
+            continue
         if value.shape not in (shapes.get(parameter), torch.Size()):
             raise UserError(f"the optimizer's state does not fit its model: {name} is {list(value.shape)}")
         by_name[parameter][key] = value
