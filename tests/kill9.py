@@ -21,7 +21,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch._dynamo  # or each life imports it, with its first optimizer
 
 import checkpoint
 import train
@@ -101,8 +100,10 @@ def main(argv: list[str]) -> None:
                 starting += 1
                 time.sleep(draw.uniform(0, start_up))
             else:
-                next((line for line in life.lines if line.startswith("step ")), None)
-                time.sleep(draw.uniform(0, 2 * options.steps_a_life * step_seconds))
+                taken = (line for line in life.lines if "/" in line and line.startswith("step "))
+                for _ in range(draw.randrange(1, 2 * options.steps_a_life)):
+                    next(taken, None)
+                time.sleep(draw.uniform(0, step_seconds))
             os.kill(life.pid, signal.SIGKILL)
             code = life.wait()
             assert code == -signal.SIGKILL, f"before kill {kill} the run ended by itself with {code}"

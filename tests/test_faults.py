@@ -239,8 +239,8 @@ def poison(monkeypatch):
     def poison(change) -> None:
         forward, calls = train.GPT.forward, [0]
 
-        def poisoned(model, idx, targets=None, cache=None):
-            logits, loss = forward(model, idx, targets, cache)
+        def poisoned(model, idx, targets=None, *rest, **options):
+            logits, loss = forward(model, idx, targets, *rest, **options)
             if not model.training or targets is None:
                 return logits, loss
             calls[0] += 1
