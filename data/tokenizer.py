@@ -181,6 +181,9 @@ def load(folder: str | Path) -> Tokenizer:
             ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
             more = {name: spec[name] for name in ("end_of_text", "nfc") if name in spec}
             specials = spec.get("special_tokens", {END_OF_TEXT: len(ranks)})
+            ids = [*ranks.values(), *specials.values()]
+            if len(set(ids)) < len(ids):
+                raise ValueError("two tokens share an id")  # on which tiktoken would panic
             tok = BpeTokenizer(spec["kind"], spec["pattern"], ranks, specials, **more)
         damaged = sha256(tok) != spec["sha256"]
     except FileNotFoundError as e:

@@ -102,8 +102,10 @@ def test_cache_is_as_long_as_needed_and_no_longer(model):
     generate_lists(model, [[1, 2], [3]], 10, stats=stats)
     assert stats.cache_bytes == 2 * per_token * (2 + 10)
     assert (stats.prompt_tokens, stats.decode_tokens) == (3, 2 * 9)
+    stats = Stats()
     generate_lists(model, [[1, 2], [3]], 3 * BLOCK, stats=stats)
     assert stats.cache_bytes == 2 * per_token * BLOCK
+    stats = Stats()
     generate_lists(model, [[1, 2], [3]], 10, cache_dtype=torch.bfloat16, stats=stats)
     assert stats.cache_bytes == 2 * per_token * (2 + 10) // 2
 
@@ -323,7 +325,7 @@ def run_main(capsys, *argv: str) -> tuple[str, str]:
 
 
 def test_load_run_takes_a_run_or_a_checkpoint_in_it(run_dir, tmp_path):
-    best, last = (checkpoint.load(run_dir, name).model for name in ("best", "last"))
+    best, last = (checkpoint.load_weights(run_dir, name) for name in ("best", "last"))
 
     def loads(weights, *args) -> bool:
         model, tokenizer = load_run(*args)
