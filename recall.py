@@ -1,0 +1,136 @@
+"""What a small cache forgets: `python recall.py`.
+
+Multi-query associative recall (Zoology, Arora et al. 2023; data/mqar): a model reads pairs of a key and a
+value, then is asked for the value of each key. Small models of each attention and cache size are trained on
+each number of pairs, side by side and resumable as any sweep; the share of right answers is what counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from compare import put_into, styles_of
+from config import Config, UserError, cli, parse
+from data import open_dataset
+from data.mqar import prepare
+from sample import load_run
+from sweep import run_all
+
+PAIRS = (2, 4, 8)  # of an example, whose length is four tokens a pair
+MODELS = {  # knobs by name: attention and width of a head, or of MLA's latent and rope key
+    "mha-32": ["--attention=mha"],
+    "mha-8": ["--attention=mha", "--head_dim=8"],
+    "gqa-16": ["--attention=gqa", "--n_head=4", "--n_kv_head=2"],
+    "gqa-8": ["--attention=gqa", "--n_head=4", "--n_kv_head=2", "--head_dim=8"],
+    "mqa-32": ["--attention=mqa"],
+    "mqa-16": ["--attention=mqa", "--head_dim=16"],
+    "mqa-8": ["--attention=mqa", "--head_dim=8"],
+    "mla-32+16": ["--attention=mla", "--kv_lora_rank=32", "--qk_rope_head_dim=16"],
+    "mla-16+8": ["--attention=mla", "--kv_lora_rank=16", "--qk_rope_head_dim=8"],
+    "mla-8+8": ["--attention=mla", "--kv_lora_rank=8", "--qk_rope_head_dim=8"],
+}
+RECIPE = [
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=64",
+    "--rope_theta=100",
+    "--batch_size=128",
+    "--max_iters=600",
+]
+RECIPE += ["--learning_rate=0.001", "--weight_decay=0", "--warmup_iters=20", "--cooldown=0.2", "--seed=1"]
+RECIPE += ["--eval_interval=600", "--log_interval=50", "--sample_tokens=0", "--device=cpu"]
+
+
+@dataclass
+class Options:
+    out_dir: str = "out/recall"  # the data sets and the runs
+    picture: str = "out/recall/recall.png"  # where the picture goes
+    into: str = ""  # a Markdown file, whose text from <!-- recall --> to <!-- /recall --> becomes the table
+    jobs: int = 0  # runs side by side; 0: as many as there are cores
+
+
+def data_set(n_pairs: int, folder: Path) -> Path:
+    """The folder of examples of n_pairs pairs, made if it is not there."""
+    if not (folder / "meta.json").exists():
+        sizes = [f"--seq_len={4 * n_pairs}", "--vocab_size=64", "--n_train=80000", "--n_val=1000"]
+        prepare.main([f"--n_pairs={n_pairs}", *sizes, f"--out_dir={folder}"])
+    return folder
+
+
+@torch.inference_mode()
+def accuracy(run_dir: Path) -> float:
+    """The share of a run's validation answers whose right value is the model's likeliest token."""
+    config = checkpoint.read_config(run_dir)
+    model, _ = load_run(run_dir, device="cpu", dtype="float32", which="last")
+    right = asked = 0
+    for x, y in open_dataset(config.dataset).val_batches(config.block_size, 256):  # (B, T), -1: no answer
+        found = model(x)[0].argmax(-1)
+        right, asked = right + int((found == y).sum()), asked + int((y >= 0).sum())
+    return right / asked
+
+
+def table(results: list[tuple[str, Config, dict[int, float]]]) -> str:
+    """Markdown: a model a row, a number of pairs a column."""
+    lines = [f"| model | cache B/token | {' | '.join(f'{n} pairs' for n in results[0][2])} |"]
+    lines.append(f"|---|{'---:|' * (1 + len(results[0][2]))}")
+    for name, config, of in results:
+        shares = " | ".join(f"{share:.1%}" for share in of.values())
+        lines.append(f"| {name} | {config.kv_bytes_per_token():,} | {shares} |")
+    return "\n".join(lines)
+
+
+def draw(results: list[tuple[str, Config, dict[int, float]]], path: Path) -> None:
+    """Accuracy against cache, a panel for each number of pairs, a line for each attention."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as e:
+        raise UserError("a picture needs a package: pip install matplotlib") from e
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    pairs = list(results[0][2])
+    figure, panels = plt.subplots(
+        1, len(pairs), figsize=(9, 3), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, n in zip(panels[0], pairs, strict=True):
+        for attention, (colour, marker, line) in styles_of(
+            config.attention for _, config, _ in results
+        ).items():
+            mine = [(c.kv_bytes_per_token(), 100 * of[n]) for _, c, of in results if c.attention == attention]
+            look = dict(color=colour, marker=marker, linestyle=line, label=attention, markersize=6)
+            panel.plot(*zip(*sorted(mine), strict=True), **look)
+        panel.set_title(f"{n} pairs", fontsize=9)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        panel.set(xlabel="KV cache, bytes a token (bf16)", ylim=(0, 103))
+        panel.grid(alpha=0.3, linewidth=0.5)
+    panels[0][0].set_ylabel("values recalled, %")
+    panels[0][-1].legend(loc="lower right", fontsize=8, handlelength=3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(Options, argv, "python recall.py [--key=value ...]")
+    out_dir, runs = Path(options.out_dir), {}
+    for n in PAIRS:
+        data = [f"--dataset={data_set(n, out_dir / f'data-{n}')}", f"--block_size={4 * n}"]
+        runs |= {f"{name}-of-{n}": [*RECIPE, *data, *knobs] for name, knobs in MODELS.items()}
+    run_all(runs, out_dir, options.jobs)
+    results = []
+    for name in MODELS:
+        config = checkpoint.read_config(out_dir / f"{name}-of-{PAIRS[0]}")
+        results.append((name, config, {n: accuracy(out_dir / f"{name}-of-{n}") for n in PAIRS}))
+    results.sort(key=lambda result: result[1].kv_bytes_per_token())
+    print(table(results))
+    if options.into:
+        put_into(Path(options.into), table(results), "recall")
+    draw(results, Path(options.picture))
+    print(f"wrote {options.picture}")
+
+
+if __name__ == "__main__":
+    cli(main)

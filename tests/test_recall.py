@@ -1,0 +1,63 @@
+"""recall.py: what it asks, how it counts, what it shows."""
+
+import pytest
+
+import recall
+import sample
+import train
+from config import Config, load
+from data import open_dataset
+
+TINY = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=4", "--max_iters=3", "--eval_iters=2"]
+TINY += ["--sample_tokens=0", "--device=cpu"]
+
+
+def test_accuracy_is_the_share_of_right_answers(tmp_path):
+    data = recall.data_set(2, tmp_path / "data")
+    train.train(load([*TINY, f"--dataset={data}", "--block_size=8", f"--out_dir={tmp_path / 'run'}"]))
+    model, _ = sample.load_run(tmp_path / "run", device="cpu", dtype="float32", which="last")
+    right = asked = 0
+    for x, y in open_dataset(str(data)).val_batches(8, 1):
+        for position in range(8):
+            if y[0, position] >= 0:
+                asked += 1
+                right += int(model(x)[0][0, position].argmax() == y[0, position])
+    assert asked == 2 * 1000
+    assert recall.accuracy(tmp_path / "run") == right / asked
+    assert 0 < right < asked
+
+
+def test_one_command_trains_counts_and_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recall, "PAIRS", (2,))
+    monkeypatch.setattr(recall, "MODELS", {"mqa-4": ["--attention=mqa", "--head_dim=4"]})
+    monkeypatch.setattr(recall, "RECIPE", TINY)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- recall -->\n<!-- /recall -->\n")
+    argv = [f"--out_dir={tmp_path / 'out'}", f"--picture={tmp_path / 'p.png'}", f"--into={page}"]
+    recall.main(argv)
+    assert "| mqa-4 | 16 | " in page.read_text()  # 2 numbers of 4 in bf16
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    capsys.readouterr()
+    recall.main(argv)
+    assert "1 of 1 runs are done already" in capsys.readouterr().out
+
+
+def test_the_models_differ_in_their_attention_alone():
+    configs = [load([*recall.RECIPE, *knobs]) for knobs in recall.MODELS.values()]
+    attention = {"attention", "n_head", "n_kv_head", "head_dim", "rotary_dim", "qk_norm", "kv_lora_rank"}
+    attention |= {"qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "out_dir", "wandb_run_name"}
+    for name in Config.__dataclass_fields__.keys() - attention:
+        assert len({str(getattr(config, name)) for config in configs}) == 1, name
+    assert len({config.kv_bytes_per_token() for config in configs}) >= 4
+    assert {config.attention for config in configs} == {"mha", "gqa", "mqa", "mla"}
+
+
+def test_table():
+    config = load(["--attention=mqa", "--n_layer=1", "--n_head=4", "--n_embd=16"])
+    assert recall.table([("mqa-4", config, {4: 1.0, 8: 0.5})]).splitlines() == [
+        "| model | cache B/token | 4 pairs | 8 pairs |",
+        "|---|---:|---:|---:|",
+        "| mqa-4 | 16 | 100.0% | 50.0% |",
+    ]
+    with pytest.raises(ValueError):
+        recall.main(["--jobs=many"])
