@@ -1,5 +1,6 @@
 # make train   a venv, the data, a trained config/mla.py, a sample (ARGS="--overwrite=True" trains it anew)
 # make compare the picture and the table of the README: quality against cache, resumable
+# make recall  what a small cache forgets: recall against cache, resumable
 # make test    the test suite
 # make lint    ruff
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= config/mla.py
 
-.PHONY: train compare test lint clean
+.PHONY: train compare recall test lint clean
 
 train: .venv/run
 	$(BIN)/python train.py $(CONFIG) $(ARGS)
@@ -16,6 +17,9 @@ train: .venv/run
 compare: .venv/run
 	$(BIN)/python sweep.py config/compare.txt out/compare
 	$(BIN)/python compare.py out/compare/* --picture=assets/compare.png --into=README.md
+
+recall: .venv/run
+	$(BIN)/python recall.py --picture=assets/recall.png --into=README.md
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q

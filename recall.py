@@ -20,7 +20,6 @@ from data.mqar import prepare
 from sample import load_run
 from sweep import run_all
 
-PAIRS = (2, 4, 8)  # of an example, whose length is four tokens a pair
 MODELS = {  # knobs by name: attention and width of a head, or of MLA's latent and rope key
     "mha-32": ["--attention=mha"],
     "mha-8": ["--attention=mha", "--head_dim=8"],
@@ -47,10 +46,15 @@ RECIPE += ["--eval_interval=600", "--log_interval=50", "--sample_tokens=0", "--d
 
 @dataclass
 class Options:
+    pairs: str = "2,4,8"  # of an example, whose length is four tokens a pair; one sweep for each number
     out_dir: str = "out/recall"  # the data sets and the runs
     picture: str = "out/recall/recall.png"  # where the picture goes
     into: str = ""  # a Markdown file, whose text from <!-- recall --> to <!-- /recall --> becomes the table
     jobs: int = 0  # runs side by side; 0: as many as there are cores
+
+    def __post_init__(self):
+        if not all(word.isdecimal() and 1 <= int(word) <= 16 for word in self.pairs.split(",")):
+            raise ValueError(f"pairs should be numbers from 1 to 16 with commas between, not {self.pairs!r}")
 
 
 def data_set(n_pairs: int, folder: Path) -> Path:
@@ -91,20 +95,19 @@ def draw(results: list[tuple[str, Config, dict[int, float]]], path: Path) -> Non
         raise UserError("a picture needs a package: pip install matplotlib") from e
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     pairs = list(results[0][2])
-    figure, panels = plt.subplots(
-        1, len(pairs), figsize=(9, 3), sharey=True, squeeze=False, layout="constrained"
-    )
+    shape = dict(figsize=(min(9, 3 + 3 * len(pairs)), 3), sharey=True, squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(1, len(pairs), **shape)
+    styles = styles_of(config.attention for _, config, _ in results)
     for panel, n in zip(panels[0], pairs, strict=True):
-        for attention, (colour, marker, line) in styles_of(
-            config.attention for _, config, _ in results
-        ).items():
+        for i, (attention, (colour, marker, line)) in enumerate(styles.items()):
             mine = [(c.kv_bytes_per_token(), 100 * of[n]) for _, c, of in results if c.attention == attention]
-            look = dict(color=colour, marker=marker, linestyle=line, label=attention, markersize=6)
-            panel.plot(*zip(*sorted(mine), strict=True), **look)
+            look = dict(color=colour, marker=marker, linestyle=line, label=attention)
+            hollow = dict(markerfacecolor="none", markersize=11 - 2 * i)  # so that points which coincide show
+            panel.plot(*zip(*sorted(mine), strict=True), **look, **hollow)
         panel.set_title(f"{n} pairs", fontsize=9)
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        panel.set(xlabel="KV cache, bytes a token (bf16)", ylim=(0, 103))
+        panel.set(xlabel="KV cache, bytes a token (bf16)", ylim=(0, 105))
         panel.grid(alpha=0.3, linewidth=0.5)
     panels[0][0].set_ylabel("values recalled, %")
     panels[0][-1].legend(loc="lower right", fontsize=8, handlelength=3)
@@ -115,15 +118,15 @@ def draw(results: list[tuple[str, Config, dict[int, float]]], path: Path) -> Non
 
 def main(argv: list[str]) -> None:
     options = parse(Options, argv, "python recall.py [--key=value ...]")
-    out_dir, runs = Path(options.out_dir), {}
-    for n in PAIRS:
+    out_dir, runs, pairs = Path(options.out_dir), {}, [int(n) for n in options.pairs.split(",")]
+    for n in pairs:
         data = [f"--dataset={data_set(n, out_dir / f'data-{n}')}", f"--block_size={4 * n}"]
         runs |= {f"{name}-of-{n}": [*RECIPE, *data, *knobs] for name, knobs in MODELS.items()}
     run_all(runs, out_dir, options.jobs)
     results = []
     for name in MODELS:
-        config = checkpoint.read_config(out_dir / f"{name}-of-{PAIRS[0]}")
-        results.append((name, config, {n: accuracy(out_dir / f"{name}-of-{n}") for n in PAIRS}))
+        config = checkpoint.read_config(out_dir / f"{name}-of-{pairs[0]}")
+        results.append((name, config, {n: accuracy(out_dir / f"{name}-of-{n}") for n in pairs}))
     results.sort(key=lambda result: result[1].kv_bytes_per_token())
     print(table(results))
     if options.into:

@@ -5,8 +5,9 @@ import pytest
 import recall
 import sample
 import train
-from config import Config, load
+from config import Config, UserError, load
 from data import open_dataset
+from model import ATTENTIONS
 
 TINY = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=4", "--max_iters=3", "--eval_iters=2"]
 TINY += ["--sample_tokens=0", "--device=cpu"]
@@ -28,12 +29,11 @@ def test_accuracy_is_the_share_of_right_answers(tmp_path):
 
 
 def test_one_command_trains_counts_and_shows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(recall, "PAIRS", (2,))
     monkeypatch.setattr(recall, "MODELS", {"mqa-4": ["--attention=mqa", "--head_dim=4"]})
     monkeypatch.setattr(recall, "RECIPE", TINY)
     page = tmp_path / "page.md"
     page.write_text("<!-- recall -->\n<!-- /recall -->\n")
-    argv = [f"--out_dir={tmp_path / 'out'}", f"--picture={tmp_path / 'p.png'}", f"--into={page}"]
+    argv = ["--pairs=2", f"--out_dir={tmp_path / 'out'}", f"--picture={tmp_path / 'p.png'}", f"--into={page}"]
     recall.main(argv)
     assert "| mqa-4 | 16 | " in page.read_text()  # 2 numbers of 4 in bf16
     assert (tmp_path / "p.png").stat().st_size > 10_000
@@ -44,9 +44,10 @@ def test_one_command_trains_counts_and_shows(tmp_path, monkeypatch, capsys):
 
 def test_the_models_differ_in_their_attention_alone():
     configs = [load([*recall.RECIPE, *knobs]) for knobs in recall.MODELS.values()]
-    attention = {"attention", "n_head", "n_kv_head", "head_dim", "rotary_dim", "qk_norm", "kv_lora_rank"}
-    attention |= {"qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "out_dir", "wandb_run_name"}
-    for name in Config.__dataclass_fields__.keys() - attention:
+    own = {"attention", "n_head", "out_dir", "wandb_run_name"}.union(
+        *(cls.KNOBS for cls in ATTENTIONS.values())
+    )
+    for name in Config.__dataclass_fields__.keys() - own:
         assert len({str(getattr(config, name)) for config in configs}) == 1, name
     assert len({config.kv_bytes_per_token() for config in configs}) >= 4
     assert {config.attention for config in configs} == {"mha", "gqa", "mqa", "mla"}
@@ -59,5 +60,9 @@ def test_table():
         "|---|---:|---:|---:|",
         "| mqa-4 | 16 | 100.0% | 50.0% |",
     ]
-    with pytest.raises(ValueError):
-        recall.main(["--jobs=many"])
+
+
+@pytest.mark.parametrize("pairs", ["", "4;8", "0", "17", "four"])
+def test_faulty_numbers_of_pairs(pairs):
+    with pytest.raises(UserError, match="pairs"):
+        recall.main([f"--pairs={pairs}"])
