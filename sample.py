@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ from data import tokenizer as tokenizers
 from model import CACHE_FORMATS, GPT, GPTConfig, KVCache
 
 PREFILL_CHUNK = 2048  # tokens of a prompt that go through the model at once; bounds the memory of a long one
+DRAFTED = 4  # tokens that a draft model guesses at a time
+LOOKED_UP = 8  # tokens that prompt look-up guesses at a time
 SEPARATOR = "---------------"
 USAGE = """python sample.py RUN [--key=value ...]
 
@@ -59,6 +61,7 @@ class Options:
     min_p: float = 0.0  # draw from tokens at least min_p times as likely as the likeliest
     stop: str = ""  # end a sample at this text, which is not printed; || between several, \n for a newline
     seed: int = 1337  # of the sampling
+    draft: str | None = None  # what guesses ahead, to be faster: a smaller run, or lookup in the text so far
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
@@ -80,6 +83,8 @@ class Stats:
     decode_tokens: int = 0  # all later ones
     decode_seconds: float = 0.0
     cache_bytes: int = 0  # allocated at a time
+    guessed: int = 0  # tokens that a draft guessed
+    right: int = 0  # of them, those that were then drawn
 
 
 @torch.inference_mode()
@@ -167,7 +172,7 @@ def make_room(model: GPT, cache: KVCache, held: list[list[int]], dtype: torch.dt
     keep = cache.max_len // 2
     for i in full:
         held[i] = held[i][len(held[i]) - keep :]
-    part = model.new_cache(len(full), keep, dtype)
+    part = model.new_cache(len(full), keep, dtype, cache.spare)
     prefill(model, [held[i] for i in full], part)
     cache.replace_rows(full, part)
 
@@ -187,45 +192,166 @@ def generate(
     n_vocab: int | None = None,
     cache_dtype: torch.dtype | None = None,
     stats: Stats | None = None,
+    draft: Lookup | DraftModel | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield, step by step, the new token of each row; None for a row that has drawn one of `stop_ids`.
 
     Row i draws with seed + i. Ids from `n_vocab` on, the padding of a vocabulary, are never drawn. A prompt
-    longer than block_size is cut to its last tokens. The model should be in eval mode. Raises ValueError if a
-    prompt is empty or an option out of range.
+    longer than block_size is cut to its last tokens. The model should be in eval mode. A `draft`, for one
+    row, changes how soon tokens come, not which. Raises ValueError if a prompt is empty or an option is
+    out of range.
     """
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_sampling(**options)
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and in each prompt at least one token")
+    if draft is not None and len(prompts) > 1:
+        raise ValueError("a draft serves one prompt at a time")
     clock = time.perf_counter()
     stats = Stats() if stats is None else stats
     block_size = model.config.block_size
     held = [list(prompt[-block_size:]) for prompt in prompts]  # the tokens in each row of the cache
-    cache = model.new_cache(len(held), min(block_size, max(map(len, held)) + max_new_tokens), cache_dtype)
-    uniform = uniforms(seed, len(held), model.embed_tokens.weight.device)
+    max_len = min(block_size, max(map(len, held)) + max_new_tokens)
+    cache = model.new_cache(len(held), max_len, cache_dtype, 0 if draft is None else draft.ahead)
     stats.prompt_tokens += sum(map(len, held))
     stats.cache_bytes = max(stats.cache_bytes, cache.nbytes)
-    live = [True] * len(held)
-    logits = prefill(model, held, cache)
-    for step in range(max_new_tokens):
-        ids = sample(logits[:, :n_vocab], next(uniform), **options)
-        tokens = ids.tolist()  # the one transfer, and wait, of a step
-        live = [alive and token not in stop_ids for alive, token in zip(live, tokens, strict=True)]
-        if step == 0:
-            stats.prefill_seconds += time.perf_counter() - clock
+    uniform = uniforms(seed, len(held), model.embed_tokens.weight.device)
+
+    def draw(logits: Tensor, numbers: Tensor) -> Tensor:
+        return sample(logits[:, :n_vocab], numbers, **options)
+
+    if draft is None:
+        passes = decode(model, cache, held, uniform, draw, cache_dtype)
+    else:
+        passes = speculate(model, cache, held, uniform, draw, cache_dtype, draft, stats)
+    live, made = [True] * len(held), 0
+    for steps in passes:
+        seconds = time.perf_counter() - clock
+        if made == 0:
+            stats.prefill_seconds += seconds
         else:
-            stats.decode_seconds += time.perf_counter() - clock
-            stats.decode_tokens += sum(live)
-        if not any(live):
-            return
-        yield [token if alive else None for token, alive in zip(tokens, live, strict=True)]
-        if step + 1 < max_new_tokens:
-            clock = time.perf_counter()
-            make_room(model, cache, held, cache_dtype)
-            logits = decode_one_token(model, ids, cache)
-            for row, token in zip(held, tokens, strict=True):
-                row.append(token)
+            stats.decode_seconds += seconds
+        for tokens in steps:
+            live = [alive and token not in stop_ids for alive, token in zip(live, tokens, strict=True)]
+            stats.decode_tokens += sum(live) if made else 0
+            if not any(live):
+                return
+            yield [token if alive else None for token, alive in zip(tokens, live, strict=True)]
+            made += 1
+            if made == max_new_tokens:
+                return
+        clock = time.perf_counter()
+
+
+def decode(
+    model: GPT, cache: KVCache, held: list[list[int]], uniform: Iterator[Tensor], draw: Callable, dtype
+) -> Iterator[list[list[int]]]:
+    """After each pass of the model, the one token that each row draws. `held`: the tokens in each row."""
+    logits = prefill(model, held, cache)
+    while True:
+        ids = draw(logits, next(uniform))
+        tokens = ids.tolist()  # the one transfer, and wait, of a step
+        yield [tokens]
+        make_room(model, cache, held, dtype)
+        logits = decode_one_token(model, ids, cache)
+        for row, token in zip(held, tokens, strict=True):
+            row.append(token)
+
+
+def speculate(
+    model: GPT,
+    cache: KVCache,
+    held: list[list[int]],
+    uniform: Iterator[Tensor],
+    draw: Callable,
+    dtype: torch.dtype | None,
+    draft: Lookup | DraftModel,
+    stats: Stats,
+) -> Iterator[list[list[int]]]:
+    """After each pass of the model, all tokens that it settles, for a single row (Leviathan et al. 2023).
+
+    A pass over the last token and some guessed ones gives the logits after each. From them the tokens are
+    drawn, with the numbers that `decode` would use: so far as they are the guesses they stand, and so does
+    the first that is not. Thus the sample is the same as without a draft, not only its distribution.
+    """
+    logits, numbers, guesses = prefill(model, held, cache), [], []
+    while True:
+        numbers += [next(uniform) for _ in range(len(guesses) + 1 - len(numbers))]
+        drawn = draw(logits, torch.cat(numbers[: len(guesses) + 1])).tolist()
+        right = agreeing(guesses, drawn)
+        cache.rewind([cache.lengths[0] - len(guesses) + right])
+        held[0] += guesses[:right]
+        del numbers[: right + 1]
+        stats.guessed, stats.right = stats.guessed + len(guesses), stats.right + right
+        yield [[token] for token in drawn[: right + 1]]
+        make_room(model, cache, held, dtype)
+        last = drawn[right]
+        room = draft.ahead if cache.endless else cache.max_len - cache.lengths[0] - 1
+        numbers += [next(uniform) for _ in range(draft.ahead - len(numbers))]
+        guesses = draft.guess([*held[0], last], min(room, draft.ahead), numbers, draw)
+        idx = torch.tensor([[last, *guesses]], device=cache.device)
+        logits = model.head(model.hidden(idx, cache)[0]).float()  # (1 + guesses, V)
+        held[0].append(last)
+
+
+def agreeing(a: list[int], b: list[int]) -> int:
+    """How many tokens the two begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class Lookup:
+    """Guesses what followed the last three tokens the time before (prompt look-up, Saxena 2023)."""
+
+    ahead = LOOKED_UP
+
+    def __init__(self):
+        self.places, self.seen = {}, 0  # where the text went on after three tokens; how far it was read
+
+    def guess(self, text: list[int], k: int, numbers: list[Tensor], draw: Callable) -> list[int]:
+        """Up to k tokens to follow `text`."""
+        if len(text) < self.seen:  # another text
+            self.places, self.seen = {}, 0
+        for end in range(max(self.seen, 3), len(text)):
+            self.places[tuple(text[end - 3 : end])] = end
+        self.seen = len(text)
+        place = self.places.get(tuple(text[-3:]), len(text))
+        return text[place : place + k]
+
+
+class DraftModel:
+    """Guesses what a smaller model of the same tokens draws with the same numbers."""
+
+    ahead = DRAFTED
+
+    def __init__(self, model: GPT):
+        self.model = model
+        self.cache = model.new_cache(1, max(model.config.block_size, 4 * self.ahead), spare=self.ahead)
+        self.held: list[int] = []  # tokens in the cache, the guesses included
+        self.seen = self.start = 0  # length of the last text; where in it the cache starts
+
+    def guess(self, text: list[int], k: int, numbers: list[Tensor], draw: Callable) -> list[int]:
+        """k tokens to follow `text`, drawn with the first k of `numbers`, (1,) each."""
+        known = self.seen - self.start  # of the tokens held; the guesses after them may have been wrong
+        if len(text) <= self.seen or len(text) - self.start + k > self.cache.max_len:  # another text, or full
+            self.start, known = max(0, len(text) - self.cache.max_len // 2), 0
+        else:
+            known += agreeing(self.held[known:], text[self.seen : -1])
+        self.cache.rewind([known])
+        self.held = text[self.start :]
+        self.seen, new = len(text), self.held[known:]
+        if known:
+            idx = torch.tensor([new], device=self.cache.device)
+            logits = self.model.head(self.model.hidden(idx, self.cache)[:, -1]).float()
+        else:
+            logits = prefill(self.model, [new], self.cache)
+        guesses: list[int] = []
+        for number in numbers[:k]:
+            ids = draw(logits, number)
+            guesses += ids.tolist()
+            if len(guesses) < k:
+                logits = decode_one_token(self.model, ids, self.cache)
+        self.held += guesses[:-1]
+        return guesses
 
 
 def generate_lists(model: GPT, prompts: Sequence[Sequence[int]], *args, **options) -> list[list[int]]:
@@ -429,7 +555,7 @@ def print_samples(steps: Iterator[list[int | None]], prompts: list[str], streams
 
 
 def report(stats: Stats, config: GPTConfig, dtype: torch.dtype, rows: int) -> str:
-    """Two lines: speed, and cache (in dtype)."""
+    """Lines on speed, on the cache (in dtype), and on the draft if there was one."""
     prefill_rate = stats.prompt_tokens / stats.prefill_seconds
     decode_rate = stats.decode_tokens / stats.decode_seconds if stats.decode_seconds else 0.0
     per_token = config.kv_bytes_per_token(dtype)
@@ -438,7 +564,16 @@ def report(stats: Stats, config: GPTConfig, dtype: torch.dtype, rows: int) -> st
         f"decode {stats.decode_tokens:,} tokens, {decode_rate:,.0f} tokens/s; batch of {rows}\n"
         f"kv cache ({config.attention}, {str(dtype).removeprefix('torch.')}) {per_token:,} bytes a token, "
         f"{stats.cache_bytes:,} bytes allocated"
+        + (f"\ndraft: {stats.right:,} of {stats.guessed:,} guesses were right" if stats.guessed else "")
     )
+
+
+def load_draft(options: Options, tokenizer: tokenizers.Tokenizer) -> GPT:
+    """The model of the run that --draft names. Raises UserError if it has other tokens."""
+    model, its_tokenizer = load_run(options.draft, options.device, options.dtype)
+    if tokenizers.sha256(its_tokenizer) != tokenizers.sha256(tokenizer):
+        raise UserError(f"{options.draft} cannot draft for {options.out_dir}: it has another tokenizer")
+    return model
 
 
 def main(argv: list[str]) -> None:
@@ -456,10 +591,13 @@ def main(argv: list[str]) -> None:
     shown = ["" if tuple(ids) == stop_ids(tokenizer) else tokenizer.decode(ids) for ids in prompts]
     stop = [text for text in options.stop.replace("\\n", "\n").split("||") if text]
     cache_dtype = CACHE_FORMATS.get(options.cache_dtype, model.embed_tokens.weight.dtype)
-    stats, total = Stats(), len(prompts) * options.num_samples
+    drafter = None if options.draft in (None, "lookup") else load_draft(options, tokenizer)
+    stats, total, at_once = Stats(), len(prompts) * options.num_samples, options.batch_size
+    if options.draft:
+        at_once = 1
     try:
-        for first in range(0, total, options.batch_size):
-            rows = [i // options.num_samples for i in range(first, min(first + options.batch_size, total))]
+        for first in range(0, total, at_once):
+            rows = [i // options.num_samples for i in range(first, min(first + at_once, total))]
             steps = generate(
                 model,
                 [prompts[row] for row in rows],
@@ -473,13 +611,14 @@ def main(argv: list[str]) -> None:
                 n_vocab=tokenizer.n_vocab,
                 cache_dtype=cache_dtype,
                 stats=stats,
+                draft=Lookup() if options.draft == "lookup" else drafter and DraftModel(drafter),
             )
             if first:
                 print(SEPARATOR)
             print_samples(steps, [shown[row] for row in rows], [TextStream(tokenizer, stop) for _ in rows])
     except KeyboardInterrupt:
         print()
-    print(report(stats, model.config, cache_dtype, min(options.batch_size, total)), file=sys.stderr)
+    print(report(stats, model.config, cache_dtype, min(at_once, total)), file=sys.stderr)
 
 
 if __name__ == "__main__":

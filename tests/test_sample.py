@@ -181,6 +181,95 @@ def test_generate_refuses(prompts, options):
         next(generate(small_model(), prompts, 5, **options))
 
 
+# speculative decoding
+
+
+class Oracle:
+    """Guesses what it was told to, right or wrong."""
+
+    ahead = 5
+
+    def __init__(self, prompt: list[int], new: list[int], wrong: int):
+        self.n, self.new, self.wrong = len(prompt), new, wrong
+
+    def guess(self, text, k, numbers, draw):
+        at = len(text) - self.n
+        return [(token + (i % self.wrong == 2)) % VOCAB for i, token in enumerate(self.new[at : at + k], at)]
+
+
+GREEDY, DRAWN = {"temperature": 0}, {"temperature": 0.9, "top_k": 40, "min_p": 0.01}
+DRAFTS = {"lookup": GREEDY, "itself": DRAWN, "another": DRAWN, "mistaken": GREEDY}
+
+
+@pytest.mark.parametrize("draft,options", DRAFTS.items(), ids=DRAFTS)
+@pytest.mark.parametrize("window", [{}, {"window": 24, "window_pattern": "SL"}, {"window": 20}], ids=str)
+def test_a_draft_changes_no_token(model, draft, options, window):
+    """Past the context's end, where the cache begins anew, and in windows, where it slides."""
+    model.config = replace(model.config, **window)
+    prompt, stats = [1, 2, 3, 1, 2, 3, 1], Stats()
+    alone = generate_lists(model, [prompt], 90, seed=5, **options)
+    drafts = {
+        "lookup": sample.Lookup,
+        "itself": lambda: sample.DraftModel(model),
+        "another": lambda: sample.DraftModel(sharp_model(n_layer=1, attention="mqa")),
+        "mistaken": lambda: Oracle(prompt[:BLOCK], alone[0], 4),
+    }
+    drafted = generate_lists(model, [prompt], 90, seed=5, draft=drafts[draft](), stats=stats, **options)
+    assert drafted == alone
+    assert stats.decode_tokens == 89 and 0 <= stats.right <= stats.guessed
+    if draft == "mistaken" and not window:
+        assert 0 < stats.right < stats.guessed
+
+
+def test_sampled_tokens_are_distributed_as_without_a_draft():
+    """The first two of three tokens, in many samples, of which a draft guesses the second, often wrongly."""
+    model, prompt, n = small_model(attention="mla"), [3, 1, 4], 400
+    with torch.no_grad():
+        first = model(torch.tensor([prompt]))[0][0, -1]
+    counts, stats = torch.zeros(2, VOCAB), Stats()
+    noisy = sample.inference_model(model.config, {k: w.clone() for k, w in model.state_dict().items()})
+    with torch.no_grad():
+        for p in noisy.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)), alpha=0.2 * p.std())
+    draft = sample.DraftModel(noisy)
+    for seed in range(n):
+        a, b, _ = generate_lists(model, [prompt], 3, seed=seed, top_k=3, draft=draft, stats=stats)[0]
+        counts[0, a] += 1
+        counts[1, b] += 1
+    p = torch.zeros(2, VOCAB)
+    top = first.topk(3)
+    p[0, top.indices] = top.values.softmax(-1)
+    for token in top.indices.tolist():
+        with torch.no_grad():
+            then = model(torch.tensor([[*prompt, token]]))[0][0, -1].topk(3)
+        p[1, then.indices] += p[0, token] * then.values.softmax(-1)
+    assert 0.05 < stats.right / stats.guessed < 0.95, stats
+    assert ((counts > 0) <= (p > 0)).all()
+    chi2 = ((counts - n * p) ** 2 / (n * p))[p > 0].sum()
+    assert chi2 < 2 * int((p > 0).sum())  # mean: at most that number; 99.9 % quantile of 10 is 29.6
+
+
+def test_a_model_guesses_its_own_tokens(model):
+    for options in ({"temperature": 0}, {"temperature": 0.9, "top_k": 40}):
+        stats = Stats()
+        for prompt in PROMPTS[:2]:
+            generate_lists(model, [prompt], 10, draft=sample.DraftModel(model), stats=stats, **options)
+        assert stats.right == stats.guessed == 2 * 8, options
+
+
+def test_a_draft_saves_passes(model, monkeypatch):
+    passes, hidden = [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda *args: passes.append(args[1].shape) or hidden(*args))
+    prompt = [1, 2, 3]
+    alone = generate_lists(model, [prompt], 41, temperature=0)
+    passes.clear()
+    generate_lists(model, [prompt], 41, temperature=0, draft=Oracle(prompt, alone[0], 10**9))
+    # the second guess is wrong; the last pass has no more room than it needs
+    assert [shape[1] for shape in passes] == [3] + [6] * 7 + [3]
+    with pytest.raises(ValueError, match="one prompt"):
+        generate_lists(model, [prompt] * 2, 5, draft=sample.Lookup())
+
+
 # sampling
 
 
