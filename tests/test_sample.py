@@ -223,7 +223,7 @@ def test_a_draft_changes_no_token(model, draft, options, window):
 
 def test_sampled_tokens_are_distributed_as_without_a_draft():
     """The first two of three tokens, in many samples, of which a draft guesses the second, often wrongly."""
-    model, prompt, n = small_model(attention="mla"), [3, 1, 4], 400
+    model, prompt, n = small_model(attention="mla"), [3, 1, 4], 250
     with torch.no_grad():
         first = model(torch.tensor([prompt]))[0][0, -1]
     counts, stats = torch.zeros(2, VOCAB), Stats()
@@ -457,6 +457,18 @@ def test_command_runs_prompts_as_one_batch(run_dir, tmp_path, capsys):
         capsys, run_dir, lines, "--split_lines", "--num_samples=2", "--batch_size=3", *common
     )
     assert parts == out and "batch of 3" in err
+
+
+def test_command_drafts_with_a_run_or_by_look_up(run_dir, tmp_path, capsys):
+    common = ["--start=aaaa", "--num_samples=2", "--max_new_tokens=40", "--temperature=0.3"]
+    out, err = run_main(capsys, run_dir, *common)
+    assert "draft" not in err
+    for draft in ("lookup", run_dir / "last"):
+        drafted, err = run_main(capsys, run_dir, *common, f"--draft={draft}")
+        assert drafted == out and err.splitlines()[2].startswith("draft: ")
+    other = make_run(tmp_path / "other", tokenizers.train("char", ["abc"]))
+    with pytest.raises(UserError, match="another tokenizer"):
+        run_main(capsys, run_dir, *common, f"--draft={other}")
 
 
 def test_command_reads_stdin(run_dir, capsys, monkeypatch):
