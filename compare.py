@@ -374,6 +374,7 @@ def name_points(figure, axes, rows: list[Row], key: str) -> None:
         bar = axes.transData.transform((row[CACHE], row[key] + (row.spread(key) or 0.0)))[1] - y
         taken += [(x - 8, y - 8, x + 8, y + 8), (x - 5, y - bar, x + 5, y + bar)]
     stairs = [at for row, at in zip(rows, pixels, strict=True) if row.frontier]
+    stairs.append((frame[2], stairs[-1][1]))
     for (x0, y0), (x1, y1) in zip(stairs, stairs[1:], strict=False):
         taken += [(x0, y0 - 2, x1, y0 + 2), (x1 - 2, y1, x1 + 2, y0)]
     for row in rows:
