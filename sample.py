@@ -207,6 +207,8 @@ def generate(
         raise ValueError("generate needs at least one prompt, and in each prompt at least one token")
     if draft is not None and len(prompts) > 1:
         raise ValueError("a draft serves one prompt at a time")
+    if max_new_tokens < 1:
+        return
     clock = time.perf_counter()
     stats = Stats() if stats is None else stats
     block_size = model.config.block_size

@@ -96,6 +96,10 @@ def test_seeds_reproduce_and_differ(model):
     assert len({tuple(row) for row in samples}) == 8
 
 
+def test_no_token_asked_for_is_none_made(model):
+    assert generate_lists(model, [[1, 2], [3]], 0) == [[], []]
+
+
 def test_cache_is_as_long_as_needed_and_no_longer(model):
     per_token = model.config.kv_bytes_per_token(torch.float32)
     stats = Stats()
