@@ -30,11 +30,12 @@ import torch
 
 import checkpoint
 import parallel
+from cache import CACHE_FORMATS
 from config import Config, UserError, cli, load, parse, pick_device, pick_dtype
 from convert import hf_config, hf_state_dict
 from data import Dataset, open_dataset
 from data import tokenizer as tokenizers
-from model import CACHE_FORMATS, GPT
+from model import GPT
 from optim import make_optimizers
 from sample import Stats, decode_one_token, decode_probe, generate, load_run, prefill
 

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 import checkpoint
+from cache import CACHE_FORMATS, KVCache
 from config import UserError, cli, parse, pick_device, pick_dtype
 from data import tokenizer as tokenizers
-from model import CACHE_FORMATS, GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
 
 PREFILL_CHUNK = 2048  # tokens of a prompt that go through the model at once; bounds the memory of a long one
 DRAFTED = 4  # tokens that a draft model guesses at a time

@@ -22,17 +22,14 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cache import CACHE_FORMATS, KVCache, dequantise, quantise
 from model import (
     ATTENTIONS,
-    CACHE_FORMATS,
     GPT,
     GPTConfig,
-    KVCache,
     LinearCrossEntropy,
     attend,
     attend_in_shares,
-    dequantise,
-    quantise,
     rope_angles,
     rotate,
 )

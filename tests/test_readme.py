@@ -24,7 +24,7 @@ import sample  # noqa: E402
 import train  # noqa: E402
 
 README = ROOT / "README.md"
-LINK = re.compile(r"\[`(\w+)`\]\(model\.py#L(\d+)-L(\d+)\)")
+LINK = re.compile(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)-L(\d+)\)")
 
 
 def example() -> str:
@@ -33,10 +33,11 @@ def example() -> str:
     return block
 
 
-def lines_of(name: str) -> tuple[int, int]:
-    """First and last line of a class in model.py."""
-    lines, first = inspect.getsourcelines(getattr(model, name))
-    return first, first + len(lines) - 1
+def place_of(name: str) -> tuple[str, int, int]:
+    """File, first and last line of a class of the model."""
+    cls = getattr(model, name)
+    lines, first = inspect.getsourcelines(cls)
+    return Path(inspect.getsourcefile(cls)).name, first, first + len(lines) - 1
 
 
 def test_the_example_is_short():
@@ -100,7 +101,7 @@ def test_the_new_attention_trains_samples_and_compares(tmp_path, gta, capsys):
 def test_links_into_the_model_point_at_the_classes_they_name():
     links = LINK.findall(README.read_text(encoding="utf-8"))
     assert {name for name, *_ in links} == {"GroupedQueryAttention", "MultiHeadLatentAttention", "KVCache"}
-    wrong = [name for name, *lines in links if tuple(map(int, lines)) != lines_of(name)]
+    wrong = [name for name, file, *lines in links if (file, *map(int, lines)) != place_of(name)]
     assert not wrong, "python tests/test_readme.py renews the line numbers"
 
 
@@ -113,5 +114,5 @@ def test_links_and_pictures_exist():
 
 if __name__ == "__main__":
     page = README.read_text(encoding="utf-8")
-    page = LINK.sub(lambda m: "[`{}`](model.py#L{}-L{})".format(m[1], *lines_of(m[1])), page)
+    page = LINK.sub(lambda m: "[`{}`]({}#L{}-L{})".format(m[1], *place_of(m[1])), page)
     README.write_text(page, encoding="utf-8")
