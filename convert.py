@@ -35,7 +35,7 @@ from data import open_dataset
 from data import tokenizer as tokenizers
 from data.tokenizer_json import from_json, to_json
 from model import ATTENTIONS, GPT, GPTConfig, GroupedQueryAttention, MultiHeadLatentAttention
-from sample import inference_model, load_run
+from sample import empty_model, inference_model, load_run
 
 MLA_WIDTHS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 TOLERANCE = 1e-4  # largest difference of logits from Hugging Face's, in fp32, relative above 1
@@ -284,8 +284,7 @@ def from_hf(argv: list[str]) -> None:
     config = gpt_config(content)
     weights = from_hf_state_dict(read_weights(folder), config, content.get("rope_interleave", True))
     tok = read_tokenizer(folder, content, config.vocab_size)
-    with torch.device("meta"):
-        expected = GPT(config).state_dict()
+    expected = empty_model(config).state_dict()
     for name in sorted(weights.keys() ^ expected.keys()):
         raise UserError(
             f"{folder} {'lacks' if name in expected else 'has no place here for'} the weights {name}"

@@ -23,6 +23,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import checkpoint
 from cache import CACHE_FORMATS, KVCache
@@ -409,10 +410,23 @@ def inference_model(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
     """
     if config.n_layer > len(weights):  # a damaged number, which would take for ever to build
         raise RuntimeError(f"{len(weights)} tensors do not fill {config.n_layer} layers")
-    with torch.device("meta"):
-        model = GPT(config)
+    model = empty_model(config)
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+class NotInitialised(TorchFunctionMode):
+    """Skips torch.nn.init, which on meta tensors would first import torch's compiler: two seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        skipped = getattr(func, "__module__", None) == "torch.nn.init"
+        return None if skipped else func(*args, **(kwargs or {}))
+
+
+def empty_model(config: GPTConfig) -> GPT:
+    """A model of names and shapes alone, without memory."""
+    with torch.device("meta"), NotInitialised():
+        return GPT(config)
 
 
 def load_run(
