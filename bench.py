@@ -260,7 +260,8 @@ def train_on_ranks(options: TrainOptions) -> None:
             idx = torch.randint(options.vocab_size, (rows, block_size + 1), device=device)
             gradient = torch.zeros(model.n_params(), device=device)
             same_shape = defaultdict(list)
-            for p in optimizers[0].param_groups[0]["params"] if options.optimizer == "muon" else []:
+            groups = optimizers[0].param_groups if options.optimizer == "muon" else []
+            for p in (p for group in groups for p in group["params"]):
                 same_shape[p.shape].append(p.detach())
 
             def communicate(gradient=gradient, same_shape=same_shape) -> None:

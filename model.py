@@ -129,6 +129,64 @@ class GPTConfig:
         return held * self.kv_elements_per_token_layer() / (2 * self.n_embd)
 
 
+def is_one_vector(x: Tensor) -> bool:
+    """Whether x is a single row on a CPU, in decoding.
+
+    A step then is bound by reading weights, and by so many kernels that their code is cold: this case has
+    ways of its own through `linear`, `project` and RMSNorm.
+    """
+    single = x.numel() == x.size(-1) and x.dtype == torch.float32
+    return single and not (x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., C) weight^T (C, N) -> (..., N).
+
+    On CPUs the BLAS leaves the product of a matrix with one vector to one core, which cannot read memory as
+    fast as all of them: here each takes a share of the rows.
+    """
+    shares = torch.get_num_threads()
+    if is_one_vector(x) and shares > 1 and len(weight) % shares == 0:
+        vectors = x.view(1, 1, -1).expand(shares, -1, -1).mT  # these strides are what the BLAS can take
+        return torch.bmm(weight.view(shares, -1, weight.size(1)), vectors).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    """nn.Linear without bias, by `linear`.
+
+    parts: of rows that compute different things, how many of each there are in turn: (16, 48) for 16 of a
+    key, 48 of a value, 16 of the next key, ... The optimizer wants to know.
+    """
+
+    def __init__(self, width: int, out: int, parts: tuple[int, ...] = ()):
+        super().__init__(width, out, bias=False)
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+def project(x: Tensor, *layers: Linear) -> list[Tensor]:
+    """x through each of the layers; one vector through all of them in one product."""
+    weights = [layer.weight for layer in layers]
+    if not is_one_vector(x):
+        return [linear(x, weight) for weight in weights]
+    first, rows = weights[0], [len(weight) for weight in weights]
+    if first.untyped_storage().nbytes() != sum(weight.nbytes for weight in weights):
+        join(layers)
+    return linear(x, first.as_strided((sum(rows), first.size(1)), (first.size(1), 1))).split(rows, -1)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def join(layers: tuple[Linear, ...]) -> None:
+    """Put the weights of layers side by side in one piece of memory, which a move or a copy undoes."""
+    joint = torch.cat([layer.weight for layer in layers])
+    for layer, part in zip(layers, joint.split([len(layer.weight) for layer in layers]), strict=True):
+        layer.weight.data = part
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
 
@@ -138,10 +196,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        fused = x.is_cuda or x.dtype != torch.float32 or torch.compiler.is_compiling()
-        if fused or not torch.is_grad_enabled():
+        if x.is_cuda or x.dtype != torch.float32 or torch.compiler.is_compiling():
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        return UnfusedRMSNorm.apply(x, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            return UnfusedRMSNorm.apply(x, self.weight, self.eps)
+        if is_one_vector(x):
+            mean_square = torch.dot(x.flatten(), x.flatten()).item() / x.size(-1)
+            return (x * self.weight).mul_((mean_square + self.eps) ** -0.5)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class UnfusedRMSNorm(torch.autograd.Function):
@@ -151,16 +213,17 @@ class UnfusedRMSNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()  # (..., 1), 1 / rms(x)
-        unit = x * scale
-        ctx.save_for_backward(unit, scale, weight)
-        return unit * weight
+        ctx.save_for_backward(x, scale, weight)
+        return (x * scale).mul_(weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        unit, scale, weight = ctx.saved_tensors
-        product = (grad * unit).flatten(0, -2)
-        along = torch.mv(product, weight).div_(unit.size(-1)).view_as(scale)  # what would change rms(x)
-        return (grad * weight).addcmul_(unit, along, value=-1).mul_(scale), product.sum(0), None
+        x, scale, weight = ctx.saved_tensors
+        product, s = grad * x, scale.flatten()  # (..., C), (N,)
+        rows = product.flatten(0, -2)
+        along = torch.mv(rows, weight).mul_(s).mul_(s).div_(-x.size(-1)).view_as(scale)  # changes of rms(x)
+        grad_weight = torch.mv(rows.mT, s)
+        return torch.mul(grad, weight, out=product).addcmul_(x, along).mul_(scale), grad_weight, None
 
 
 def rope_angles(positions: Tensor, width: int, theta: float, repeat: int = 1) -> tuple[Tensor, Tensor]:
@@ -248,10 +311,10 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.dropout = config.dropout
-        self.q_proj = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
+        self.q_proj = Linear(config.n_embd, self.n_head * self.head_dim)
+        self.k_proj = Linear(config.n_embd, self.n_kv_head * self.head_dim)
+        self.v_proj = Linear(config.n_embd, self.n_kv_head * self.head_dim)
+        self.o_proj = Linear(self.n_head * self.head_dim, config.n_embd)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
@@ -293,13 +356,11 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        q, k, v = (t.view(B, T, -1, self.head_dim) for t in project(x, self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q.transpose(1, 2), rope)  # (B, H, T, D)
-        k = rotate(k.transpose(1, 2), rope)  # (B, G, T, D)
+        k, v = rotate(k.transpose(1, 2), rope), v.transpose(1, 2)  # (B, G, T, D)
         if cache is not None:
             k, v = cache.append(k=k, v=v)  # (B, G, S, D)
         dropout = self.dropout if self.training else 0.0
@@ -326,20 +387,21 @@ class MultiHeadLatentAttention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.rank, self.dropout = config.n_head, config.kv_lora_rank, config.dropout
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.rank, self.q_rank = config.kv_lora_rank, config.q_lora_rank
         self.dn, self.dr, self.dv = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.scale = (self.dn + self.dr) ** -0.5  # in the absorbed form too, whose keys are wider
         q_width = self.n_head * (self.dn + self.dr)
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(config.n_embd, q_width, bias=False)
+            self.q_proj = Linear(config.n_embd, q_width)
         else:
-            self.q_a_proj = nn.Linear(config.n_embd, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(config.n_embd, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.norm_eps)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, q_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(config.n_embd, self.rank + self.dr, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, q_width)
+        self.kv_a_proj_with_mqa = Linear(config.n_embd, self.rank + self.dr, parts=(self.rank, self.dr))
         self.kv_a_layernorm = RMSNorm(self.rank, config.norm_eps)
-        self.kv_b_proj = nn.Linear(self.rank, self.n_head * (self.dn + self.dv), bias=False)
-        self.o_proj = nn.Linear(self.n_head * self.dv, config.n_embd, bias=False)
+        self.kv_b_proj = Linear(self.rank, self.n_head * (self.dn + self.dv), parts=(self.dn, self.dv))
+        self.o_proj = Linear(self.n_head * self.dv, config.n_embd)
 
     @staticmethod
     def resolve(config: GPTConfig) -> None:
@@ -394,11 +456,13 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q, c = project(x, self.q_proj if self.q_rank is None else self.q_a_proj, self.kv_a_proj_with_mqa)
+        if self.q_rank is not None:
+            q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.view(B, T, self.n_head, self.dn + self.dr).transpose(1, 2)
         q_nope, q_rope = q.split((self.dn, self.dr), -1)
         q_rope = rotate(q_rope, rope)  # (B, H, T, dr)
-        c, k_rope = self.kv_a_proj_with_mqa(x).split((self.rank, self.dr), -1)
+        c, k_rope = c.split((self.rank, self.dr), -1)
         k_rope = rotate(k_rope[:, None], rope)[:, 0]  # (B, T, dr)
         latent = torch.cat((self.kv_a_layernorm(c), k_rope), -1)  # (B, T, r + dr)
         if cache is not None:
@@ -454,12 +518,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+        self.gate_proj = Linear(config.n_embd, config.intermediate_size)
+        self.up_proj = Linear(config.n_embd, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -534,7 +599,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.init_weights()
 
     @torch.no_grad()
@@ -572,8 +637,6 @@ class GPT(nn.Module):
         elif len(idx) != cache.batch_size:
             raise ValueError(f"a batch of {len(idx)} rows does not fit a cache for {cache.batch_size}")
         else:
-            if not (self.training or any(cache.lengths)):
-                self.lay_out_for_decoding()
             positions, layers = cache.advance(idx.size(1), lengths), cache.layers
         width, repeat = ATTENTIONS[config.attention].rope_width(config), config.qk_rope_repeat or 1
         rope = rope_angles(positions, width, config.rope_theta, repeat)
@@ -588,7 +651,7 @@ class GPT(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V)."""
-        return F.linear(hidden, self.head_weight)
+        return linear(hidden, self.head_weight)
 
     def forward(
         self,
@@ -611,20 +674,6 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
-
-    @torch.inference_mode(False)
-    def lay_out_for_decoding(self) -> None:
-        """On CPUs, store the matrices that widen by columns, in place: their values, names and shapes stay.
-
-        The product with one vector reads them twice as fast so, that with many as fast as before.
-        """
-        tied = self.config.tie_embeddings
-        for name, p in self.named_parameters():
-            by_head = name.endswith("kv_b_proj.weight")  # which the absorbed form reads head by head
-            looked_up = name == "embed_tokens.weight" and not tied
-            wide = p.ndim == 2 and p.size(0) >= p.size(1) and not by_head and not looked_up
-            if wide and p.is_contiguous() and p.device.type == "cpu" and p.dtype == torch.float32:
-                p.data = p.data.t().contiguous().t()
 
     def new_cache(
         self, batch_size: int, max_len: int, dtype: torch.dtype | None = None, spare: int = 0

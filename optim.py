@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import parallel
 from config import Config, UserError
+from model import Linear
 
 EMBEDDING_LR = 10  # learning rate of an embedding that is not the head too, in units of learning_rate
 
@@ -28,6 +30,21 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).type_as(g)
+
+
+def muon_update(g: Tensor, parts: tuple[int, ...] = ()) -> Tensor:
+    """Momenta (N, m, n) of like matrices -> their updates: orthogonalised, and scaled by sqrt(max(1, m / n)),
+    so that their effect on activations does not depend on the shape.
+
+    `parts`: rows that compute different things, as many of each in turn as it says; they are matrices of
+    their own here. Together, what has the larger gradient would set the scale for the others.
+    """
+    done = []
+    for part in g.unflatten(1, (-1, sum(parts) or g.size(1))).split(parts or g.size(1), 2):
+        rows = part.flatten(1, 2)
+        scale = max(1, rows.size(1) / rows.size(2)) ** 0.5
+        done.append((orthogonalise(rows) * scale).view_as(part))
+    return torch.cat(done, 2).flatten(1, 2)
 
 
 class Optimizer:
@@ -87,19 +104,18 @@ class AdamW(Optimizer):
 class Muon(Optimizer):
     """Momentum whose every update is orthogonalised (Jordan et al. 2024), for matrices.
 
-    Matrices of one shape are orthogonalised together, each by one of the ranks. An update is scaled by
-    sqrt(max(1, rows / columns)), so that its effect on activations does not depend on the matrix's shape;
-    weight decay is decoupled.
+    Matrices of one shape are orthogonalised together, each by one of the ranks, as a group's `parts` say (see
+    `muon_update`). Weight decay is decoupled.
     """
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            same_shape = defaultdict(list)
+            same_shape, update = defaultdict(list), partial(muon_update, parts=group["parts"])
             for p in group["params"]:
                 if p.grad is not None:
                     same_shape[p.shape].append(p)
-            for shape, params in same_shape.items():
+            for params in same_shape.values():
                 for p in params:
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
@@ -107,16 +123,16 @@ class Muon(Optimizer):
                 momenta = [parallel.local(self.state[p]["momentum"]) for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
-                updates = parallel.each_matrix_once(orthogonalise, nesterov, params)
+                updates = parallel.each_matrix_once(update, nesterov, params)
                 weights = [parallel.local(p) for p in params]
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                scale = max(1, shape[0] / shape[1]) ** 0.5
-                torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
+                torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
 def make_optimizers(model: nn.Module, config: Config) -> list[Optimizer]:
     """The optimizers of a run; each parameter is in one of them. Only matrices and embeddings decay."""
-    embedding, heads, matrices, vectors = [], [], [], []
+    embedding, heads, matrices, vectors = [], [], defaultdict(list), []
+    parts = {module.weight: module.parts for module in model.modules() if isinstance(module, Linear)}
     for name, p in model.named_parameters():
         if p.ndim < 2:
             vectors.append(p)
@@ -125,19 +141,19 @@ def make_optimizers(model: nn.Module, config: Config) -> list[Optimizer]:
         elif name in ("embed_tokens.weight", "lm_head.weight"):
             heads.append(p)
         else:
-            matrices.append(p)
+            matrices[parts.get(p, ())].append(p)
     optimizers = []
     if config.optimizer == "muon":
         optimizers.append(
             Muon(
-                [{"params": matrices}],
+                [{"params": alike, "parts": rows} for rows, alike in matrices.items()],
                 lr=config.muon_lr,
                 momentum=config.muon_momentum,
                 weight_decay=config.weight_decay,
             )
         )
     else:
-        heads += matrices
+        heads += [p for alike in matrices.values() for p in alike]
     adamw = AdamW(
         [
             {"params": heads},

@@ -645,17 +645,23 @@ def test_long_caches_are_read_by_several_cores(attention, monkeypatch):
 
 
 @every_case
-def test_weights_laid_out_for_decoding_are_the_same_weights(knobs):
-    model, idx = small_model(**knobs), tokens(2, 9)
+@pytest.mark.parametrize("cores", [1, 2])
+def test_weights_joined_for_decoding_are_the_same_weights(knobs, cores, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    model, idx = small_model(**knobs), tokens(1, 9)
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    full = model(idx)[0]
-    cached_logits(model, idx, [9])
+    with torch.no_grad():
+        full = model(idx)[0]
+        close(cached_logits(model, idx, [4, 1, 1, 1, 1, 1]), full)
+    gate, up = model.layers[0].mlp.gate_proj.weight, model.layers[0].mlp.up_proj.weight
+    assert gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert model.layers[0].mlp.gate_proj.weight.stride() == (1, model.config.intermediate_size)
-    close(model(idx)[0], full)
+    model.load_state_dict({name: p * 1.01 for name, p in before.items()})
+    with torch.no_grad():
+        close(cached_logits(model, idx, [4, 1, 1, 1, 1, 1]), model(idx)[0])
     model.train()(idx, idx)[1].backward()  # the weights can still learn
-    assert model.layers[0].mlp.gate_proj.weight.grad.isfinite().all()
+    assert gate.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -7,7 +7,7 @@ from equivalence import small_model
 
 from config import Config
 from model import UnfusedRMSNorm
-from optim import AdamW, Muon, make_optimizers, orthogonalise
+from optim import AdamW, Muon, make_optimizers, muon_update, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (24, 8), (8, 24)])
@@ -20,14 +20,23 @@ def test_orthogonalise_brings_singular_values_near_one_and_keeps_the_directions(
     assert (u.mT @ x @ vh.mT).diagonal(dim1=1, dim2=2).min() > 0.5
 
 
+def test_the_parts_of_a_matrix_are_updated_as_matrices_of_their_own():
+    g = torch.randn(2, 20, 6)
+    g[:, torch.arange(20) % 5 < 2] *= 1e-3
+    keys, values = (part.reshape(2, -1, 6) for part in g.view(2, 4, 5, 6).split((2, 3), 2))
+    parts = [part.view(2, 4, -1, 6) for part in (muon_update(keys), muon_update(values))]
+    torch.testing.assert_close(muon_update(g, (2, 3)), torch.cat(parts, 2).flatten(1, 2))
+    assert not torch.allclose(muon_update(g), muon_update(g, (2, 3)), atol=0.1)
+
+
 def test_muon_updates_each_matrix_as_if_alone():
     torch.manual_seed(0)
     together = [torch.nn.Parameter(torch.randn(6, 4)) for _ in range(3)]
     options = dict(lr=0.1, momentum=0.9, weight_decay=0.1)
     alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
     optimizers = [
-        Muon([{"params": together}], **options),
-        *(Muon([{"params": [p]}], **options) for p in alone),
+        Muon([{"params": together, "parts": ()}], **options),
+        *(Muon([{"params": [p], "parts": ()}], **options) for p in alone),
     ]
     for _ in range(3):
         for p, q in zip(together, alone, strict=True):
