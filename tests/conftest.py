@@ -18,10 +18,14 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    text = "".join(f"the cat number {i % 37} sat on the mat {i * i % 91}\n" for i in range(900))
+def write_corpus(folder: Path, lines: int) -> Path:
+    """Prepares a data set of bytes in `folder`, with its text beside it."""
+    text = "".join(f"the cat number {i % 37} sat on the mat {i * i % 91}\n" for i in range(lines))
     (folder / "text.txt").write_text(text)
     prepare.main([f"--input={folder / 'text.txt'}", "--tokenizer=byte", f"--out_dir={folder / 'set'}"])
     return folder / "set"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"), 900)

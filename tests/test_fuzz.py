@@ -12,16 +12,16 @@ import pickle
 import random
 import shutil
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from conftest import write_corpus
 
 import checkpoint
 import train
 from config import UserError, load
 from data import open_dataset
-from data.text import prepare
 from sample import load_run
 
 ROOT = Path(__file__).parent.parent
@@ -131,9 +131,8 @@ def fair(case: str, bang: Path):
     before = signal.signal(signal.SIGPROF, late)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
-        yield
-    except UserError:
-        pass
+        with suppress(UserError):
+            yield
     except Exception as error:
         raise AssertionError(f"{case}: {type(error).__name__}: {error}") from error
     finally:
@@ -145,10 +144,7 @@ def fair(case: str, bang: Path):
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz")
-    text = "".join(f"the cat number {i % 37} sat on the mat {i * i % 91}\n" for i in range(100))
-    (folder / "text.txt").write_text(text)
-    prepare.main([f"--input={folder / 'text.txt'}", "--tokenizer=byte", f"--out_dir={folder / 'set'}"])
-    knobs = [f"--dataset={folder / 'set'}", f"--out_dir={folder / 'run'}", "--attention=mla"]
+    knobs = [f"--dataset={write_corpus(folder, 100)}", f"--out_dir={folder / 'run'}", "--attention=mla"]
     train.main([*KNOBS, *knobs])
     return folder / "run"
 
