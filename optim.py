@@ -36,14 +36,14 @@ def muon_update(g: Tensor, parts: tuple[int, ...] = ()) -> Tensor:
     """Momenta (N, m, n) of like matrices -> their updates: orthogonalised, and scaled by sqrt(max(1, m / n)),
     so that their effect on activations does not depend on the shape.
 
-    `parts`: rows that compute different things, as many of each in turn as it says; they are matrices of
-    their own here. Together, what has the larger gradient would set the scale for the others.
+    `parts`: rows that compute different things, as many of each in turn as it says. All rows of one kind are
+    a matrix of their own here, since together what has the larger gradient would set the direction for the
+    others; and m is that many, one head's, not the rows of all heads, which share what they read.
     """
     done = []
     for part in g.unflatten(1, (-1, sum(parts) or g.size(1))).split(parts or g.size(1), 2):
-        rows = part.flatten(1, 2)
-        scale = max(1, rows.size(1) / rows.size(2)) ** 0.5
-        done.append((orthogonalise(rows) * scale).view_as(part))
+        scale = max(1, part.size(2) / part.size(3)) ** 0.5  # part: (N, turns, m, n)
+        done.append((orthogonalise(part.flatten(1, 2)) * scale).view_as(part))
     return torch.cat(done, 2).flatten(1, 2)
 
 

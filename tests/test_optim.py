@@ -24,8 +24,9 @@ def test_the_parts_of_a_matrix_are_updated_as_matrices_of_their_own():
     g = torch.randn(2, 20, 6)
     g[:, torch.arange(20) % 5 < 2] *= 1e-3
     keys, values = (part.reshape(2, -1, 6) for part in g.view(2, 4, 5, 6).split((2, 3), 2))
-    parts = [part.view(2, 4, -1, 6) for part in (muon_update(keys), muon_update(values))]
+    parts = [orthogonalise(part).view(2, 4, -1, 6) for part in (keys, values)]
     torch.testing.assert_close(muon_update(g, (2, 3)), torch.cat(parts, 2).flatten(1, 2))
+    torch.testing.assert_close(muon_update(keys, (8,)), orthogonalise(keys) * (8 / 6) ** 0.5)
     assert not torch.allclose(muon_update(g), muon_update(g, (2, 3)), atol=0.1)
 
 
