@@ -11,15 +11,16 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
 import checkpoint
 from config import UserError, cli, parse
+from plots import pyplot, save, styles_of
 
 USAGE = """python compare.py RUN_FOLDER... [--key=value ...]
 
@@ -32,13 +33,6 @@ NOT_THE_EXPERIMENT = {"seed", "out_dir", "overwrite", "wandb_log", "wandb_projec
 MOST_NAMES = 30  # rows that are named in the picture
 CURVE_POINTS = 400  # of a curve that are read; a picture shows no more
 MARK = b'"train/loss"'  # in the lines of metrics.jsonl that are points of the curve
-STYLES = {  # of an attention: colour, marker and line, any of which tells it apart
-    "mha": ("#000000", "o", "-"),
-    "gqa": ("#0072b2", "^", "--"),
-    "mqa": ("#e69f00", "s", ":"),
-    "mla": ("#d55e00", "D", "-."),
-}
-MORE_STYLES = (("#009e73", "v", (0, (5, 1))), ("#cc79a7", "P", (0, (1, 1))), ("#56b4e9", "X", (0, (8, 2))))
 
 
 @dataclass
@@ -311,12 +305,8 @@ def put_into(path: Path, table: str, mark: str = "compare") -> None:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Quality against cache, the frontier as a staircase, seeds as bars; the loss curve of each attention."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as e:
-        raise UserError("a picture needs a package: pip install matplotlib; or --picture= for none") from e
+    plt = pyplot()
     key, styles = quality_key(rows), styles_of(row["attention"] for row in rows)
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     mosaic = [["quality", "tokens"], ["quality", "time"]]
     figure, panels = plt.subplot_mosaic(mosaic, figsize=(9, 4.6), width_ratios=(3, 2), layout="constrained")
     axes = panels["quality"]
@@ -353,16 +343,7 @@ def draw(rows: list[Row], path: Path) -> None:
             panel.set_ylim(losses[0] - 0.05, losses[int(0.8 * (len(losses) - 1))] + 0.05)
     if len(rows) <= MOST_NAMES:
         name_points(figure, axes, rows, key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
-
-
-def styles_of(attentions: Iterable[str]) -> dict[str, tuple]:
-    """Colour, marker and line of each attention, the known ones first and in their order."""
-    names = set(attentions)
-    new = dict(zip(sorted(names - set(STYLES)), cycle(MORE_STYLES)))  # noqa: B905 (one of them is endless)
-    return {name: style for name, style in (STYLES | new).items() if name in names}
+    save(figure, path)
 
 
 def name_points(figure, axes, rows: list[Row], key: str) -> None:
@@ -445,7 +426,6 @@ def main(argv: list[str]) -> None:
         put_into(Path(options.into), as_markdown(rows))
     if options.picture:
         draw(rows, Path(options.picture))
-        print(f"wrote {options.picture}", file=sys.stderr)
     if options.workspace:
         print(f"wrote {save_workspace(options.wandb, runs)}", file=sys.stderr)
 

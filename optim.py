@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import parallel
 from config import Config, UserError
-from model import Linear
+from kernels import Linear
 
 EMBEDDING_LR = 10  # learning rate of an embedding that is not the head too, in units of learning_rate
 

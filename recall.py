@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from compare import put_into, styles_of
-from config import Config, UserError, cli, parse
+from compare import put_into
+from config import Config, cli, parse
 from data import open_dataset
 from data.mqar import prepare
+from plots import pyplot, save, styles_of
 from sample import load_run
 from sweep import run_all
 
@@ -89,11 +90,7 @@ def table(results: list[tuple[str, Config, dict[int, float]]]) -> str:
 
 def draw(results: list[tuple[str, Config, dict[int, float]]], path: Path) -> None:
     """Accuracy against cache, a panel for each number of pairs, a line for each attention."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as e:
-        raise UserError("a picture needs a package: pip install matplotlib") from e
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt = pyplot()
     pairs = list(results[0][2])
     shape = dict(figsize=(min(9, 3 + 3 * len(pairs)), 3), sharey=True, squeeze=False, layout="constrained")
     figure, panels = plt.subplots(1, len(pairs), **shape)
@@ -111,9 +108,7 @@ def draw(results: list[tuple[str, Config, dict[int, float]]], path: Path) -> Non
         panel.grid(alpha=0.3, linewidth=0.5)
     panels[0][0].set_ylabel("values recalled, %")
     panels[0][-1].legend(loc="lower right", fontsize=8, handlelength=3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main(argv: list[str]) -> None:
@@ -132,7 +127,6 @@ def main(argv: list[str]) -> None:
     if options.into:
         put_into(Path(options.into), table(results), "recall")
     draw(results, Path(options.picture))
-    print(f"wrote {options.picture}")
 
 
 if __name__ == "__main__":

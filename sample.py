@@ -1,11 +1,7 @@
 """Generate text from a run: `python sample.py out/mla --start="def " --num_samples=3`. `--help` lists all.
 
-As a library: `model, tokenizer = load_run("out/mla")`, then `generate` for token ids as they come, or
-`generate_text`. The prompts of a batch may differ in length. What a row gets depends on its prompt, its seed
-and the options, never on the rows beside it.
-
-At the context's end, when a row holds block_size tokens, it keeps its last block_size // 2 and goes on. Where
-every layer has a window, and none has sinks, there is no such end: the cache slides on.
+As a library: `model, tokenizer = load_run("out/mla")`, then `generate_text`, or `generate.generate` for token
+ids as they come.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +22,21 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import checkpoint
-from cache import CACHE_FORMATS, KVCache
+from cache import CACHE_FORMATS
 from config import UserError, cli, parse, pick_device, pick_dtype
 from data import tokenizer as tokenizers
+from generate import (
+    DraftModel,
+    Lookup,
+    Stats,
+    check_sampling,
+    decode_one_token,
+    generate,
+    generate_lists,
+    prefill,
+)
 from model import GPT, GPTConfig
 
-PREFILL_CHUNK = 2048  # tokens of a prompt that go through the model at once; bounds the memory of a long one
-DRAFTED = 4  # tokens that a draft model guesses at a time
-LOOKED_UP = 8  # tokens that prompt look-up guesses at a time
 SEPARATOR = "---------------"
 USAGE = """python sample.py RUN [--key=value ...]
 
@@ -74,297 +77,6 @@ class Options:
             raise ValueError(f"seed must be at least 0, not {self.seed}")
         if self.greedy:
             self.temperature = 0.0
-
-
-@dataclass
-class Stats:
-    """What generations cost. Seconds exclude the time in which the caller held the iterator."""
-
-    prompt_tokens: int = 0
-    prefill_seconds: float = 0.0  # until the first token of each row
-    decode_tokens: int = 0  # all later ones
-    decode_seconds: float = 0.0
-    cache_bytes: int = 0  # allocated at a time
-    guessed: int = 0  # tokens that a draft guessed
-    right: int = 0  # of them, those that were then drawn
-
-
-@torch.inference_mode()
-def prefill(model: GPT, prompts: Sequence[list[int]], cache: KVCache) -> Tensor:
-    """Run prompts, of any lengths, through an empty cache; fp32 logits (B, V) after each one's last token."""
-    lengths, weight = [len(prompt) for prompt in prompts], model.embed_tokens.weight
-    longest = max(lengths)
-    padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-    idx = torch.tensor(padded, dtype=torch.long, device=weight.device)  # (B, T)
-    last = weight.new_zeros(len(prompts), model.config.n_embd)
-    for start in range(0, longest, PREFILL_CHUNK):
-        chunk = idx[:, start : start + PREFILL_CHUNK]
-        counts = [min(max(n - start, 0), chunk.size(1)) for n in lengths]
-        hidden = model.hidden(chunk, cache, counts)  # (B, chunk, C)
-        rows = [i for i, n in enumerate(lengths) if start < n <= start + PREFILL_CHUNK]
-        last[rows] = hidden[rows, [lengths[i] - 1 - start for i in rows]]
-    return model.head(last).float()
-
-
-@torch.inference_mode()
-def decode_one_token(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
-    """The next token of each row (B,) -> fp32 logits (B, V) after it."""
-    return model.head(model.hidden(tokens[:, None], cache)[:, -1]).float()
-
-
-def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-    """Raises ValueError, one line, if a value is out of its range."""
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, not {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k must be at least 0, not {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
-    if not 0 <= min_p <= 1:
-        raise ValueError(f"min_p must be from 0 to 1, not {min_p}")
-
-
-def sample(
-    logits: Tensor,
-    uniform: Tensor,
-    *,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-) -> Tensor:
-    """Draw a token from each row: logits (B, V) fp32, uniform (B,) in [0, 1) -> ids (B,).
-
-    In this order: temperature (0: the likeliest token), the top_k likeliest, of these the fewest likeliest
-    that reach top_p (Holtzman et al. 2020), of these the ones at least min_p times as likely as the first
-    (Nguyen et al. 2024); then the token at which the cumulated probability passes `uniform`. Drawing one
-    number a row leaves rows independent without a random generator, or a launch, for each in every step.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    filtered = top_k > 0 or top_p < 1 or min_p > 0
-    if filtered:
-        logits, order = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), descending
-    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
-    if filtered:
-        keep = (p.cumsum(-1) - p < top_p) & (p >= min_p * p[:, :1])
-        p = p * keep
-    cumulated = p.cumsum(-1)
-    choice = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)  # (B, 1)
-    choice = choice.clamp(max=p.size(-1) - 1)  # out of range only if the logits are not finite
-    return (order.gather(-1, choice) if filtered else choice)[:, 0]
-
-
-def uniforms(seed: int, rows: int, device) -> Iterator[Tensor]:
-    """Endless vectors (rows,) in [0, 1), drawn some steps ahead; row i's come from seed + i on any device."""
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(rows)]
-    while True:
-        yield from torch.stack([torch.rand(256, generator=g) for g in generators], 1).to(device)
-
-
-def make_room(model: GPT, cache: KVCache, held: list[list[int]], dtype: torch.dtype | None) -> None:
-    """Cut the rows that fill their cache, unless it is endless, to the last block_size // 2 tokens they hold.
-
-    Positions start at 0 again, so these tokens are computed anew, in a cache of their own: the other rows are
-    left as they are.
-    """
-    full = [i for i, n in enumerate(cache.lengths) if n == cache.max_len]
-    if not full or cache.endless:
-        return
-    keep = cache.max_len // 2
-    for i in full:
-        held[i] = held[i][len(held[i]) - keep :]
-    part = model.new_cache(len(full), keep, dtype, cache.spare)
-    prefill(model, [held[i] for i in full], part)
-    cache.replace_rows(full, part)
-
-
-@torch.inference_mode()
-def generate(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    seed: int = 1337,
-    stop_ids: Collection[int] = (),
-    n_vocab: int | None = None,
-    cache_dtype: torch.dtype | None = None,
-    stats: Stats | None = None,
-    draft: Lookup | DraftModel | None = None,
-) -> Iterator[list[int | None]]:
-    """Yield, step by step, the new token of each row; None for a row that has drawn one of `stop_ids`.
-
-    Row i draws with seed + i. Ids from `n_vocab` on, the padding of a vocabulary, are never drawn. A prompt
-    longer than block_size is cut to its last tokens. The model should be in eval mode. A `draft`, for one
-    row, changes how soon tokens come, not which. Raises ValueError if a prompt is empty or an option is
-    out of range.
-    """
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    check_sampling(**options)
-    if not prompts or not all(prompts):
-        raise ValueError("generate needs at least one prompt, and in each prompt at least one token")
-    if draft is not None and len(prompts) > 1:
-        raise ValueError("a draft serves one prompt at a time")
-    if max_new_tokens < 1:
-        return
-    clock = time.perf_counter()
-    stats = Stats() if stats is None else stats
-    block_size = model.config.block_size
-    held = [list(prompt[-block_size:]) for prompt in prompts]  # the tokens in each row of the cache
-    max_len = min(block_size, max(map(len, held)) + max_new_tokens)
-    cache = model.new_cache(len(held), max_len, cache_dtype, 0 if draft is None else draft.ahead)
-    stats.prompt_tokens += sum(map(len, held))
-    stats.cache_bytes = max(stats.cache_bytes, cache.nbytes)
-    uniform = uniforms(seed, len(held), model.embed_tokens.weight.device)
-
-    def draw(logits: Tensor, numbers: Tensor) -> Tensor:
-        return sample(logits[:, :n_vocab], numbers, **options)
-
-    if draft is None:
-        passes = decode(model, cache, held, uniform, draw, cache_dtype)
-    else:
-        passes = speculate(model, cache, held, uniform, draw, cache_dtype, draft, stats)
-    live, made = [True] * len(held), 0
-    for steps in passes:
-        seconds = time.perf_counter() - clock
-        if made == 0:
-            stats.prefill_seconds += seconds
-        else:
-            stats.decode_seconds += seconds
-        for tokens in steps:
-            live = [alive and token not in stop_ids for alive, token in zip(live, tokens, strict=True)]
-            stats.decode_tokens += sum(live) if made else 0
-            if not any(live):
-                return
-            yield [token if alive else None for token, alive in zip(tokens, live, strict=True)]
-            made += 1
-            if made == max_new_tokens:
-                return
-        clock = time.perf_counter()
-
-
-def decode(
-    model: GPT, cache: KVCache, held: list[list[int]], uniform: Iterator[Tensor], draw: Callable, dtype
-) -> Iterator[list[list[int]]]:
-    """After each pass of the model, the one token that each row draws. `held`: the tokens in each row."""
-    logits = prefill(model, held, cache)
-    while True:
-        ids = draw(logits, next(uniform))
-        tokens = ids.tolist()  # the one transfer, and wait, of a step
-        yield [tokens]
-        make_room(model, cache, held, dtype)
-        logits = decode_one_token(model, ids, cache)
-        for row, token in zip(held, tokens, strict=True):
-            row.append(token)
-
-
-def speculate(
-    model: GPT,
-    cache: KVCache,
-    held: list[list[int]],
-    uniform: Iterator[Tensor],
-    draw: Callable,
-    dtype: torch.dtype | None,
-    draft: Lookup | DraftModel,
-    stats: Stats,
-) -> Iterator[list[list[int]]]:
-    """After each pass of the model, all tokens that it settles, for a single row (Leviathan et al. 2023).
-
-    A pass over the last token and some guessed ones gives the logits after each. From them the tokens are
-    drawn, with the numbers that `decode` would use: so far as they are the guesses they stand, and so does
-    the first that is not. Thus the sample is the same as without a draft, not only its distribution.
-    """
-    logits, numbers, guesses = prefill(model, held, cache), [], []
-    while True:
-        numbers += [next(uniform) for _ in range(len(guesses) + 1 - len(numbers))]
-        drawn = draw(logits, torch.cat(numbers[: len(guesses) + 1])).tolist()
-        right = agreeing(guesses, drawn)
-        cache.rewind([cache.lengths[0] - len(guesses) + right])
-        held[0] += guesses[:right]
-        del numbers[: right + 1]
-        stats.guessed, stats.right = stats.guessed + len(guesses), stats.right + right
-        yield [[token] for token in drawn[: right + 1]]
-        make_room(model, cache, held, dtype)
-        last = drawn[right]
-        room = draft.ahead if cache.endless else cache.max_len - cache.lengths[0] - 1
-        numbers += [next(uniform) for _ in range(draft.ahead - len(numbers))]
-        guesses = draft.guess([*held[0], last], min(room, draft.ahead), numbers, draw)
-        idx = torch.tensor([[last, *guesses]], device=cache.device)
-        logits = model.head(model.hidden(idx, cache)[0]).float()  # (1 + guesses, V)
-        held[0].append(last)
-
-
-def agreeing(a: list[int], b: list[int]) -> int:
-    """How many tokens the two begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-class Lookup:
-    """Guesses what followed the last three tokens the time before (prompt look-up, Saxena 2023)."""
-
-    ahead = LOOKED_UP
-
-    def __init__(self):
-        self.places, self.seen = {}, 0  # where the text went on after three tokens; how far it was read
-
-    def guess(self, text: list[int], k: int, numbers: list[Tensor], draw: Callable) -> list[int]:
-        """Up to k tokens to follow `text`."""
-        if len(text) < self.seen:  # another text
-            self.places, self.seen = {}, 0
-        for end in range(max(self.seen, 3), len(text)):
-            self.places[tuple(text[end - 3 : end])] = end
-        self.seen = len(text)
-        place = self.places.get(tuple(text[-3:]), len(text))
-        return text[place : place + k]
-
-
-class DraftModel:
-    """Guesses what a smaller model of the same tokens draws with the same numbers."""
-
-    ahead = DRAFTED
-
-    def __init__(self, model: GPT):
-        self.model = model
-        self.cache = model.new_cache(1, max(model.config.block_size, 4 * self.ahead), spare=self.ahead)
-        self.held: list[int] = []  # tokens in the cache, the guesses included
-        self.seen = self.start = 0  # length of the last text; where in it the cache starts
-
-    def guess(self, text: list[int], k: int, numbers: list[Tensor], draw: Callable) -> list[int]:
-        """k tokens to follow `text`, drawn with the first k of `numbers`, (1,) each."""
-        known = self.seen - self.start  # of the tokens held; the guesses after them may have been wrong
-        if len(text) <= self.seen or len(text) - self.start + k > self.cache.max_len:  # another text, or full
-            self.start, known = max(0, len(text) - self.cache.max_len // 2), 0
-        else:
-            known += agreeing(self.held[known:], text[self.seen : -1])
-        self.cache.rewind([known])
-        self.held = text[self.start :]
-        self.seen, new = len(text), self.held[known:]
-        if known:
-            idx = torch.tensor([new], device=self.cache.device)
-            logits = self.model.head(self.model.hidden(idx, self.cache)[:, -1]).float()
-        else:
-            logits = prefill(self.model, [new], self.cache)
-        guesses: list[int] = []
-        for number in numbers[:k]:
-            ids = draw(logits, number)
-            guesses += ids.tolist()
-            if len(guesses) < k:
-                logits = decode_one_token(self.model, ids, self.cache)
-        self.held += guesses[:-1]
-        return guesses
-
-
-def generate_lists(model: GPT, prompts: Sequence[Sequence[int]], *args, **options) -> list[list[int]]:
-    """The new tokens of each row; arguments as for `generate`."""
-    rows = [[] for _ in prompts]
-    for tokens in generate(model, prompts, *args, **options):
-        for row, token in zip(rows, tokens, strict=True):
-            row += [] if token is None else [token]
-    return rows
 
 
 class TextStream:

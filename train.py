@@ -6,18 +6,15 @@ On many GPUs or machines: `torchrun --standalone --nproc_per_node=8 train.py con
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import os
 import resource
-import secrets
 import signal
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,6 +25,7 @@ from checkpoint import Checkpoint
 from config import Config, UserError, cli, load, pick_device, pick_dtype
 from data import Dataset, open_dataset
 from data import tokenizer as tokenizers
+from log import Log
 from model import GPT, GPTConfig
 from optim import load_state_tensors, make_optimizers, state_tensors
 from sample import decode_probe, generate_text, inference_model
@@ -426,111 +424,6 @@ class StopSignal:
     def restore(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-class Log:
-    """Writes metrics.jsonl and summary.json, the terminal's lines, and W&B if asked to.
-
-    Without a run folder, on all ranks but the first, it only keeps the summary.
-    """
-
-    def __init__(self, run_dir: Path | None, config: Config, facts: dict, resume_step: int | None):
-        self.run_dir, self.summary, self.bar = run_dir, dict(facts), sys.stdout.isatty()
-        if run_dir is None:
-            return
-        path = run_dir / "metrics.jsonl"
-        if resume_step is not None and path.exists():  # lines past the checkpoint will be written again
-            lines = path.read_text(errors="replace").splitlines()
-            kept = [line for line in lines if _step_of(line) <= resume_step]
-            aside = path.with_suffix(".new")
-            with checkpoint.writing(path):
-                aside.write_text("".join(line + "\n" for line in kept))
-                aside.replace(path)
-            for line in kept:
-                values = json.loads(line).items()
-                self.summary |= {k: v for k, v in values if not k.startswith(("final/", "decode/"))}
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
-        self.wandb = start_wandb(run_dir, config, facts) if config.wandb_log else None
-
-    def __call__(self, metrics: dict) -> None:
-        metrics = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()
-        }
-        self.summary |= metrics
-        if self.run_dir is None:
-            return
-        with checkpoint.writing(Path(self.file.name)):
-            self.file.write((json.dumps(metrics) + "\n").encode())  # JSON has no nan
-        if self.wandb:
-            self.wandb.log({k: v for k, v in metrics.items() if v is not None})
-
-    def say(self, line: str) -> None:
-        if self.run_dir is not None:
-            print("\r\033[K" + line if self.bar else line, flush=True)
-
-    def progress(self, step: int, last: int, metrics: dict, tokens_per_step: int) -> None:
-        if self.run_dir is None:
-            return
-        rate = metrics["train/tokens_per_s"]
-        left = timedelta(seconds=round((last - step) * tokens_per_step / rate))
-        mfu = "" if metrics["train/mfu"] is None else f", mfu {metrics['train/mfu']:.1%}"
-        line = f"step {step}/{last}: loss {metrics['train/loss']:.4f}, {rate:,.0f} tokens/s{mfu}, {left} left"
-        if self.bar:
-            filled = 20 * step // last
-            print(f"\r\033[K[{'#' * filled}{'.' * (20 - filled)}] {line}", end="", flush=True)
-        else:
-            print(line, flush=True)
-
-    def write_summary(self) -> None:
-        if self.run_dir is not None:
-            checkpoint.write_json(self.run_dir / "summary.json", self.summary)
-
-    def close(self) -> None:
-        if self.run_dir is None:
-            return
-        self.file.close()
-        if self.wandb:
-            self.wandb.summary.update({k: v for k, v in self.summary.items() if v is not None})
-            self.wandb.finish()
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for one cut short when the run was killed, or damaged."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
-        return math.inf
-
-
-def start_wandb(run_dir: Path, config: Config, facts: dict):
-    """A W&B run, the same again on resume; offline where there is no key or no network; None without W&B."""
-    try:
-        import wandb
-    except ImportError:
-        print("wandb is not installed: metrics.jsonl only (pip install wandb)", file=sys.stderr)
-        return None
-    id_file = run_dir / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
-    options = dict(
-        project=config.wandb_project,
-        name=config.wandb_run_name or run_dir.name,
-        id=id_file.read_text(),
-        resume="allow",
-        config=asdict(config) | facts,
-    )
-    try:
-        online = "WANDB_MODE" in os.environ or wandb.login(prompt=False)
-        run = wandb.init(
-            **options, mode=None if online else "offline", settings=wandb.Settings(init_timeout=30)
-        )
-        fault = None if online else "no API key"
-    except (wandb.errors.UsageError, wandb.errors.CommError) as e:
-        run, fault = wandb.init(**options, mode="offline"), " ".join(str(e).split())
-    if fault:
-        print(f"wandb: logging offline ({fault}); `wandb sync` uploads the run later", file=sys.stderr)
-    run.define_metric("*", step_metric="tokens")
-    return run
 
 
 def describe(config: Config, model: GPT, dataset: Dataset) -> dict:

@@ -8,6 +8,7 @@ import torch
 from equivalence import small_model
 
 import bench
+import bench_cache
 import checkpoint
 from config import Config, UserError
 from data import open_dataset
@@ -61,6 +62,7 @@ def test_train_measures_each_attention_in_its_own_process(tmp_path):
         ("mla", 64),
     ]
     assert all(row["tokens_per_s"] > 0 and math.isfinite(row["flops_per_s"]) for row in rows)
+    assert max(row["params"] for row in rows) < 1.01 * min(row["params"] for row in rows)
     assert (tmp_path / "train.png").stat().st_size > 1000
 
 
@@ -95,7 +97,7 @@ def test_cache_measures_quality_through_every_format_and_window(tmp_path, capsys
 
 def test_decode_measures_every_context_and_batch_beside_transformers(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr("bench_cache.read_bandwidth", lambda device: 1e9)
     small = ["--n_layer=2", "--n_embd=96", "--vocab_size=64", "--n=2", "--contexts=8,40", "--batches=1,2"]
     bench.main(["decode", "--hf", *small, "--prefill=40", "--attentions=gqa,mla", "--generate=24"])
     result = json.loads((tmp_path / "out/bench/decode.json").read_text())
@@ -114,15 +116,15 @@ def test_decode_measures_every_context_and_batch_beside_transformers(tmp_path, m
         assert b["bytes_per_token"] - a["bytes_per_token"] == 32 * 4 * per_token[a["model"]]
     assert [row["n"] for row in result["generate"]] == [3, 6, 12, 24] * 2
     assert (tmp_path / "out/bench/decode.png").stat().st_size > 1000
-    assert len(out.splitlines()) == 2 + 2 * (4 + 1) + 2
+    assert len(out.splitlines()) == 2 + 2 * (4 + 1) + 1
 
 
 def test_decode_measures_configs_and_runs(tmp_path):
     (tmp_path / "tiny.py").write_text(
         "n_layer = 1\nn_head = 2\nn_embd = 32\nvocab_size = 64\nattention = 'mqa'\n"
     )
-    options = bench.DecodeOptions(config=str(tmp_path / "tiny.py"), contexts="100")
-    ((name, model),) = bench.decode_models(options, torch.device("cpu"))
+    options = bench_cache.DecodeOptions(config=str(tmp_path / "tiny.py"), contexts="100")
+    ((name, model),) = bench_cache.decode_models(options, torch.device("cpu"))
     assert (name, model.config.attention, model.config.n_embd) == ("tiny", "mqa", 32)
     assert model.config.block_size >= 100 + 6 * options.n
     assert model(torch.arange(9)[None])[0].std() > 0.1

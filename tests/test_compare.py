@@ -9,6 +9,7 @@ import types
 import pytest
 
 import compare
+import plots
 from config import UserError
 
 FACTS = {"corpus_sha256": "c0ffee", "tokens": 4000, "step": 10, "params/total": 1000, "seed": 1}
@@ -203,7 +204,7 @@ def test_names_in_the_picture_do_not_overlap(tmp_path):
 
 
 def test_every_attention_has_a_look_of_its_own():
-    styles = compare.styles_of(["gta", "mla", "mha", "new", "mqa", "gqa"])
+    styles = plots.styles_of(["gta", "mla", "mha", "new", "mqa", "gqa"])
     assert list(styles)[:4] == ["mha", "gqa", "mqa", "mla"] and set(styles) >= {"gta", "new"}
     for part in range(3):
         assert len({style[part] for style in styles.values()}) == 6

@@ -21,7 +21,8 @@ from change_attention import factorise, pool_heads
 from config import Config, UserError
 from data import tokenizer
 from data.tokenizer_json import from_json, to_json
-from sample import generate_lists, inference_model, load_run
+from generate import generate_lists
+from sample import inference_model, load_run
 
 BYTE = tokenizer.train("byte", [])
 TEXT = [Path(__file__).read_text(encoding="utf-8"), "naïve café 数学 🙂 " * 20]

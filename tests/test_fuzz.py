@@ -22,6 +22,7 @@ import checkpoint
 import train
 from config import UserError, load
 from data import open_dataset
+from log import Log
 from sample import load_run
 
 ROOT = Path(__file__).parent.parent
@@ -178,7 +179,7 @@ def test_a_run(run_dir, tmp_path):
             load_run(copy)
         with fair(name, bang):
             checkpoint.is_finished(copy)
-            train.Log(copy, train.Config(), {}, 1).close()
+            Log(copy, train.Config(), {}, 1).close()
         if case % 4 == 0:
             with fair(name, bang):
                 train.main(["--init_from=resume", f"--out_dir={copy}", "--max_iters=3", "--eval_only"])

@@ -23,13 +23,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache import CACHE_FORMATS, KVCache, dequantise, quantise
+from kernels import LinearCrossEntropy, attend_in_shares
 from model import (
     ATTENTIONS,
     GPT,
     GPTConfig,
-    LinearCrossEntropy,
     attend,
-    attend_in_shares,
     rope_angles,
     rotate,
 )

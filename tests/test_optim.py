@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from equivalence import small_model
 
 from config import Config
-from model import UnfusedRMSNorm
+from kernels import UnfusedRMSNorm
 from optim import AdamW, Muon, make_optimizers, muon_update, orthogonalise
 
 

@@ -22,6 +22,7 @@ import compare  # noqa: E402
 import model  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from generate import generate_lists  # noqa: E402
 
 README = ROOT / "README.md"
 LINK = re.compile(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)-L(\d+)\)")
@@ -61,12 +62,7 @@ def gta(monkeypatch):
     exec(example(), vars(model).copy())
 
 
-def test_the_new_attention_trains_samples_and_compares(tmp_path, gta, capsys):
-    text = "".join(f"the cat number {i % 37} sat on the mat {i * i % 91}\n" for i in range(900))
-    (tmp_path / "text.txt").write_text(text)
-    from data.text import prepare
-
-    prepare.main([f"--input={tmp_path / 'text.txt'}", "--tokenizer=byte", f"--out_dir={tmp_path / 'set'}"])
+def test_the_new_attention_trains_samples_and_compares(corpus, tmp_path, gta, capsys):
     knobs = [
         "--n_layer=2",
         "--n_head=2",
@@ -75,7 +71,7 @@ def test_the_new_attention_trains_samples_and_compares(tmp_path, gta, capsys):
         "--batch_size=4",
         "--sample_tokens=8",
     ]
-    knobs += [f"--dataset={tmp_path / 'set'}", f"--out_dir={tmp_path / 'run'}", "--device=cpu"]
+    knobs += [f"--dataset={corpus}", f"--out_dir={tmp_path / 'run'}", "--device=cpu"]
     train.main(
         ["config/gqa.py", "--attention=gta", "--qk_norm=None", *knobs, "--max_iters=40", "--eval_interval=20"]
     )
@@ -92,7 +88,7 @@ def test_the_new_attention_trains_samples_and_compares(tmp_path, gta, capsys):
     prompt = torch.tensor([[1, 2, 3]])
     for _ in range(12):
         prompt = torch.cat((prompt, gpt(prompt)[0][:, -1:].argmax(-1)), 1)
-    assert sample.generate_lists(gpt, [[1, 2, 3]], 12, temperature=0.0) == [prompt[0, 3:].tolist()]
+    assert generate_lists(gpt, [[1, 2, 3]], 12, temperature=0.0) == [prompt[0, 3:].tolist()]
     capsys.readouterr()
     compare.main([str(tmp_path / "run"), "--picture="])
     assert "gta" in capsys.readouterr().out
