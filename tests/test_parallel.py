@@ -174,18 +174,24 @@ def wait_for_step(run_dir: Path, step: int) -> None:
     raise TimeoutError(f"{run_dir} has not come to step {step}")
 
 
-def test_a_killed_rank_brings_the_group_back_on_two_nodes(corpus, tmp_path):
-    """Two torchrun agents meet on loopback; one's worker is killed -9, and the weights end as undisturbed."""
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_killed_rank_brings_the_group_back(corpus, tmp_path, nodes):
+    """Two workers of one torchrun, or of two that meet on loopback as two nodes would: one is killed -9,
+    and the weights end as undisturbed.
+    """
     argv = [*TINY, *ATTENTIONS["mla"], f"--dataset={corpus}", "--save_interval=5", "--eval_interval=1000"]
     in_groups((2, [[*argv, f"--out_dir={tmp_path}/whole"]]))
-    port = free_port()
-    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    agent += ["--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=3"]
+    if nodes == 1:
+        agent += ["--standalone", "--nproc_per_node=2"]
+    else:
+        agent += ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d"]
+        agent += [f"--rdzv-endpoint=localhost:{free_port()}"]
     command = [*agent, "train.py", *argv, f"--out_dir={tmp_path}/cut"]
-    agents = [subprocess.Popen(command, cwd=ROOT, env=environment()) for _ in range(2)]
+    agents = [subprocess.Popen(command, cwd=ROOT, env=environment()) for _ in range(nodes)]
     wait_for_step(tmp_path / "cut", 12)
-    os.kill(workers(agents[1])[0], signal.SIGKILL)
-    assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
+    os.kill(workers(agents[-1])[-1], signal.SIGKILL)
+    assert [agent.wait(timeout=300) for agent in agents] == [0] * nodes
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     ends = [checkpoint.load(tmp_path / name, "last").model for name in ("whole", "cut")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0] | ends[1])
