@@ -22,7 +22,7 @@ recall: .venv/run
 	$(BIN)/python recall.py --picture=assets/recall.png --into=README.md
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist=loadfile
 
 lint: .venv/dev
 	$(BIN)/ruff check .
