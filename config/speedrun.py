@@ -4,7 +4,7 @@
 dataset = "shakespeare_char"
 block_size = 64
 n_layer = 2
-n_head = 4
+n_head = 5
 n_embd = 80
 intermediate_size = 192
 qk_norm = False
