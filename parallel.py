@@ -19,9 +19,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -160,6 +157,9 @@ def wrap(model: nn.Module, config: Config, device: torch.device, dtype: torch.dt
         for block in model.layers:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if size() > 1 and config.parallel == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh  # a second, which one rank need not wait
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         mesh = init_device_mesh(device.type, (size(),))
         fp32 = torch.float32
         for block in model.layers:
@@ -180,7 +180,7 @@ def wrap(model: nn.Module, config: Config, device: torch.device, dtype: torch.dt
 def sync_gradients(wrapped, now: bool) -> None:
     """Whether the next backward pass of a `wrap`ped model averages gradients over ranks: a step's last."""
     module = getattr(wrapped, "_orig_mod", wrapped)  # what torch.compile wraps
-    if isinstance(module, FSDPModule):
+    if hasattr(module, "set_requires_gradient_sync"):  # FSDP's
         module.set_requires_gradient_sync(now)
     elif isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = now
@@ -190,21 +190,26 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients down to a norm of `max_norm` over all parameters; returns what it was, ()."""
     params = list(model.parameters())
     norm = nn.utils.get_total_norm([p.grad for p in params])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = norm.full_tensor() if is_cut(norm) else norm
     nn.utils.clip_grads_with_norm_(params, max_norm, norm)
     return norm
 
 
+def is_cut(tensor: Tensor) -> bool:
+    """Whether each rank holds a share of the tensor: a DTensor, told without importing that class."""
+    return hasattr(tensor, "to_local")
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_cut(tensor) else tensor
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, put together from all ranks, on rank 0; nothing on the others. All must ask."""
     gathered = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
+        if is_cut(tensor):
             tensor = tensor.full_tensor()
             tensor = tensor.cpu() if rank() == 0 else tensor
         if rank() == 0:
@@ -215,7 +220,9 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
     """`value`, whole and the same on all ranks: on the device of `parameter`, and if of its shape cut so."""
     value = value.to(parameter.device)
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+    if is_cut(parameter) and value.shape == parameter.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return value
 
@@ -234,7 +241,7 @@ def each_matrix_once(
     slots = -(-count // size())  # matrices a rank; the last of them go unused
     used = min(max(count - rank() * slots, 0), slots)
     results = values[0].new_zeros(slots, m, n)
-    if not isinstance(parameters[0], DTensor):
+    if not is_cut(parameters[0]):
         if used:
             results[:used] = function(torch.stack(values[rank() * slots :][:used]))
         gathered = results.new_empty(size() * slots, m, n)

@@ -1,4 +1,4 @@
-# Characters of Shakespeare in the time of nanoGPT's CPU recipe, about 2 minutes on 2 cores, as well as we can.
+# Characters of Shakespeare as well as we can in the time of nanoGPT's CPU recipe, about 2 minutes on 2 cores.
 
 dataset = "shakespeare_char"
 block_size = 128
