@@ -165,7 +165,9 @@ class Saver:
 
     def __init__(self, run_dir: Path):
         self.run_dir = run_dir
-        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        # if its kernels had threads of their own, OpenMP would have more threads than cores, and from then on
+        # put all of them to sleep between kernels: small models would train at half the speed
+        self.thread = ThreadPoolExecutor(1, "checkpoint", torch.set_num_threads, (1,))
         self.pending: Future | None = None
 
     def save(self, names: Sequence[str], checkpoint: Checkpoint) -> None:
