@@ -9,7 +9,7 @@ intermediate_size = 320
 qk_norm = False
 
 batch_size = 16
-max_iters = 700
+max_iters = 600
 warmup_iters = 10
 cooldown = 0.7
 learning_rate = 0.01
