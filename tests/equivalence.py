@@ -1,11 +1,13 @@
 """What every attention must satisfy, as checks that take a model.
 
-test_model.py runs them for each entry of `model.ATTENTIONS`, one that you add included. An attention whose
-knobs have no defaults, or which has variants worth a test of their own, gets a line in VARIANTS.
+test_cache.py and test_model.py run them for each entry of `model.ATTENTIONS`, one that you add included. An
+attention whose knobs have no defaults, or which has variants worth a test of their own, gets a line in
+VARIANTS.
 """
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,6 +40,7 @@ CASES = {
     for attention in ATTENTIONS
     for variant, knobs in VARIANTS.get(attention, {"": {}}).items()
 }
+every_case = pytest.mark.parametrize("knobs", CASES.values(), ids=CASES.keys())
 
 
 def small_config(**knobs) -> GPTConfig:
@@ -62,7 +65,7 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+def assert_close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
     assert a.shape == b.shape
     difference = (a.double() - b.double()).abs().max().item()
     assert difference <= tolerance, f"differ by {difference:.2e}"
@@ -87,7 +90,7 @@ def check_chunks(model: GPT, chunks: list[int], cache_dtype=None, tolerance: flo
     """Fed in chunks through a cache, the logits are those of one pass without a cache."""
     idx = tokens(2, sum(chunks), seed=len(chunks))
     cache = model.new_cache(2, idx.size(1), dtype=cache_dtype)
-    close(cached_logits(model, idx, chunks, cache), model(idx)[0], tolerance)
+    assert_close(cached_logits(model, idx, chunks, cache), model(idx)[0], tolerance)
     assert cache.lengths == [idx.size(1)] * 2
 
 
@@ -105,9 +108,9 @@ def check_ragged(
     assert cache.lengths == [n + sum(chunks) for n in lengths]
     for b, n in enumerate(lengths):
         alone = model(torch.cat((prompts[b : b + 1, :n], rest[b : b + 1]), 1))[0][0]
-        close(continued[b], alone[n:], tolerance)
+        assert_close(continued[b], alone[n:], tolerance)
         if n:
-            close(prefill[b, :n], alone[:n], tolerance)
+            assert_close(prefill[b, :n], alone[:n], tolerance)
 
 
 class Allocations(TorchDispatchMode):

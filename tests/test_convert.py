@@ -11,7 +11,7 @@ import pytest
 import tokenizers as hugging_face_tokenizers
 import torch
 import transformers
-from equivalence import cached_logits, close, small_model, tokens
+from equivalence import assert_close, cached_logits, small_model, tokens
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -115,7 +115,7 @@ def test_a_fresh_process_computes_the_same(exported, name):
     model, tok = load_run(root / "runs" / name, "cpu")
     theirs = results[name]
     with torch.no_grad():
-        close(model(tokens(2, 40))[0], theirs["logits"], 1e-4)
+        assert_close(model(tokens(2, 40))[0], theirs["logits"], 1e-4)
     prompt = tok.encode_ordinary("class A:")
     (ours,) = generate_lists(model, [prompt], GREEDY, temperature=0, stop_ids=(tok.eot_token,))
     assert tok.decode(ours) == theirs["greedy"]
@@ -210,7 +210,7 @@ def test_a_foreign_model_becomes_a_run(cls, fields, tmp_path, capsys):
     model, tok = load_run(tmp_path / "run", "cpu")
     idx = tokens(2, 40)
     with torch.no_grad():
-        close(model(idx)[0], theirs(idx).logits, 1e-4)
+        assert_close(model(idx)[0], theirs(idx).logits, 1e-4)
     assert tok.encode_ordinary("1 60") == [1, 60]
 
 
@@ -460,8 +460,8 @@ def test_factorising_at_full_rank_is_exact(knobs, rank):
     latent = inference_model(*factorise(model, idx, rank, config.n_kv_head * config.rotary_dim))
     assert latent.config.attention == "mla"
     with torch.no_grad():
-        close(latent(unseen)[0], model(unseen)[0], 1e-4)
-        close(cached_logits(latent, unseen, [30, 1, 1, 32]), model(unseen)[0], 1e-4)
+        assert_close(latent(unseen)[0], model(unseen)[0], 1e-4)
+        assert_close(cached_logits(latent, unseen, [30, 1, 1, 32]), model(unseen)[0], 1e-4)
 
 
 def test_one_rotated_key_is_exact_where_the_heads_keys_are_alike():

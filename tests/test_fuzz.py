@@ -123,7 +123,7 @@ def exchange(content: bytes, draw: random.Random) -> bytes:
 
 
 @contextmanager
-def fair(case: str, bang: Path):
+def assert_fair(case: str, bang: Path):
     """Fails if the body raises anything but UserError, takes long, or has run the bomb."""
 
     def late(number, frame):
@@ -173,22 +173,22 @@ def test_a_run(run_dir, tmp_path):
     draw, bang, copy = random.Random(1), tmp_path / "bang", tmp_path / "run"
     for case in cases(400):
         name = f"case {case}: {changed(run_dir, copy, draw, bang)}"
-        with fair(name, bang):
+        with assert_fair(name, bang):
             checkpoint.load_newest(copy)
-        with fair(name, bang):
+        with assert_fair(name, bang):
             load_run(copy)
-        with fair(name, bang):
+        with assert_fair(name, bang):
             checkpoint.is_finished(copy)
             Log(copy, train.Config(), {}, 1).close()
         if case % 4 == 0:
-            with fair(name, bang):
+            with assert_fair(name, bang):
                 train.main(["--init_from=resume", f"--out_dir={copy}", "--max_iters=3", "--eval_only"])
 
 
 def test_a_data_set(run_dir, tmp_path):
     draw, bang, copy = random.Random(2), tmp_path / "bang", tmp_path / "set"
     for case in cases(300):
-        with fair(f"case {case}: {changed(run_dir.parent / 'set', copy, draw, bang)}", bang):
+        with assert_fair(f"case {case}: {changed(run_dir.parent / 'set', copy, draw, bang)}", bang):
             dataset = open_dataset(str(copy))
             dataset.train_batch(0, 2, 16, 0)
             next(dataset.val_batches(16, 2))
@@ -203,9 +203,9 @@ def test_a_configuration(tmp_path, monkeypatch):
     for case in cases(1500):
         content = mutate(draw.choice(files), draw, bang)
         path.write_bytes(content)
-        with fair(f"case {case}: {content[:500]!r}", bang):
+        with assert_fair(f"case {case}: {content[:500]!r}", bang):
             load([str(path)])
         argv = [f"--{draw.choice(knobs)}={draw.choice(VALUES)}" for _ in range(draw.randrange(1, 4))]
         argv = [mutate(arg.encode(), draw, bang).decode(errors="surrogateescape") for arg in argv]
-        with fair(f"case {case}: {argv}"[:500], bang):
+        with assert_fair(f"case {case}: {argv}"[:500], bang):
             load([arg for arg in argv if arg not in ("-h", "--help")])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from equivalence import cached_logits, close, force_form, small_config, small_model, tokens
+from equivalence import assert_close, cached_logits, force_form, small_config, small_model, tokens
 
 from config import UserError
 from convert import from_hf_state_dict, hf_config, hf_state_dict
@@ -49,12 +49,12 @@ def test_logits_equal_hugging_face(cls, knobs, tie):
     with torch.no_grad():
         expected = theirs(idx).logits
         assert expected.std() > 0.5
-        close(model(idx)[0], expected, 1e-4)
-        close(cached_logits(model, idx, [25, 1, 1, 6, 1, 6]), expected, 1e-4)
+        assert_close(model(idx)[0], expected, 1e-4)
+        assert_close(cached_logits(model, idx, [25, 1, 1, 6, 1, 6]), expected, 1e-4)
         if cls == DEEPSEEK:
             for absorbed in (True, False):
                 force_form(model, absorbed)
-                close(cached_logits(model, idx, [5, 1, 1, 32, 1]), expected, 1e-4)
+                assert_close(cached_logits(model, idx, [5, 1, 1, 32, 1]), expected, 1e-4)
 
 
 @every_class

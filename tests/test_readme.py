@@ -46,10 +46,10 @@ def test_the_example_is_short():
 
 
 def test_the_new_attention_passes_the_tests_of_the_others(tmp_path):
-    """test_model.py as it stands, with the class added to what it finds in ATTENTIONS."""
+    """test_model.py and test_cache.py as they stand, with the class added to what it finds in ATTENTIONS."""
     (tmp_path / "new_attention.py").write_text(f"from model import *\n\n{example()}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "new_attention", "-p", "no:cacheprovider"]
-    command += ["tests/test_model.py", "-k", "gta"]
+    command += ["tests/test_model.py", "tests/test_cache.py", "-k", "gta"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

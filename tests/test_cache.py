@@ -1,0 +1,384 @@
+"""The cache against a pass without one, in every format, window and batch; and the bytes that it takes."""
+
+import math
+
+import pytest
+import torch
+from equivalence import (
+    CASES,
+    VOCAB,
+    assert_close,
+    cached_logits,
+    check_chunks,
+    check_footprint,
+    check_ragged,
+    every_case,
+    force_form,
+    small_config,
+    small_model,
+    tokens,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache import CACHE_FORMATS, KVCache, dequantise, quantise
+from model import ATTENTIONS, GPTConfig
+
+MLA = {name: knobs for name, knobs in CASES.items() if knobs["attention"] == "mla"}
+mla_cases = pytest.mark.parametrize("knobs", MLA.values(), ids=MLA.keys())
+CHUNKS = {"token-by-token": [1] * 20, "uneven": [3, 1, 7, 2, 1, 6], "prefill-then-decode": [17, 1, 1, 1]}
+# Tolerance on logits whose standard deviation is 1, where the cache rounds keys and values.
+ROUNDED = {torch.bfloat16: 0.15, torch.float16: 0.02, torch.int8: 0.3, torch.float8_e4m3fn: 1.0}
+BASE = {attention: CASES[attention] for attention in ATTENTIONS}
+every_attention = pytest.mark.parametrize("knobs", BASE.values(), ids=BASE.keys())
+WINDOWS = [
+    {"window": 1},
+    {"window": 4},
+    {"window": 5, "sink_tokens": 2},
+    {"window": 3, "window_pattern": "SL"},
+    {"window": 50, "sink_tokens": 1},
+]
+every_window = pytest.mark.parametrize("window", WINDOWS, ids=str)
+
+
+# The cache: full forward = token by token = chunks = absorbed = ragged batches
+
+
+@every_case
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS.keys())
+def test_cached_equals_full(knobs, chunks):
+    check_chunks(small_model(**knobs), chunks)
+
+
+@every_case
+def test_logits_under_test_are_not_small(knobs):
+    assert 0.5 < small_model(**knobs)(tokens(2, 20))[0].std() < 2
+
+
+@mla_cases
+@pytest.mark.parametrize("absorbed", [True, False], ids=["absorbed", "expanded"])
+def test_both_forms_of_mla_equal_full(knobs, absorbed):
+    model = small_model(**knobs)
+    force_form(model, absorbed)
+    for chunks in CHUNKS.values():
+        check_chunks(model, chunks)
+    check_ragged(model, [5, 2, 7], [1, 4, 1])
+
+
+@every_case
+@pytest.mark.parametrize("lengths", [[1, 9, 4], [6, 6], [3, 0, 8], [0, 0]], ids=str)
+def test_ragged_batch_equals_each_prompt_alone(knobs, lengths):
+    check_ragged(small_model(**knobs), lengths, [1, 1, 4, 1, 3])
+
+
+@every_case
+@pytest.mark.parametrize("dtype", ROUNDED, ids=str)
+def test_a_cache_in_any_format_stays_near_full_precision(knobs, dtype):
+    model = small_model(**knobs)
+    check_chunks(model, CHUNKS["uneven"], dtype, ROUNDED[dtype])
+    check_ragged(model, [1, 9, 4], [1, 4, 1], dtype, ROUNDED[dtype])
+
+
+@every_attention
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_forms_and_rows_agree_in_what_a_quantised_cache_holds(knobs, dtype):
+    """Codes are the same however they are read: what is left is a rare number at the edge of two codes."""
+    model, idx = small_model(**knobs), tokens(3, 24)
+    logits = [
+        cached_logits(model, idx, chunks, model.new_cache(3, 24, dtype)) for chunks in ([8, 16], [8] * 3)
+    ]
+    if knobs["attention"] == "mla":
+        for absorbed in (True, False):
+            force_form(model, absorbed)
+            logits.append(cached_logits(model, idx, [8, *[1] * 16], model.new_cache(3, 24, dtype)))
+    rows = [cached_logits(model, row[None], [8, 16], model.new_cache(1, 24, dtype)) for row in idx]
+    for other in (*logits[1:], torch.cat(rows)):
+        assert (other - logits[0]).abs().mean() < 1e-4
+
+
+@every_attention
+@every_window
+def test_a_ring_equals_the_mask(knobs, window):
+    model = small_model(**knobs, **window)
+    for chunks in (*CHUNKS.values(), [2, 18], [5, 5, 5, 5]):
+        check_chunks(model, chunks)
+    for lengths in ([1, 9, 4], [6, 6], [3, 0, 8]):
+        check_ragged(model, lengths, [1, 1, 4, 1, 3])
+        check_ragged(model, lengths, [2, 7, 1])
+    for dtype in (torch.float32, torch.int8):
+        check_footprint(model, dtype)
+
+
+@every_attention
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_a_ring_equals_the_mask_at_every_length_around_its_edge(knobs, sinks):
+    model = small_model(**knobs, window=5, sink_tokens=sinks)
+    full = model(tokens(1, 24))[0]
+    cache = model.new_cache(1, 24)
+    for n in range(1, 24):
+        cache.rewind([0])
+        assert_close(cached_logits(model, tokens(1, 24)[:, : n + 1], [n, 1], cache), full[:, : n + 1])
+
+
+@every_attention
+@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("cached", [False, True], ids=["mask", "ring"])
+def test_a_layer_sees_its_window_and_the_sinks_alone(knobs, sinks, cached):
+    model, idx, window, T = small_model(**knobs, n_layer=1, window=4, sink_tokens=sinks), tokens(1, 12), 4, 12
+    run = lambda idx: cached_logits(model, idx, [1] * T) if cached else model(idx)[0]  # noqa: E731
+    before = run(idx)
+    for j in range(T):
+        changed = idx.clone()
+        changed[0, j] = (idx[0, j] + 1) % VOCAB
+        seen = (run(changed) - before)[0].abs().amax(-1) > 1e-5
+        assert seen.tolist() == [j <= t and (j > t - window or j < sinks) for t in range(T)]
+
+
+@every_attention
+def test_rewind_in_a_window(knobs):
+    model, idx = small_model(**knobs, window=4, sink_tokens=1), tokens(2, 30)
+    full, cache = model(idx)[0], model.new_cache(2, 30, spare=3)
+    for n in (2, 6, 20):  # as in speculative decoding: go on by 4, keep 1
+        cache.rewind([0, 0])
+        cached_logits(model, idx[:, :n], [n], cache)
+        for t in range(n, 27):
+            guess = torch.cat((idx[:, t : t + 1], tokens(2, 3, seed=t)), 1)
+            assert_close(cached_logits(model, guess, [4], cache)[:, 0], full[:, t])
+            cache.rewind([t + 1, t + 1])
+    cache.rewind([27, 26])
+    assert_close(model(torch.stack((idx[0, 27:29], idx[1, 26:28])), cache=cache)[0][1], full[1, 26:28])
+    with pytest.raises(ValueError, match="window of 4 moved on") as fault:
+        cache.rewind([10, 26])
+    assert "\n" not in str(fault.value) and cache.lengths == [29, 28]
+    cache.rewind([0, 1])  # nothing, and a sink: always there
+    assert_close(model(torch.stack((idx[0, :1], idx[1, 1:2])), cache=cache)[0][0], full[0, :1])
+
+
+def test_a_window_slides_past_the_length_of_its_cache():
+    model, idx = small_model(window=4), tokens(2, 40)
+    cache = model.new_cache(2, 6)
+    assert cache.endless and cache.nbytes == 2 * model.config.kv_bytes(10**6, torch.float32)
+    assert_close(cached_logits(model, idx, [7, 1, 1, 20, *[1] * 11], cache), model(idx)[0])
+    for knobs in ({"window": 7}, {"window": 4, "window_pattern": "SL"}, {}):
+        model = small_model(**knobs)
+        with pytest.raises(ValueError, match="too short"):
+            cached_logits(model, idx, [7, 33], model.new_cache(2, 6))
+
+
+def test_quantised_codes_and_scales():
+    x = torch.randn(3, 5, 300) * torch.logspace(-3, 3, 5)[:, None]
+    x[0, 0] = 0
+    for dtype, step in ((torch.int8, 1 / 127), (torch.float8_e4m3fn, 1 / 14)):
+        codes, scale = quantise(x, dtype)
+        assert codes.shape == x.shape and codes.dtype == dtype and scale.shape == (3, 5, 3)
+        back = dequantise(codes, scale, torch.float32)
+        largest = torch.cat([part.abs().amax(-1, True).expand_as(part) for part in x.split(128, -1)], -1)
+        assert ((back - x).abs() <= largest * step * 0.51).all()
+        if dtype == torch.int8:  # the spacing of codes is the scale
+            assert (
+                (back - x).abs().amax(-1) > 0.2 * step * largest.amax(-1) * (largest.amax(-1) > 0)
+            ).sum() > 9
+        again, scale_again = quantise(back, dtype)
+        assert_close(dequantise(again, scale_again, torch.float32), back, largest.max().item() * step)
+
+
+@every_case
+def test_bf16_weights_and_autocast_use_the_cache(knobs):
+    idx, model = tokens(2, 20), small_model(**knobs)
+    full = model(idx)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(cached_logits(model, idx, [9, 1, 6, 4]), full, 0.2)
+    cached = cached_logits(model.bfloat16(), idx, [9, 1, 6, 4])
+    assert cached.dtype == torch.bfloat16
+    assert_close(cached, full, 0.2)
+
+
+@torch.no_grad()
+def greedy(model, prompt, n, cache, ban):
+    """The prompt (1, T) and n tokens more, each the likeliest that is not among the last `ban`: no loops."""
+    text = new = prompt
+    for _ in range(n):
+        logits = model(text if cache is None else new, cache=cache)[0][:, -1]
+        logits[:, text[0, text.size(1) - ban :]] = -math.inf
+        new = logits.argmax(-1, keepdim=True)
+        text = torch.cat((text, new), 1)
+    return text
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("ban", [0, 20])
+def test_greedy_200_tokens_with_cache_are_those_without(attention, ban):
+    model, prompt = small_model(**CASES[attention]), tokens(1, 7)
+    text = greedy(model, prompt, 200, None, ban)
+    assert greedy(model, prompt, 200, model.new_cache(1, 207), ban).tolist() == text.tolist()
+    assert len(text.unique()) > ban
+
+
+@every_case
+def test_rewind_then_continue_equals_fresh(knobs):
+    model, idx = small_model(**knobs), tokens(2, 12)
+    cache = model.new_cache(2, 14)
+    cached_logits(model, tokens(2, 14, seed=9), [14], cache)
+    cache.rewind([0, 0])
+    assert_close(cached_logits(model, idx, [5, 7], cache), model(idx)[0])
+    cache.rewind([4, 4])
+    assert cache.lengths == [4, 4]
+    assert_close(cached_logits(model, idx[:, 4:], [1, 7], cache), model(idx)[0][:, 4:])
+    cache.rewind([10, 3])
+    last = cached_logits(model, torch.stack((idx[0, 10:12], idx[1, 3:5])), [1, 1], cache)
+    full = model(idx)[0]
+    assert_close(last, torch.stack((full[0, 10:12], full[1, 3:5])))
+
+
+def test_cache_refuses_what_does_not_fit():
+    model = small_model()
+    cache = model.new_cache(2, 8)
+    model(tokens(2, 6), cache=cache)
+    with pytest.raises(ValueError, match="too short"):
+        model(tokens(2, 3), cache=cache)
+    assert cache.lengths == [6, 6]
+    cache.rewind([6, 1])
+    with pytest.raises(ValueError, match="too short"):
+        model(tokens(2, 3), cache=cache)
+    model(tokens(2, 2), cache=cache)
+    for lengths in ([9, 3], [8, 4], [-1, 3], [3], [3, 3, 3]):
+        with pytest.raises(ValueError):
+            cache.rewind(lengths)
+    assert cache.lengths == [8, 3]
+
+
+@every_case
+def test_causality(knobs):
+    model, idx = small_model(**knobs), tokens(1, 16)
+    changed = idx.clone()
+    changed[0, 9] = (idx[0, 9] + 1) % VOCAB
+    a, b = model(idx)[0][0], model(changed)[0][0]
+    assert_close(a[:9], b[:9], 1e-6)
+    assert (a[9:] - b[9:]).abs().amax(-1).min() > 1e-3
+
+
+# Footprints
+
+
+@every_case
+@pytest.mark.parametrize("dtype", CACHE_FORMATS.values(), ids=CACHE_FORMATS.keys())
+def test_formula_declaration_and_allocation_agree(knobs, dtype):
+    check_footprint(small_model(**knobs), dtype)
+
+
+@pytest.mark.parametrize(
+    "knobs,elements",
+    [
+        ({"attention": "mha"}, 2 * 4 * 8),
+        ({"attention": "mha", "head_dim": 6}, 2 * 4 * 6),
+        ({"attention": "gqa", "n_kv_head": 2}, 2 * 2 * 8),
+        ({"attention": "mqa"}, 2 * 8),
+        ({"attention": "mla"}, 8 + 4),
+        ({"attention": "mla", "kv_lora_rank": 20, "qk_rope_head_dim": 6, "v_head_dim": 3}, 20 + 6),
+    ],
+    ids=str,
+)
+def test_elements_per_token(knobs, elements):
+    config = small_config(**knobs)
+    assert config.kv_elements_per_token_layer() == elements
+    assert config.kv_bytes_per_token(torch.float32) == 2 * 4 * elements
+    assert config.kv_ratio_to_mha() == elements / 64
+    knobs |= {
+        "window": 10,
+        "sink_tokens": 2,
+        "window_pattern": "SL",
+    }  # one layer of two holds 12 of 64 tokens
+    assert small_config(**knobs).kv_ratio_to_mha() == elements / 64 * (12 + 64) / 128
+
+
+def test_published_footprints():
+    mha = GPTConfig(attention="mha", n_layer=80, n_head=64, n_embd=64 * 128)
+    deepseek_v3 = GPTConfig(
+        attention="mla",
+        n_layer=61,
+        n_head=128,
+        n_embd=7168,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    )
+    for config, published in ((mha, 2_621_440), (deepseek_v3, 70_272)):
+        assert config.kv_bytes_per_token(torch.bfloat16) == published
+        assert KVCache(config, 2, 1000, torch.bfloat16, "meta").nbytes == published * 2000
+
+
+def test_published_quantised_footprint():
+    """FlashMLA's fp8 cache takes 656 bytes: 512 codes, 64 numbers of rope key in bf16, 4 scales in fp32."""
+    config = GPTConfig(
+        attention="mla", n_layer=1, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128
+    )
+    assert config.kv_bytes_per_token(torch.float8_e4m3fn) == 656 - 4 * 2  # our scales are bf16
+    config = GPTConfig(attention="gqa", n_layer=3, n_kv_head=2, head_dim=64)
+    assert config.kv_bytes_per_token(torch.int8) == 3 * 2 * 2 * (64 + 2)
+
+
+# Any configuration
+
+
+@st.composite
+def configurations(draw):
+    """Knobs of a random model of any attention; one that is not known here is drawn with its own defaults.
+
+    Widths are small but not tiny: the RMS of a few numbers can be so near 0 that fp32 itself misses 1e-5.
+    """
+    attention, n_head = draw(st.sampled_from(sorted(ATTENTIONS))), draw(st.integers(1, 4))
+    knobs = {
+        "attention": attention,
+        "n_layer": draw(st.integers(1, 2)),
+        "n_head": n_head,
+        "n_embd": n_head * 4 * draw(st.integers(2, 4)),
+        "intermediate_size": draw(st.integers(4, 40)),
+        "tie_embeddings": draw(st.booleans()),
+        "rope_theta": draw(st.sampled_from([100.0, 10000.0, 500000.0])),
+    }
+    if attention in ("mha", "mqa", "gqa"):
+        head_dim = draw(st.integers(2, 18))
+        knobs |= {"head_dim": head_dim, "rotary_dim": 2 * draw(st.integers(0, head_dim // 2))}
+        knobs |= {"qk_norm": draw(st.booleans()), "n_embd": draw(st.integers(16, 48))}
+    if draw(st.booleans()):
+        knobs |= {"window": draw(st.integers(1, 12)), "sink_tokens": draw(st.integers(0, 4))}
+        knobs["window_pattern"] = draw(st.text("SL", min_size=1, max_size=3))
+    if attention == "gqa":
+        knobs["n_kv_head"] = draw(st.sampled_from([g for g in range(1, n_head + 1) if n_head % g == 0]))
+    if attention == "mla":
+        knobs |= {
+            "n_embd": draw(st.integers(16, 48)),
+            "kv_lora_rank": draw(st.integers(6, 24)),
+            "q_lora_rank": draw(st.none() | st.integers(6, 24)),
+            "qk_nope_head_dim": draw(st.integers(1, 12)),
+            "qk_rope_head_dim": 2 * draw(st.integers(0, 6)),
+            "v_head_dim": draw(st.integers(1, 24)),
+        }
+    return knobs
+
+
+DTYPES = [(torch.float64, torch.float64)] + [(torch.float32, dtype) for dtype in (torch.float32, *ROUNDED)]
+chunkings = st.lists(st.integers(1, 8), min_size=1, max_size=5)
+
+
+@settings(max_examples=80)
+@given(
+    knobs=configurations(),
+    chunks=chunkings,
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    rest=chunkings,
+    dtypes=st.sampled_from(DTYPES),
+    absorbed=st.none() | st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_configuration(knobs, chunks, lengths, rest, dtypes, absorbed, seed):
+    dtype, cache_dtype = dtypes
+    model = small_model(dtype=dtype, seed=seed, **knobs)
+    if knobs["attention"] == "mla" and absorbed is not None:
+        force_form(model, absorbed)
+    tolerance = ROUNDED.get(cache_dtype, 1e-5)
+    check_chunks(model, chunks, cache_dtype, tolerance)
+    check_ragged(model, lengths, rest, cache_dtype, tolerance)
+    check_footprint(model, cache_dtype)
