@@ -36,9 +36,9 @@ def muon_update(g: Tensor, parts: tuple[int, ...] = ()) -> Tensor:
     """Momenta (N, m, n) of like matrices -> their updates: orthogonalised, and scaled by sqrt(max(1, m / n)),
     so that their effect on activations does not depend on the shape.
 
-    `parts`: rows that compute different things, as many of each in turn as it says. All rows of one kind are
-    a matrix of their own here, since together what has the larger gradient would set the direction for the
-    others; and m is that many, one head's, not the rows of all heads, which share what they read.
+    With `parts`, as in `Linear`, the rows of each kind are a matrix of their own: in one with the others,
+    the kind with the largest gradient would set the direction for all. The m of its scale is then the rows of
+    one turn, one head's, not those of all heads.
     """
     done = []
     for part in g.unflatten(1, (-1, sum(parts) or g.size(1))).split(parts or g.size(1), 2):
@@ -132,7 +132,7 @@ class Muon(Optimizer):
 def make_optimizers(model: nn.Module, config: Config) -> list[Optimizer]:
     """The optimizers of a run; each parameter is in one of them. Only matrices and embeddings decay."""
     embedding, heads, matrices, vectors = [], [], defaultdict(list), []
-    parts = {module.weight: module.parts for module in model.modules() if isinstance(module, Linear)}
+    parts_of = {module.weight: module.parts for module in model.modules() if isinstance(module, Linear)}
     for name, p in model.named_parameters():
         if p.ndim < 2:
             vectors.append(p)
@@ -141,7 +141,7 @@ def make_optimizers(model: nn.Module, config: Config) -> list[Optimizer]:
         elif name in ("embed_tokens.weight", "lm_head.weight"):
             heads.append(p)
         else:
-            matrices[parts.get(p, ())].append(p)
+            matrices[parts_of.get(p, ())].append(p)
     optimizers = []
     if config.optimizer == "muon":
         optimizers.append(

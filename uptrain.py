@@ -19,17 +19,9 @@ from model import GPTConfig
 
 ROOT = Path(__file__).resolve().parent
 OF_A_RUN = {  # knobs that are each run's own, not taken from the source
-    *("out_dir", "overwrite", "init_from", "wandb_log", "wandb_run_name", "sample_tokens", "eval_only"),
-    *(
-        "max_iters",
-        "lr_decay_iters",
-        "min_lr",
-        "warmup_iters",
-        "eval_interval",
-        "eval_iters",
-        "schedule",
-        "cooldown",
-    ),
+    *("out_dir", "overwrite", "init_from", "wandb_log", "wandb_run_name", "sample_tokens"),
+    *("max_iters", "eval_only", "eval_interval", "eval_iters"),
+    *("schedule", "warmup_iters", "cooldown", "lr_decay_iters", "min_lr"),
 }
 
 
