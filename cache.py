@@ -155,6 +155,7 @@ class LayerCache:
 
     def __init__(self, step: CacheStep, buffers: dict[str, Tensor]):
         self.step, self.buffers = step, buffers
+        self.quantised = any(buffer.dtype in QUANTISED for buffer in buffers.values())
 
     def append(self, **new: Tensor) -> list[Tensor]:
         """Store T new tokens of each row, (B, *heads, T, width), and return what attention is to read.
@@ -186,16 +187,16 @@ class LayerCache:
 
     def encode(self, name: str, value: Tensor) -> dict[str, Tensor]:
         """value (..., width) as the parts that are stored of it."""
-        dtype, width = self.buffers[name].dtype, self.buffers[name].size(-1)
-        if dtype not in QUANTISED:
+        if not self.quantised:
             return {name: value}
+        dtype, width = self.buffers[name].dtype, self.buffers[name].size(-1)
         codes, scale = quantise(value[..., :width], dtype)
         parts = {name: codes, f"{name}_scale": scale}
         return parts | ({f"{name}_exact": value[..., width:]} if width < value.size(-1) else {})
 
     def decode(self, parts: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
         """The inverse of `encode`, in the dtype of `like`."""
-        if f"{name}_scale" not in parts:
+        if not self.quantised:
             return parts[name].to(like.dtype)
         value = dequantise(parts[name], parts[f"{name}_scale"], like.dtype)
         exact = parts.get(f"{name}_exact")

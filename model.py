@@ -1,7 +1,7 @@
 """A GPT whose attention is one flag: mha, mqa, gqa or mla.
 
 The model is in this file; its cache is in cache.py, and what machines rather compute in another way than one
-writes it, in kernels.py.
+writes it, in kernels.py and, for one token on a CPU, in decode.c, which native.py calls.
 
 - pre-norm blocks: RMSNorm, attention, RMSNorm, SwiGLU; no biases; embeddings tied or not
 - rotary position embedding (RoPE), full or partial, computed from positions: no table, no length limit
@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import native
 from cache import CACHE_FORMATS, CacheStep, KVCache, LayerCache, cache_layout, visible
-from kernels import Linear, LinearCrossEntropy, RMSNorm, attend_in_shares, linear, project
+from kernels import Linear, LinearCrossEntropy, RMSNorm, linear
 
 
 @dataclass
@@ -140,9 +141,9 @@ def rope_angles(positions: Tensor, width: int, theta: float, repeat: int = 1) ->
     width / repeat, lie side by side.
     """
     width //= repeat
-    exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / max(width, 1)
-    exponent = exponent.repeat(repeat)
-    angle = positions[:, None, :, None].float() * theta**-exponent  # (B, 1, T, width/2)
+    exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / -max(width, 1)
+    frequency = (theta**exponent).repeat(repeat)
+    angle = positions[:, None, :, None] * frequency  # (B, 1, T, width/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -156,6 +157,8 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     width = cos.size(-1)
     if width == 0:
         return x
+    if x.size(0) == x.size(2) == 1 and native.takes(x, cos):
+        return native.rotate(x, cos, sin)
     if width < x.size(-1):
         return torch.cat((rotate(x[..., :width], rope), x[..., width:]), -1)
     return torch.addcmul(x * cos, x.roll(width // 2, -1), sin).type_as(x)
@@ -179,9 +182,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, scale: flo
     else:  # fold the H/G query heads that share a key head into the query axis instead of repeating the keys
         mask = None if mask is None else mask.repeat(1, 1, H // G, 1)
         q = q.reshape(B, G, H // G * T, -1)
-        shares = torch.get_num_threads() // (B * G) if mask is None and not q.is_cuda else 1
-        if shares > 1 and k.size(2) >= 2048 and not torch.is_grad_enabled():
-            y = attend_in_shares(q, k, v, scale, shares)
+        if mask is None and native.takes(q, k, v):
+            y = native.attend(q, k, v, scale)
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
         y = y.view(B, H, T, -1)
@@ -246,7 +248,7 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (t.view(B, T, -1, self.head_dim) for t in project(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q.transpose(1, 2), rope)  # (B, H, T, D)
@@ -346,14 +348,12 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
         B, T, _ = x.shape
-        q, c = project(x, self.q_proj if self.q_rank is None else self.q_a_proj, self.kv_a_proj_with_mqa)
-        if self.q_rank is not None:
-            q = self.q_b_proj(self.q_a_layernorm(q))
+        q = self.q_proj(x) if self.q_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.view(B, T, self.n_head, self.dn + self.dr).transpose(1, 2)
-        q_nope, q_rope = q.split((self.dn, self.dr), -1)
+        q_nope, q_rope = q.split_with_sizes((self.dn, self.dr), -1)
         q_rope = rotate(q_rope, rope)  # (B, H, T, dr)
-        c, k_rope = c.split((self.rank, self.dr), -1)
-        k_rope = rotate(k_rope[:, None], rope)[:, 0]  # (B, T, dr)
+        c, k_rope = self.kv_a_proj_with_mqa(x).split_with_sizes((self.rank, self.dr), -1)
+        k_rope = rotate(k_rope.unsqueeze(1), rope).squeeze(1)  # (B, T, dr)
         latent = torch.cat((self.kv_a_layernorm(c), k_rope), -1)  # (B, T, r + dr)
         if cache is not None:
             (latent,) = cache.append(latent=latent)  # (B, S, r + dr)
@@ -376,8 +376,11 @@ class MultiHeadLatentAttention(nn.Module):
         """The same attention over the latents themselves, as multi-query attention: the heads share one key
         [c | k_rope], and one value, of which the first r columns, c, count. One read serves both.
         """
-        (B, H, T, _), latent = q_nope.shape, latent.unsqueeze(1)
-        w_uk, w_uv = self.kv_b_proj.weight.view(H, -1, self.rank).split((self.dn, self.dv), 1)
+        (B, H, T, _), weight = q_nope.shape, self.kv_b_proj.weight
+        if B == T == 1 and cache.step.mask is None and native.takes(q_nope, latent, weight):
+            return native.attend_latent(q_nope, q_rope, latent, weight, self.scale)
+        latent = latent.unsqueeze(1)
+        w_uk, w_uv = weight.view(H, -1, self.rank).split((self.dn, self.dv), 1)
         q = torch.bmm(q_nope.transpose(0, 1).flatten(1, 2), w_uk).view(H, B, T, -1).transpose(0, 1)
         y = attend(torch.cat((q, q_rope), -1), latent, latent, cache, self.scale)  # (B, H, T, r + dr)
         y = y[..., : self.rank].transpose(0, 1).flatten(1, 2)  # (H, B T, r)
@@ -413,8 +416,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        gate, up, down = (p.weight for p in (self.gate_proj, self.up_proj, self.down_proj))
+        if x.numel() == x.size(-1) and native.takes(x, gate, up, down):
+            return native.swiglu(x, gate, up, down)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -427,8 +432,11 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        x = x + F.dropout(self.self_attn(self.input_layernorm(x), rope, cache), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
+        x = x + self.drop(self.self_attn(self.input_layernorm(x), rope, cache))
+        return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
+
+    def drop(self, branch: Tensor) -> Tensor:
+        return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
 
 
 class GPT(nn.Module):
