@@ -139,7 +139,7 @@ class CacheStep:
             held = self.held(torch.tensor(rows, device=device)[:, None])
             keys = torch.cat((held.expand(len(rows), -1), self.positions), 1)
             self.mask = visible(q, keys[:, None, None], self.window, self.sinks)
-        elif not self.uniform or n > 1 or (self.window and end > self.sinks + self.window):
+        elif not self.uniform or n > 1 or (self.window and end > self.sinks + self.window < self.slots):
             distinct = new if not self.uniform or min(new) < max(new) else new[:1]
             lengths = torch.tensor([max(length, 1) for length in distinct], device=device)[:, None]
             keys = self.held(lengths)[:, None, None, : self.end]  # (B or 1, 1, 1, S)
@@ -156,6 +156,16 @@ class LayerCache:
     def __init__(self, step: CacheStep, buffers: dict[str, Tensor]):
         self.step, self.buffers = step, buffers
         self.quantised = any(buffer.dtype in QUANTISED for buffer in buffers.values())
+
+    def is_plain(self) -> bool:
+        """Whether a single row's one new token goes in a slot, in fp32, and sees all slots up to the end."""
+        step, buffers = self.step, self.buffers.values()
+        return (
+            bool(buffers)
+            and step.start is not None
+            and step.mask is None
+            and all(len(buffer) == 1 and buffer.dtype == torch.float32 for buffer in buffers)
+        )
 
     def append(self, **new: Tensor) -> list[Tensor]:
         """Store T new tokens of each row, (B, *heads, T, width), and return what attention is to read.

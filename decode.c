@@ -1,7 +1,7 @@
-/* What decoding one token computes on a CPU, in fp32: each function one pass over memory, by all cores.
+/* What a layer computes of one token on a CPU, in fp32: model.py's attentions and MLP, by all cores.
 
    native.py compiles and calls it. A step at batch 1 reads every weight for one multiplication each, so it is bound
-   by reading, and, through torch's operators, by their number; these take the place of many and read at full speed.
+   by reading; through torch, whose operators each cost as much as what they compute here, by their number.
 
    Matrices are row-major; `step` is from one row to the next. The work is cut the same way at a given number of
    threads, so results repeat to the last bit. */
@@ -88,37 +88,36 @@ void norm(const float *x, const float *w, float *y, long rows, long n, float eps
     }
 }
 
-/* y = each row of x (rows, n), `step` apart, with its first `width` numbers turned by RoPE, as model.rotate does */
-void rotate(const float *x, const float *cosine, const float *sine, float *y, long rows, long n, long step,
-            long width) {
-    for (long half = width / 2; rows--; x += step, y += n) {
+/* the first `width` numbers of each row of x (rows, n) turned by RoPE, as model.rotate does */
+static void rotate(float *x, const float *cosine, const float *sine, long rows, long n, long width) {
+    for (long half = width / 2; rows--; x += n)
         for (long i = 0; i < half; i++) {
-            y[i] = x[i] * cosine[i] + x[i + half] * sine[i];
-            y[i + half] = x[i + half] * cosine[i + half] + x[i] * sine[i + half];
+            float a = x[i], b = x[i + half];
+            x[i] = a * cosine[i] + b * sine[i];
+            x[i + half] = b * cosine[i + half] + a * sine[i + half];
         }
-        memcpy(y + width, x + width, (n - width) * sizeof(float));
-    }
 }
 
-/* y = W x */
-void linear(const float *w, const float *x, float *y, long rows, long n) {
+/* y = W x, or plus + W x */
+void linear(const float *w, const float *x, const float *plus, float *y, long rows, long n) {
 #pragma omp parallel for schedule(static)
-    for (long r = 0; r < rows; r++) y[r] = dot(w + r * n, x, n);
+    for (long r = 0; r < rows; r++) y[r] = (plus ? plus[r] : 0) + dot(w + r * n, x, n);
 }
 
-/* y = down (silu(gate x) * up x); hidden: room for `inner` numbers */
-void swiglu(const float *gate, const float *up, const float *down, const float *x, float *hidden, float *y, long n,
-            long inner) {
-#pragma omp parallel
-    {
-#pragma omp for schedule(static)
-        for (long r = 0; r < inner; r++) {
-            float g = dot(gate + r * n, x, n);
-            hidden[r] = g / (1 + expf(-g)) * dot(up + r * n, x, n);
-        }
-#pragma omp for schedule(static)
-        for (long r = 0; r < n; r++) y[r] = dot(down + r * inner, hidden, inner);
+/* y = x + down (silu(gate h) * up h), h = norm(x). This and what follows returns 1 if there is no memory, else 0. */
+int mlp(const float *x, const float *norm_w, const float *gate, const float *up, const float *down, float *y, long n,
+        long inner, float eps) {
+    float *h = malloc((n + inner) * sizeof(float)), *hidden = h + n;
+    if (!h) return 1;
+    norm(x, norm_w, h, 1, n, eps);
+#pragma omp parallel for schedule(static)
+    for (long r = 0; r < inner; r++) {
+        float g = dot(gate + r * n, h, n);
+        hidden[r] = g / (1 + expf(-g)) * dot(up + r * n, h, n);
     }
+    linear(down, hidden, x, y, n, inner);
+    free(h);
+    return 0;
 }
 
 /* Of a softmax over some keys: sum_j e^(score_j - top) v_j (n, dv), and sum_j e^(score_j - top) and top (n), for n
@@ -159,8 +158,7 @@ static void share(const float *q, const float *k, const float *v, float *y, floa
 
 /* softmax(scale q k^T) v of each group: q (groups, n, d), k (groups, keys, d), v (groups, keys, dv) -> y like q.
    `group`: from one group's keys to the next's, and values'. The keys are cut in shares, so that cores without a
-   group have work, and put together by what each has of the whole softmax ("Flash-Decoding", Dao et al. 2023).
-   Returns 0, or 1 if there is no memory. */
+   group have work, and put together by what each has of the whole softmax ("Flash-Decoding", Dao et al. 2023). */
 int attend(const float *q, const float *k, const float *v, float *y, long groups, long n, long keys, long d, long dv,
            long group, long step, float scale, long shares) {
     long each = ((keys + shares - 1) / shares + BLOCK - 1) / BLOCK * BLOCK, size = n * (dv + 2);
@@ -191,24 +189,65 @@ int attend(const float *q, const float *k, const float *v, float *y, long groups
     return 0;
 }
 
-/* MLA's absorbed attention of one token: q_nope (heads, dn) with rows `step_q` apart, q_rope (heads, dr), latent
-   (keys, r + dr), and of each head in w (heads, dn + dv, r) the rows W_uk and W_uv -> y (heads, dv). */
-int attend_latent(const float *q_nope, const float *q_rope, const float *latent, const float *w, float *y, long heads,
-                  long keys, long dn, long dr, long dv, long r, long step_q, float scale, long shares) {
-    float *q = malloc(heads * (2 * r + dr) * sizeof(float)), *out = q + heads * (r + dr);
-    if (!q) return 1;
-#pragma omp parallel for schedule(static)
-    for (long h = 0; h < heads; h++) {
-        const float *row = w + h * (dn + dv) * r;
-        float *mine = q + h * (r + dr);
-        memset(mine, 0, r * sizeof(float));
-        for (long i = 0; i < dn; i++, row += r)
-            for (long c = 0; c < r; c++) mine[c] += q_nope[h * step_q + i] * row[c];
-        memcpy(mine + r, q_rope + h * dr, dr * sizeof(float));
+/* y = x + o_proj(attention(norm(x))) with the token's key and value put in `slot` of the cache, k and v (groups, slots,
+   d), of which the first `keys` slots are seen. q_norm and k_norm may be NULL. */
+int grouped_query(const float *x, const float *norm_w, const float *q_proj, const float *k_proj, const float *v_proj,
+                  const float *q_norm, const float *k_norm, const float *o_proj, const float *cosine,
+                  const float *sine, float *k, float *v, float *y, long width, long heads, long groups, long d,
+                  long rotary, long slots, long slot, long keys, float eps, float scale, long shares) {
+    float *h = malloc((width + 2 * (heads + groups) * d) * sizeof(float));
+    if (!h) return 1;
+    float *q = h + width, *out = q + heads * d, *new_k = out + heads * d, *new_v = new_k + groups * d;
+    norm(x, norm_w, h, 1, width, eps);
+    linear(q_proj, h, NULL, q, heads * d, width);
+    linear(k_proj, h, NULL, new_k, groups * d, width);
+    linear(v_proj, h, NULL, new_v, groups * d, width);
+    if (q_norm) norm(q, q_norm, q, heads, d, eps), norm(new_k, k_norm, new_k, groups, d, eps);
+    rotate(q, cosine, sine, heads, d, rotary), rotate(new_k, cosine, sine, groups, d, rotary);
+    for (long g = 0; g < groups; g++) {
+        memcpy(k + (g * slots + slot) * d, new_k + g * d, d * sizeof(float));
+        memcpy(v + (g * slots + slot) * d, new_v + g * d, d * sizeof(float));
     }
-    int failed = attend(q, latent, latent, out, 1, heads, keys, r + dr, r, 0, r + dr, scale, shares);
+    int failed = attend(q, k, v, out, groups, heads / groups, keys, d, d, slots * d, d, scale, shares);
+    linear(o_proj, out, x, y, width, heads * d);
+    free(h);
+    return failed;
+}
+
+/* The same for MLA in its absorbed form: the token's [c | k_rope] goes in `slot` of the cache, latent (slots, r + dr).
+   q_proj (heads (dn + dr), width), or q_a (q_rank, width), q_norm and q_proj (heads (dn + dr), q_rank); in kv_b are
+   each head's W_uk (dn, r) and W_uv (dv, r). */
+int latent(const float *x, const float *norm_w, const float *q_a, const float *q_norm, const float *q_proj,
+           const float *kv_a, const float *kv_norm, const float *kv_b, const float *o_proj, const float *cosine,
+           const float *sine, float *latent, float *y, long width, long heads, long q_rank, long dn, long dr, long dv,
+           long r, long slot, long keys, float eps, float scale, long shares) {
+    long wide = r + dr;
+    float *h = malloc((width + q_rank + heads * (dn + dr + wide + r + dv)) * sizeof(float)), *own = latent + slot * wide;
+    if (!h) return 1;
+    float *a = h + width, *q = a + q_rank, *mixed = q + heads * (dn + dr), *c = mixed + heads * wide, *out = c + heads * r;
+    norm(x, norm_w, h, 1, width, eps);
+    linear(kv_a, h, NULL, own, wide, width);
+    norm(own, kv_norm, own, 1, r, eps);
+    rotate(own + r, cosine, sine, 1, dr, dr);
+    if (q_rank) {
+        linear(q_a, h, NULL, a, q_rank, width);
+        norm(a, q_norm, a, 1, q_rank, eps);
+    }
+    linear(q_proj, q_rank ? a : h, NULL, q, heads * (dn + dr), q_rank ? q_rank : width);
+    rotate(q + dn, cosine, sine, heads, dn + dr, dr);
 #pragma omp parallel for schedule(static)
-    for (long t = 0; t < heads * dv; t++) y[t] = dot(w + (t / dv * (dn + dv) + dn + t % dv) * r, out + t / dv * r, r);
-    free(q);
+    for (long i = 0; i < heads; i++) { /* [q_nope W_uk | q_rope] */
+        const float *row = kv_b + i * (dn + dv) * r, *q_i = q + i * (dn + dr);
+        float *m = mixed + i * wide;
+        memset(m, 0, r * sizeof(float));
+        for (long j = 0; j < dn; j++, row += r)
+            for (long n = 0; n < r; n++) m[n] += q_i[j] * row[n];
+        memcpy(m + r, q_i + dn, dr * sizeof(float));
+    }
+    int failed = attend(mixed, latent, latent, c, 1, heads, keys, wide, r, 0, wide, scale, shares);
+#pragma omp parallel for schedule(static)
+    for (long t = 0; t < heads * dv; t++) out[t] = dot(kv_b + (t / dv * (dn + dv) + dn + t % dv) * r, c + t / dv * r, r);
+    linear(o_proj, out, x, y, width, heads * dv);
+    free(h);
     return failed;
 }

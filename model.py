@@ -157,8 +157,6 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     width = cos.size(-1)
     if width == 0:
         return x
-    if x.size(0) == x.size(2) == 1 and native.takes(x, cos):
-        return native.rotate(x, cos, sin)
     if width < x.size(-1):
         return torch.cat((rotate(x[..., :width], rope), x[..., width:]), -1)
     return torch.addcmul(x * cos, x.roll(width // 2, -1), sin).type_as(x)
@@ -258,6 +256,15 @@ class GroupedQueryAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         y = attend(q, k, v, cache, self.head_dim**-0.5, dropout)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+    def decode(self, x: Tensor, norm: RMSNorm, rope: tuple[Tensor, Tensor], cache: LayerCache) -> Tensor:
+        """x + forward(norm(x)) of one token, by decode.c."""
+        norms = (self.q_norm.weight, self.k_norm.weight) if self.qk_norm else (None, None)
+        projections = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        weights = (norm.weight, *projections, *norms, self.o_proj.weight)
+        buffers, step = (cache.buffers["k"], cache.buffers["v"]), cache.step
+        scale = self.head_dim**-0.5
+        return native.grouped_query(x, weights, rope, buffers, step.start, step.end, norm.eps, scale)
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -376,15 +383,24 @@ class MultiHeadLatentAttention(nn.Module):
         """The same attention over the latents themselves, as multi-query attention: the heads share one key
         [c | k_rope], and one value, of which the first r columns, c, count. One read serves both.
         """
-        (B, H, T, _), weight = q_nope.shape, self.kv_b_proj.weight
-        if B == T == 1 and cache.step.mask is None and native.takes(q_nope, latent, weight):
-            return native.attend_latent(q_nope, q_rope, latent, weight, self.scale)
-        latent = latent.unsqueeze(1)
-        w_uk, w_uv = weight.view(H, -1, self.rank).split((self.dn, self.dv), 1)
+        (B, H, T, _), latent = q_nope.shape, latent.unsqueeze(1)
+        w_uk, w_uv = self.kv_b_proj.weight.view(H, -1, self.rank).split((self.dn, self.dv), 1)
         q = torch.bmm(q_nope.transpose(0, 1).flatten(1, 2), w_uk).view(H, B, T, -1).transpose(0, 1)
         y = attend(torch.cat((q, q_rope), -1), latent, latent, cache, self.scale)  # (B, H, T, r + dr)
         y = y[..., : self.rank].transpose(0, 1).flatten(1, 2)  # (H, B T, r)
         return torch.bmm(y, w_uv.mT).view(H, B, T, -1).transpose(0, 1)
+
+    def decode(self, x: Tensor, norm: RMSNorm, rope: tuple[Tensor, Tensor], cache: LayerCache) -> Tensor:
+        """x + forward(norm(x)) of one token, by decode.c."""
+        if self.q_rank is None:
+            query = (None, None, self.q_proj.weight)
+        else:
+            query = (self.q_a_proj.weight, self.q_a_layernorm.weight, self.q_b_proj.weight)
+        keys = (self.kv_a_proj_with_mqa.weight, self.kv_a_layernorm.weight, self.kv_b_proj.weight)
+        weights, step = (norm.weight, *query, *keys, self.o_proj.weight), cache.step
+        shape = (self.n_head, self.dn, self.dr, self.dv, self.rank)
+        buffer = cache.buffers["latent"]
+        return native.latent(x, weights, rope, buffer, step.start, step.end, shape, norm.eps, self.scale)
 
 
 # A new attention is a class with the same members, and an entry here.
@@ -416,9 +432,6 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = (p.weight for p in (self.gate_proj, self.up_proj, self.down_proj))
-        if x.numel() == x.size(-1) and native.takes(x, gate, up, down):
-            return native.swiglu(x, gate, up, down)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -432,8 +445,22 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
+        one_token = cache is not None and x.numel() == x.size(-1) and not self.training
+        if one_token and native.takes(x, self.input_layernorm.weight):
+            return self.decode(x, rope, cache)
         x = x + self.drop(self.self_attn(self.input_layernorm(x), rope, cache))
         return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
+
+    def decode(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache) -> Tensor:
+        """`forward` by decode.c, so far as it has the attention and the cache's format."""
+        attention, norm = self.self_attn, self.input_layernorm
+        if cache.is_plain() and hasattr(attention, "decode"):
+            x = attention.decode(x, norm, rope, cache)
+        else:
+            x = x + attention(norm(x), rope, cache)
+        mlp, norm = self.mlp, self.post_attention_layernorm
+        weights = (norm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+        return native.mlp(x, *weights, eps=norm.eps)
 
     def drop(self, branch: Tensor) -> Tensor:
         return F.dropout(branch, self.dropout, self.training) if self.dropout else branch

@@ -13,6 +13,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,11 +27,11 @@ FOR_THIS_MACHINE = [["-march=native", "-fopenmp"], ["-march=native"], []]  # the
 P, N, R = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
     "norm": [P] * 3 + [N] * 2 + [R],
-    "rotate": [P] * 4 + [N] * 4,
-    "linear": [P] * 3 + [N] * 2,
-    "swiglu": [P] * 6 + [N] * 2,
+    "linear": [P] * 4 + [N] * 2,
     "attend": [P] * 4 + [N] * 7 + [R, N],
-    "attend_latent": [P] * 5 + [N] * 7 + [R, N],
+    "mlp": [P] * 6 + [N] * 2 + [R],
+    "grouped_query": [P] * 13 + [N] * 8 + [R] * 2 + [N],
+    "latent": [P] * 13 + [N] * 9 + [R] * 2 + [N],
 }
 
 
@@ -84,35 +85,11 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE of one token: x (1, H, 1, D), cos and sin (1, 1, 1, width) -> (1, H, 1, D)."""
-    y = x.new_empty(x.shape)
-    shape = (x.size(1), x.size(3), x.stride(1), cos.size(3))
-    library().rotate(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), *shape)
-    return y
-
-
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """weight (N, C) times one vector x (..., C) -> (..., N)."""
     (rows, width), x = weight.shape, x.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
-    library().linear(weight.data_ptr(), x.data_ptr(), y.data_ptr(), rows, width)
-    return y
-
-
-def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """down (silu(gate x) * up x) of one vector x."""
-    (inner, width), x = gate.shape, x.contiguous()
-    hidden, y = x.new_empty(inner), torch.empty_like(x)
-    pointers = (
-        gate.data_ptr(),
-        up.data_ptr(),
-        down.data_ptr(),
-        x.data_ptr(),
-        hidden.data_ptr(),
-        y.data_ptr(),
-    )
-    library().swiglu(*pointers, width, inner)
+    library().linear(weight.data_ptr(), x.data_ptr(), None, y.data_ptr(), rows, width)
     return y
 
 
@@ -123,24 +100,65 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         k, v = k.contiguous(), v.contiguous()
     q, group = q.contiguous(), k.stride(0 if G == 1 else 1)
     y = torch.empty_like(q)
-    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr())
-    if library().attend(*pointers, B * G, n, keys, d, d, group, k.stride(2), scale, shares(B * G, keys)):
-        raise MemoryError("no memory to decode")
+    shape = (B * G, n, keys, d, d, group, k.stride(2))
+    call("attend", (q, k, v, y), *shape, scale, shares(B * G, keys))
     return y
 
 
-def attend_latent(q_nope: Tensor, q_rope: Tensor, latent: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """MLA's absorbed attention of one token: q_nope (1, H, 1, dn), q_rope (1, H, 1, dr), latent
-    (1, S, r + dr) and kv_b_proj's weight (H (dn + dv), r) -> (1, H, 1, dv). Raises MemoryError.
+def mlp(x: Tensor, *weights: Tensor, eps: float) -> Tensor:
+    """x + down (silu(gate h) * up h), h = norm(x), of one vector x; weights: norm, gate, up, down."""
+    y, (inner, width) = torch.empty_like(x), weights[1].shape
+    call("mlp", (x, *weights, y), width, inner, eps)
+    return y
+
+
+def grouped_query(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    rope: tuple[Tensor, Tensor],
+    cache: Sequence[Tensor],
+    slot: int,
+    keys: int,
+    eps: float,
+    scale: float,
+) -> Tensor:
+    """x + o_proj(attention(norm(x))) of one vector x, whose key and value go in a slot of the cache.
+
+    weights: norm, q_proj, k_proj, v_proj, q_norm, k_norm, o_proj; q_norm and k_norm may be None. cache: k, v
+    (1, G, slots, D), of which the first `keys` are seen. Raises MemoryError.
     """
-    (_, heads, _, dn), dr, keys, r = q_nope.shape, q_rope.size(-1), latent.size(1), weight.size(1)
-    dv, q_rope = len(weight) // heads - dn, q_rope.contiguous()
-    y = q_nope.new_empty(1, heads, 1, dv)
-    pointers = (q_nope.data_ptr(), q_rope.data_ptr(), latent.data_ptr(), weight.data_ptr(), y.data_ptr())
-    shape = (heads, keys, dn, dr, dv, r, q_nope.stride(1))
-    if library().attend_latent(*pointers, *shape, scale, shares(1, keys)):
-        raise MemoryError("no memory to decode")
+    y, (_, G, slots, d) = torch.empty_like(x), cache[0].shape
+    shape = (x.numel(), len(weights[1]) // d, G, d, rope[0].size(-1), slots, slot, keys)
+    call("grouped_query", (x, *weights, *rope, *cache, y), *shape, eps, scale, shares(G, keys))
     return y
+
+
+def latent(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    rope: tuple[Tensor, Tensor],
+    cache: Tensor,
+    slot: int,
+    keys: int,
+    shape: tuple[int, int, int, int, int],
+    eps: float,
+    scale: float,
+) -> Tensor:
+    """The same for MLA, absorbed. weights: norm, q_a_proj, q_a_layernorm, q_b_proj, kv_a_proj_with_mqa,
+    kv_a_layernorm, kv_b_proj, o_proj; None, None, q_proj for the first two without a query latent.
+    cache (1, slots, r + dr); shape: H, dn, dr, dv, r.
+    """
+    y, (heads, *widths) = torch.empty_like(x), shape
+    q_rank = 0 if weights[1] is None else len(weights[1])
+    sizes = (x.numel(), heads, q_rank, *widths, slot, keys)
+    call("latent", (x, *weights, *rope, cache, y), *sizes, eps, scale, shares(1, keys))
+    return y
+
+
+def call(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
+    """Call a function that may run out of memory, and then raises MemoryError."""
+    if getattr(library(), name)(*[None if t is None else t.data_ptr() for t in tensors], *numbers):
+        raise MemoryError("no memory to decode")
 
 
 def shares(groups: int, keys: int) -> int:

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from equivalence import CASES, assert_close, cached_logits, every_case, small_model, tokens
+from equivalence import CASES, assert_close, cached_logits, small_model, tokens
 
 import native
 from kernels import RMSNorm
-from model import ATTENTIONS, rope_angles
-from model import rotate as rotate_by_torch
+from model import ATTENTIONS
 
 ROOT = Path(native.__file__).parent
 compiled = pytest.mark.skipif(native.library() is None, reason="no C compiler")
@@ -27,22 +26,15 @@ def randn(*shape):
 @compiled
 @pytest.mark.parametrize("width", WIDTHS)
 def test_norm_products_and_mlp(width):
-    x, weight = randn(1, 1, width), randn(width)
+    x, norm = randn(1, 1, width), randn(width)
     rows = randn(3, 5, width + 2)[..., :width]  # not contiguous
-    assert_close(native.norm(rows, weight, 1e-6), F.rms_norm(rows, (width,), weight, 1e-6))
+    assert_close(native.norm(rows, norm, 1e-6), F.rms_norm(rows, (width,), norm, 1e-6))
+    h = F.rms_norm(x, (width,), norm, 1e-6)
     for n in (1, 5, 64):
         gate, up, down = (w * width**-0.5 for w in (randn(n, width), randn(n, width) + 1, randn(width, n)))
         assert_close(native.linear(x, gate), x @ gate.mT)
-        assert_close(native.swiglu(x, gate, up, down), (F.silu(x @ gate.mT) * (x @ up.mT)) @ down.mT)
-
-
-@compiled
-@pytest.mark.parametrize("rotated", [2, 6, 16])
-def test_rope(rotated):
-    x, rope = randn(1, 1, 3, 20)[..., 2:18].transpose(1, 2), rope_angles(torch.tensor([[7]]), rotated, 100.0)
-    with torch.enable_grad():  # by torch's operators
-        expected = rotate_by_torch(x, rope)
-    assert_close(native.rotate(x, *rope), expected)
+        expected = x + (F.silu(h @ gate.mT) * (h @ up.mT)) @ down.mT
+        assert_close(native.mlp(x, norm, gate, up, down, eps=1e-6), expected)
 
 
 @compiled
@@ -60,34 +52,59 @@ def test_attention(keys, cores, size, monkeypatch):
         assert_close(native.attend(q, k, v.mT.contiguous().mT, 0.3), expected, tolerance)  # of other strides
 
 
+ODD = [
+    dict(n_embd=33, n_head=3, n_kv_head=1, attention="gqa", head_dim=18, rotary_dim=6),
+    dict(n_embd=31, n_head=5, n_kv_head=5, attention="mha", head_dim=7, rotary_dim=0, qk_norm=False),
+    dict(attention="mla", n_embd=33, kv_lora_rank=13, qk_rope_head_dim=6, qk_nope_head_dim=5),
+    dict(attention="mla", n_embd=28, kv_lora_rank=7, qk_rope_head_dim=0, q_lora_rank=11, v_head_dim=3),
+]
+
+
+@compiled
+@pytest.mark.parametrize("knobs", [*CASES.values(), *ODD], ids=[*CASES, *map(str, range(len(ODD)))])
+@torch.no_grad()
+def test_decoding_with_it_and_without(knobs, monkeypatch):
+    calls = []
+    for name in ("norm", "linear", "attend", "mlp", "grouped_query", "latent"):
+        real = getattr(native, name)
+        monkeypatch.setattr(
+            native, name, lambda *a, f=real, name=name, **kw: calls.append(name) or f(*a, **kw)
+        )
+    model, idx = small_model(**knobs), tokens(1, 70)
+    chunks = [4] + [1] * 66
+    by_it = cached_logits(model, idx, chunks)
+    layers = 66 * len(model.layers)
+    assert calls.count("mlp") == calls.count("grouped_query") + calls.count("latent") == layers
+    assert calls.count("linear") == 66 and "attend" not in calls
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert_close(cached_logits(model, idx, chunks), by_it)
+    assert calls.count("mlp") == layers
+
+
+@compiled
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+@torch.no_grad()
+def test_other_formats_are_not_read_as_fp32(attention, dtype, monkeypatch):
+    model, idx = small_model(**CASES[attention]), tokens(1, 9)
+    chunks = [4, 1, 1, 1, 1, 1]
+    by_it = cached_logits(model, idx, chunks, model.new_cache(1, 9, dtype))
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert_close(cached_logits(model, idx, chunks, model.new_cache(1, 9, dtype)), by_it)
+
+
 @compiled
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @torch.no_grad()
-def test_decoding_goes_by_it(attention, monkeypatch):
-    calls = []
-    for name in native.SIGNATURES:
-        real = getattr(native, name)
-        monkeypatch.setattr(
-            native, name, lambda *args, real=real, name=name: calls.append(name) or real(*args)
-        )
-    model, idx = small_model(**CASES[attention]), tokens(1, 6)
-    cached_logits(model, idx, [6])
-    assert set(calls) <= {"norm"}  # a prompt's many tokens are for the BLAS
-    calls.clear()
-    assert_close(cached_logits(model, idx, [5, 1]), model(idx)[0])
-    layers = len(model.layers)
-    assert calls.count("swiglu") == layers
-    assert calls.count("attend") + calls.count("attend_latent") == layers
-    assert calls.count("linear") >= 3 * layers
-
-
-@every_case
-@torch.no_grad()
-def test_decoding_without_it_gives_the_same(knobs, monkeypatch):
-    model, idx = small_model(**knobs), tokens(1, 9)
-    by_it = cached_logits(model, idx, [4, 1, 1, 1, 1, 1])
-    monkeypatch.setattr(native, "library", lambda: None)
-    assert_close(cached_logits(model, idx, [4, 1, 1, 1, 1, 1]), by_it)
+def test_a_full_ring_is_read_by_it(attention, monkeypatch):
+    """Its slots hold what the next token sees and nothing else, so that no mask is needed."""
+    model, idx = small_model(**CASES[attention], window=6, sink_tokens=2), tokens(1, 30)
+    cache = model.new_cache(1, 30)
+    by_it = cached_logits(model, idx, [3] + [1] * 27, cache)
+    assert cache.layers[0].is_plain() and cache.steps[6].end == cache.steps[6].slots == 8
+    assert_close(by_it, model(idx)[0])
+    with_spare = cached_logits(model, idx, [3] + [1] * 27, model.new_cache(1, 30, spare=3))
+    assert_close(with_spare, by_it)
 
 
 def test_it_takes_only_what_it_was_made_for():
@@ -112,7 +129,6 @@ def test_machines_with_and_without_a_compiler(compiler, tmp_path):
         works = compiler == "cc" and native.library() is not None
         assert (done.stdout.strip(), done.stderr) == (str(works), "")
         assert len(list((tmp_path / "cache/nanokv").iterdir())) == works
-    (tmp_path / "cache/nanokv").touch()
     (tmp_path / "file").touch()
     environment["XDG_CACHE_HOME"] = str(tmp_path / "file")  # no place to keep it
     done = subprocess.run(
