@@ -158,13 +158,13 @@ class LayerCache:
         self.quantised = any(buffer.dtype in QUANTISED for buffer in buffers.values())
 
     def is_plain(self) -> bool:
-        """Whether a single row's one new token goes in a slot, in fp32, and sees all slots up to the end."""
+        """Whether the rows' new tokens go in one slot, in fp32, and see all slots up to the end."""
         step, buffers = self.step, self.buffers.values()
         return (
             bool(buffers)
             and step.start is not None
             and step.mask is None
-            and all(len(buffer) == 1 and buffer.dtype == torch.float32 for buffer in buffers)
+            and all(buffer.dtype == torch.float32 for buffer in buffers)
         )
 
     def append(self, **new: Tensor) -> list[Tensor]:

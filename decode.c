@@ -1,11 +1,13 @@
-/* What a layer computes of one token on a CPU, in fp32: model.py's attentions and MLP, by all cores.
+/* What a layer computes of the next token of each row on a CPU, in fp32: model.py's attentions and MLP, by all cores.
 
    native.py compiles and calls it. A step at batch 1 reads every weight for one multiplication each, so it is bound
-   by reading; through torch, whose operators each cost as much as what they compute here, by their number.
+   by reading; through torch, whose operators each cost as much as what they compute here, by their number. At larger
+   batches a BLAS would first copy every matrix into the order it likes, which costs as much as multiplying.
 
    Matrices are row-major; `step` is from one row to the next. The work is cut the same way at a given number of
    threads, so results repeat to the last bit. */
 #include <float.h>
+#include <limits.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -31,20 +33,21 @@ static float dot(const float *a, const float *b, long n) {
 
 /* p[j] = scale * a . k_j and o[j] = scale * b . k_j for four rows k_j: each is loaded once for both */
 static void dot2x4(const float *a, const float *b, const float *k, long step, long n, float scale, float *p, float *o) {
-    vec sum[2][4] = {{{0}}};
+    const vec none = {0};
+    vec x[4] = {none, none, none, none}, y[4] = {none, none, none, none};
     long i = 0;
     for (; i + LANES <= n; i += LANES) {
-        vec x = load(a + i), y = load(b + i);
+        vec u = load(a + i), v = load(b + i);
         for (int j = 0; j < 4; j++) {
-            vec z = load(k + j * step + i);
-            sum[0][j] += x * z, sum[1][j] += y * z;
+            vec w = load(k + j * step + i);
+            x[j] += u * w, y[j] += v * w;
         }
     }
-    for (int j = 0; j < 4; j++) {
-        float s = total(sum[0][j]), t = total(sum[1][j]);
-        for (long r = i; r < n; r++) s += a[r] * k[j * step + r], t += b[r] * k[j * step + r];
-        p[j] = scale * s, o[j] = scale * t;
-    }
+    float s[4], t[4];
+    for (int j = 0; j < 4; j++) s[j] = total(x[j]), t[j] = total(y[j]);
+    for (; i < n; i++)
+        for (int j = 0; j < 4; j++) s[j] += a[i] * k[j * step + i], t[j] += b[i] * k[j * step + i];
+    for (int j = 0; j < 4; j++) p[j] = scale * s[j], o[j] = scale * t[j];
 }
 
 /* y = y * keep + p v and z = z * kept + o v for `rows` rows of v (rows, n): each is loaded once for both */
@@ -79,6 +82,20 @@ static vec exponential(vec x) {
     return (vec)((ivec)(p * (vec)((whole + 127) << 23)) & in_range);
 }
 
+/* g = silu(g) * u, silu(g) = g / (1 + e^-g), by e^-|g| so that nothing overflows */
+static void silu_times(float *g, const float *u, long n) {
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        vec x = load(g + i), one = {1, 1, 1, 1, 1, 1, 1, 1};
+        ivec negative = x < 0;
+        vec e = exponential((vec)((ivec)x | INT_MIN)); /* the sign bit: of -|x| */
+        vec numerator = (vec)(((ivec)e & negative) | ((ivec)one & ~negative));
+        x *= load(u + i) * numerator / (1 + e);
+        memcpy(g + i, &x, sizeof x);
+    }
+    for (; i < n; i++) g[i] *= u[i] / (1 + expf(-g[i]));
+}
+
 /* y = x / rms(x) * w of each row */
 void norm(const float *x, const float *w, float *y, long rows, long n, float eps) {
 #pragma omp parallel for schedule(static) if (rows * n > 1 << 15)
@@ -98,24 +115,38 @@ static void rotate(float *x, const float *cosine, const float *sine, long rows, 
         }
 }
 
-/* y = W x, or plus + W x */
-void linear(const float *w, const float *x, const float *plus, float *y, long rows, long n) {
+/* y = x W^T, or plus + x W^T: x (batch, n), w (rows, n), y and plus (batch, rows) */
+void linear(const float *w, const float *x, const float *plus, float *y, long batch, long rows, long n) {
 #pragma omp parallel for schedule(static)
-    for (long r = 0; r < rows; r++) y[r] = (plus ? plus[r] : 0) + dot(w + r * n, x, n);
+    for (long r = 0; r < rows; r += 4) {
+        long last = r + 4 < rows ? r + 4 : rows;
+        if (batch > 1 && r + 4 == last)
+            for (long b = 0; b < batch; b += 2) {
+                long c = b + 1 < batch ? b + 1 : b;
+                dot2x4(x + b * n, x + c * n, w + r * n, n, n, 1, y + b * rows + r, y + c * rows + r);
+                for (long i = 4 * n * b / batch; i < 4 * n * (b + 2) / batch; i += 16) /* of the next four rows */
+                    __builtin_prefetch(w + last * n + i);
+            }
+        else
+            for (long b = 0; b < batch; b++)
+                for (long i = r; i < last; i++) y[b * rows + i] = dot(w + i * n, x + b * n, n);
+        for (long b = 0; plus && b < batch; b++)
+            for (long i = r; i < last; i++) y[b * rows + i] += plus[b * rows + i];
+    }
 }
 
-/* y = x + down (silu(gate h) * up h), h = norm(x). This and what follows returns 1 if there is no memory, else 0. */
-int mlp(const float *x, const float *norm_w, const float *gate, const float *up, const float *down, float *y, long n,
-        long inner, float eps) {
-    float *h = malloc((n + inner) * sizeof(float)), *hidden = h + n;
+/* y = x + down (silu(gate h) * up h), h = norm(x), of each row of x (batch, n). This and what follows returns 1 if there
+   is no memory, else 0. */
+int mlp(const float *x, const float *norm_w, const float *gate, const float *up, const float *down, float *y,
+        long batch, long n, long inner, float eps) {
+    float *h = malloc(batch * (n + 2 * inner) * sizeof(float)), *g = h + batch * n, *u = g + batch * inner;
     if (!h) return 1;
-    norm(x, norm_w, h, 1, n, eps);
-#pragma omp parallel for schedule(static)
-    for (long r = 0; r < inner; r++) {
-        float g = dot(gate + r * n, h, n);
-        hidden[r] = g / (1 + expf(-g)) * dot(up + r * n, h, n);
-    }
-    linear(down, hidden, x, y, n, inner);
+    norm(x, norm_w, h, batch, n, eps);
+    linear(gate, h, NULL, g, batch, inner, n);
+    linear(up, h, NULL, u, batch, inner, n);
+#pragma omp parallel for schedule(static) if (batch > 1)
+    for (long b = 0; b < batch; b++) silu_times(g + b * inner, u + b * inner, inner);
+    linear(down, g, x, y, batch, n, inner);
     free(h);
     return 0;
 }
@@ -129,19 +160,19 @@ static void share(const float *q, const float *k, const float *v, float *y, floa
     memset(y, 0, n * dv * sizeof(float));
     for (long i = 0; i < n; i++) sum[i] = 0, top[i] = -FLT_MAX;
     for (long at = 0; at < keys; at += BLOCK, k += BLOCK * step, v += BLOCK * step) {
-        long rows = keys - at < BLOCK ? keys - at : BLOCK, j = 0;
-        for (; j + 4 <= rows; j += 4)
-            for (long i = 0; i < n; i += 2) {
-                long other = i + 1 < n ? i + 1 : i;
-                dot2x4(q + i * d, q + other * d, k + j * step, step, d, scale, &p[i][j], &p[other][j]);
-            }
-        for (; j < BLOCK; j++)
-            for (long i = 0; i < n; i++) p[i][j] = j < rows ? scale * dot(q + i * d, k + j * step, d) : -FLT_MAX;
+        long rows = keys - at < BLOCK ? keys - at : BLOCK;
+        for (long i = 0; i < n; i += 2) {
+            long j = 0;
+            for (; i + 1 < n && j + 4 <= rows; j += 4)
+                dot2x4(q + i * d, q + (i + 1) * d, k + j * step, step, d, scale, &p[i][j], &p[i + 1][j]);
+            for (long o = i; o < n && o < i + 2; o++)
+                for (long u = j; u < BLOCK; u++) p[o][u] = u < rows ? scale * dot(q + o * d, k + u * step, d) : -FLT_MAX;
+        }
         for (long i = 0; i < n; i++) {
             float best = top[i];
-            for (j = 0; j < BLOCK; j++) best = p[i][j] > best ? p[i][j] : best;
+            for (long j = 0; j < BLOCK; j++) best = p[i][j] > best ? p[i][j] : best;
             vec added = {0};
-            for (j = 0; j < BLOCK; j += LANES) {
+            for (long j = 0; j < BLOCK; j += LANES) {
                 vec e = exponential(load(&p[i][j]) - best);
                 memcpy(&p[i][j], &e, sizeof e);
                 added += e;
@@ -189,65 +220,69 @@ int attend(const float *q, const float *k, const float *v, float *y, long groups
     return 0;
 }
 
-/* y = x + o_proj(attention(norm(x))) with the token's key and value put in `slot` of the cache, k and v (groups, slots,
-   d), of which the first `keys` slots are seen. q_norm and k_norm may be NULL. */
+/* y = x + o_proj(attention(norm(x))) of each row of x (batch, width), whose key and value are put in `slot` of the cache,
+   k and v (batch, groups, slots, d), of which the first `keys` slots are seen. q_norm and k_norm may be NULL. */
 int grouped_query(const float *x, const float *norm_w, const float *q_proj, const float *k_proj, const float *v_proj,
                   const float *q_norm, const float *k_norm, const float *o_proj, const float *cosine,
-                  const float *sine, float *k, float *v, float *y, long width, long heads, long groups, long d,
-                  long rotary, long slots, long slot, long keys, float eps, float scale, long shares) {
-    float *h = malloc((width + 2 * (heads + groups) * d) * sizeof(float));
+                  const float *sine, float *k, float *v, float *y, long batch, long width, long heads, long groups,
+                  long d, long rotary, long slots, long slot, long keys, float eps, float scale, long shares) {
+    long q_rows = batch * heads, k_rows = batch * groups;
+    float *h = malloc((batch * width + 2 * (q_rows + k_rows) * d) * sizeof(float));
     if (!h) return 1;
-    float *q = h + width, *out = q + heads * d, *new_k = out + heads * d, *new_v = new_k + groups * d;
-    norm(x, norm_w, h, 1, width, eps);
-    linear(q_proj, h, NULL, q, heads * d, width);
-    linear(k_proj, h, NULL, new_k, groups * d, width);
-    linear(v_proj, h, NULL, new_v, groups * d, width);
-    if (q_norm) norm(q, q_norm, q, heads, d, eps), norm(new_k, k_norm, new_k, groups, d, eps);
-    rotate(q, cosine, sine, heads, d, rotary), rotate(new_k, cosine, sine, groups, d, rotary);
-    for (long g = 0; g < groups; g++) {
-        memcpy(k + (g * slots + slot) * d, new_k + g * d, d * sizeof(float));
-        memcpy(v + (g * slots + slot) * d, new_v + g * d, d * sizeof(float));
+    float *q = h + batch * width, *out = q + q_rows * d, *new_k = out + q_rows * d, *new_v = new_k + k_rows * d;
+    norm(x, norm_w, h, batch, width, eps);
+    linear(q_proj, h, NULL, q, batch, heads * d, width);
+    linear(k_proj, h, NULL, new_k, batch, groups * d, width);
+    linear(v_proj, h, NULL, new_v, batch, groups * d, width);
+    if (q_norm) norm(q, q_norm, q, q_rows, d, eps), norm(new_k, k_norm, new_k, k_rows, d, eps);
+    rotate(q, cosine, sine, q_rows, d, rotary), rotate(new_k, cosine, sine, k_rows, d, rotary);
+    for (long i = 0; i < k_rows; i++) {
+        memcpy(k + (i * slots + slot) * d, new_k + i * d, d * sizeof(float));
+        memcpy(v + (i * slots + slot) * d, new_v + i * d, d * sizeof(float));
     }
-    int failed = attend(q, k, v, out, groups, heads / groups, keys, d, d, slots * d, d, scale, shares);
-    linear(o_proj, out, x, y, width, heads * d);
+    int failed = attend(q, k, v, out, k_rows, heads / groups, keys, d, d, slots * d, d, scale, shares);
+    linear(o_proj, out, x, y, batch, width, heads * d);
     free(h);
     return failed;
 }
 
-/* The same for MLA in its absorbed form: the token's [c | k_rope] goes in `slot` of the cache, latent (slots, r + dr).
+/* The same for MLA in its absorbed form: a row's [c | k_rope] goes in `slot` of the cache, latent (batch, slots, r + dr).
    q_proj (heads (dn + dr), width), or q_a (q_rank, width), q_norm and q_proj (heads (dn + dr), q_rank); in kv_b are
    each head's W_uk (dn, r) and W_uv (dv, r). */
 int latent(const float *x, const float *norm_w, const float *q_a, const float *q_norm, const float *q_proj,
            const float *kv_a, const float *kv_norm, const float *kv_b, const float *o_proj, const float *cosine,
-           const float *sine, float *latent, float *y, long width, long heads, long q_rank, long dn, long dr, long dv,
-           long r, long slot, long keys, float eps, float scale, long shares) {
-    long wide = r + dr;
-    float *h = malloc((width + q_rank + heads * (dn + dr + wide + r + dv)) * sizeof(float)), *own = latent + slot * wide;
+           const float *sine, float *latent, float *y, long batch, long width, long heads, long q_rank, long dn,
+           long dr, long dv, long r, long slots, long slot, long keys, float eps, float scale, long shares) {
+    long wide = r + dr, rows = batch * heads;
+    float *h = malloc((batch * (width + q_rank + wide) + rows * (dn + dr + wide + r + dv)) * sizeof(float));
     if (!h) return 1;
-    float *a = h + width, *q = a + q_rank, *mixed = q + heads * (dn + dr), *c = mixed + heads * wide, *out = c + heads * r;
-    norm(x, norm_w, h, 1, width, eps);
-    linear(kv_a, h, NULL, own, wide, width);
-    norm(own, kv_norm, own, 1, r, eps);
-    rotate(own + r, cosine, sine, 1, dr, dr);
-    if (q_rank) {
-        linear(q_a, h, NULL, a, q_rank, width);
-        norm(a, q_norm, a, 1, q_rank, eps);
+    float *a = h + batch * width, *own = a + batch * q_rank, *q = own + batch * wide, *mixed = q + rows * (dn + dr);
+    float *c = mixed + rows * wide, *out = c + rows * r;
+    norm(x, norm_w, h, batch, width, eps);
+    linear(kv_a, h, NULL, own, batch, wide, width);
+    for (long b = 0; b < batch; b++, own += wide) {
+        norm(own, kv_norm, own, 1, r, eps), rotate(own + r, cosine, sine, 1, dr, dr);
+        memcpy(latent + (b * slots + slot) * wide, own, wide * sizeof(float));
     }
-    linear(q_proj, q_rank ? a : h, NULL, q, heads * (dn + dr), q_rank ? q_rank : width);
-    rotate(q + dn, cosine, sine, heads, dn + dr, dr);
+    if (q_rank) linear(q_a, h, NULL, a, batch, q_rank, width), norm(a, q_norm, a, batch, q_rank, eps);
+    linear(q_proj, q_rank ? a : h, NULL, q, batch, heads * (dn + dr), q_rank ? q_rank : width);
+    rotate(q + dn, cosine, sine, rows, dn + dr, dr);
 #pragma omp parallel for schedule(static)
-    for (long i = 0; i < heads; i++) { /* [q_nope W_uk | q_rope] */
-        const float *row = kv_b + i * (dn + dv) * r, *q_i = q + i * (dn + dr);
+    for (long i = 0; i < rows; i++) { /* [q_nope W_uk | q_rope] */
+        const float *w_uk = kv_b + i % heads * (dn + dv) * r, *q_i = q + i * (dn + dr);
         float *m = mixed + i * wide;
         memset(m, 0, r * sizeof(float));
-        for (long j = 0; j < dn; j++, row += r)
-            for (long n = 0; n < r; n++) m[n] += q_i[j] * row[n];
+        for (long j = 0; j < dn; j++)
+            for (long n = 0; n < r; n++) m[n] += q_i[j] * w_uk[j * r + n];
         memcpy(m + r, q_i + dn, dr * sizeof(float));
     }
-    int failed = attend(mixed, latent, latent, c, 1, heads, keys, wide, r, 0, wide, scale, shares);
+    int failed = attend(mixed, latent, latent, c, batch, heads, keys, wide, r, slots * wide, wide, scale, shares);
 #pragma omp parallel for schedule(static)
-    for (long t = 0; t < heads * dv; t++) out[t] = dot(kv_b + (t / dv * (dn + dv) + dn + t % dv) * r, c + t / dv * r, r);
-    linear(o_proj, out, x, y, width, heads * dv);
+    for (long i = 0; i < rows * dv; i++) { /* W_uv */
+        long row = i / dv;
+        out[i] = dot(kv_b + (row % heads * (dn + dv) + dn + i % dv) * r, c + row * r, r);
+    }
+    linear(o_proj, out, x, y, batch, width, heads * dv);
     free(h);
     return failed;
 }

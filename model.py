@@ -258,7 +258,7 @@ class GroupedQueryAttention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
     def decode(self, x: Tensor, norm: RMSNorm, rope: tuple[Tensor, Tensor], cache: LayerCache) -> Tensor:
-        """x + forward(norm(x)) of one token, by decode.c."""
+        """x + forward(norm(x)) of the next token of each row, by decode.c."""
         norms = (self.q_norm.weight, self.k_norm.weight) if self.qk_norm else (None, None)
         projections = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
         weights = (norm.weight, *projections, *norms, self.o_proj.weight)
@@ -391,7 +391,7 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.bmm(y, w_uv.mT).view(H, B, T, -1).transpose(0, 1)
 
     def decode(self, x: Tensor, norm: RMSNorm, rope: tuple[Tensor, Tensor], cache: LayerCache) -> Tensor:
-        """x + forward(norm(x)) of one token, by decode.c."""
+        """x + forward(norm(x)) of the next token of each row, by decode.c."""
         if self.q_rank is None:
             query = (None, None, self.q_proj.weight)
         else:
@@ -445,7 +445,7 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        one_token = cache is not None and x.numel() == x.size(-1) and not self.training
+        one_token = cache is not None and x.size(1) == 1 and not self.training
         if one_token and native.takes(x, self.input_layernorm.weight):
             return self.decode(x, rope, cache)
         x = x + self.drop(self.self_attn(self.input_layernorm(x), rope, cache))

@@ -27,11 +27,11 @@ FOR_THIS_MACHINE = [["-march=native", "-fopenmp"], ["-march=native"], []]  # the
 P, N, R = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
     "norm": [P] * 3 + [N] * 2 + [R],
-    "linear": [P] * 4 + [N] * 2,
+    "linear": [P] * 4 + [N] * 3,
     "attend": [P] * 4 + [N] * 7 + [R, N],
-    "mlp": [P] * 6 + [N] * 2 + [R],
-    "grouped_query": [P] * 13 + [N] * 8 + [R] * 2 + [N],
-    "latent": [P] * 13 + [N] * 9 + [R] * 2 + [N],
+    "mlp": [P] * 6 + [N] * 3 + [R],
+    "grouped_query": [P] * 13 + [N] * 9 + [R] * 2 + [N],
+    "latent": [P] * 13 + [N] * 11 + [R] * 2 + [N],
 }
 
 
@@ -86,10 +86,10 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """weight (N, C) times one vector x (..., C) -> (..., N)."""
+    """x (..., C) weight^T (C, N) -> (..., N), for few rows."""
     (rows, width), x = weight.shape, x.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
-    library().linear(weight.data_ptr(), x.data_ptr(), None, y.data_ptr(), rows, width)
+    library().linear(weight.data_ptr(), x.data_ptr(), None, y.data_ptr(), x.numel() // width, rows, width)
     return y
 
 
@@ -106,9 +106,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def mlp(x: Tensor, *weights: Tensor, eps: float) -> Tensor:
-    """x + down (silu(gate h) * up h), h = norm(x), of one vector x; weights: norm, gate, up, down."""
+    """x + down (silu(gate h) * up h), h = norm(x), of x (B, 1, C); weights: norm, gate, up, down."""
     y, (inner, width) = torch.empty_like(x), weights[1].shape
-    call("mlp", (x, *weights, y), width, inner, eps)
+    call("mlp", (x, *weights, y), len(x), width, inner, eps)
     return y
 
 
@@ -122,14 +122,14 @@ def grouped_query(
     eps: float,
     scale: float,
 ) -> Tensor:
-    """x + o_proj(attention(norm(x))) of one vector x, whose key and value go in a slot of the cache.
+    """x + o_proj(attention(norm(x))) of x (B, 1, C), whose keys and values go in a slot of the cache.
 
     weights: norm, q_proj, k_proj, v_proj, q_norm, k_norm, o_proj; q_norm and k_norm may be None. cache: k, v
-    (1, G, slots, D), of which the first `keys` are seen. Raises MemoryError.
+    (B, G, slots, D), of which the first `keys` are seen. Raises MemoryError.
     """
-    y, (_, G, slots, d) = torch.empty_like(x), cache[0].shape
-    shape = (x.numel(), len(weights[1]) // d, G, d, rope[0].size(-1), slots, slot, keys)
-    call("grouped_query", (x, *weights, *rope, *cache, y), *shape, eps, scale, shares(G, keys))
+    y, (B, G, slots, d) = torch.empty_like(x), cache[0].shape
+    shape = (B, x.size(2), len(weights[1]) // d, G, d, rope[0].size(-1), slots, slot, keys)
+    call("grouped_query", (x, *weights, *rope, *cache, y), *shape, eps, scale, shares(B * G, keys))
     return y
 
 
@@ -145,13 +145,13 @@ def latent(
     scale: float,
 ) -> Tensor:
     """The same for MLA, absorbed. weights: norm, q_a_proj, q_a_layernorm, q_b_proj, kv_a_proj_with_mqa,
-    kv_a_layernorm, kv_b_proj, o_proj; None, None, q_proj for the first two without a query latent.
-    cache (1, slots, r + dr); shape: H, dn, dr, dv, r.
+    kv_a_layernorm, kv_b_proj, o_proj; without a query's latent None, None, q_proj for the second to fourth.
+    cache (B, slots, r + dr); shape: H, dn, dr, dv, r.
     """
-    y, (heads, *widths) = torch.empty_like(x), shape
+    y, (heads, *widths), (B, slots, _) = torch.empty_like(x), shape, cache.shape
     q_rank = 0 if weights[1] is None else len(weights[1])
-    sizes = (x.numel(), heads, q_rank, *widths, slot, keys)
-    call("latent", (x, *weights, *rope, cache, y), *sizes, eps, scale, shares(1, keys))
+    sizes = (B, x.size(2), heads, q_rank, *widths, slots, slot, keys)
+    call("latent", (x, *weights, *rope, cache, y), *sizes, eps, scale, shares(B, keys))
     return y
 
 

@@ -71,14 +71,27 @@ def test_decoding_with_it_and_without(knobs, monkeypatch):
             native, name, lambda *a, f=real, name=name, **kw: calls.append(name) or f(*a, **kw)
         )
     model, idx = small_model(**knobs), tokens(1, 70)
-    chunks = [4] + [1] * 66
+    chunks = [36] + [1] * 34  # the first through the BLAS
     by_it = cached_logits(model, idx, chunks)
-    layers = 66 * len(model.layers)
+    layers = 34 * len(model.layers)
     assert calls.count("mlp") == calls.count("grouped_query") + calls.count("latent") == layers
-    assert calls.count("linear") == 66 and "attend" not in calls
+    assert calls.count("linear") == 34 and "attend" not in calls
     monkeypatch.setattr(native, "library", lambda: None)
     assert_close(cached_logits(model, idx, chunks), by_it)
     assert calls.count("mlp") == layers
+
+
+@compiled
+@pytest.mark.parametrize("knobs", [*CASES.values(), *ODD], ids=[*CASES, *map(str, range(len(ODD)))])
+@pytest.mark.parametrize("rows", [2, 5])
+@torch.no_grad()
+def test_rows_side_by_side_are_as_each_alone(knobs, rows):
+    model, idx = small_model(**knobs), tokens(rows, 50)
+    chunks = [36] + [1] * 14
+    together = cached_logits(model, idx, chunks)
+    alone = torch.cat([cached_logits(model, row[None], chunks) for row in idx])
+    assert_close(together, alone)
+    assert_close(together, model(idx)[0])
 
 
 @compiled
