@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 import checkpoint
+import native
 from cache import CACHE_FORMATS
 from config import UserError, load, parse, pick_device, pick_dtype
 from convert import hf_config, hf_state_dict
@@ -361,6 +362,7 @@ def machine() -> dict:
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "gpu": gpu,
+        "decode_c": native.library() is not None,
         **versions,
         "date": time.strftime("%F"),
     }

@@ -13,7 +13,7 @@
 #include <string.h>
 
 enum { LANES = 8, BLOCK = 32 };
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int ivec __attribute__((vector_size(4 * LANES)));
 
 static vec load(const float *x) { return *(const vec *)x; }
@@ -50,26 +50,17 @@ static void dot2x4(const float *a, const float *b, const float *k, long step, lo
     for (int j = 0; j < 4; j++) p[j] = scale * s[j], o[j] = scale * t[j];
 }
 
-/* y = y * keep + p v and z = z * kept + o v for `rows` rows of v (rows, n): each is loaded once for both */
-static void mix2(const float *p, const float *o, const float *v, long step, long rows, long n, float keep, float kept,
-                 float *y, float *z) {
-    long c = 0;
-    for (; c + 4 * LANES <= n; c += 4 * LANES) {
-        vec sum[2][4];
-        for (int u = 0; u < 4; u++)
-            sum[0][u] = load(y + c + u * LANES) * keep, sum[1][u] = load(z + c + u * LANES) * kept;
-        for (long j = 0; j < rows; j++)
-            for (int u = 0; u < 4; u++) {
-                vec x = load(v + j * step + c + u * LANES);
-                sum[0][u] += p[j] * x, sum[1][u] += o[j] * x;
-            }
-        memcpy(y + c, sum[0], sizeof sum[0]), memcpy(z + c, sum[1], sizeof sum[1]);
-    }
-    for (; c < n; c++) {
-        float s = y[c] * keep, t = z[c] * kept;
-        for (long j = 0; j < rows; j++) s += p[j] * v[j * step + c], t += o[j] * v[j * step + c];
-        y[c] = s, z[c] = t;
-    }
+/* y = keep * y + p v and z = kept * z + o v for `rows` rows of v, 32 columns: each is loaded once for both */
+static void mix2(const float *p, const float *o, const float *v, long step, long rows, float keep, float kept, float *y,
+                 float *z) {
+    vec s[4], t[4];
+    for (int u = 0; u < 4; u++) s[u] = load(y + u * LANES) * keep, t[u] = load(z + u * LANES) * kept;
+    for (long j = 0; j < rows; j++)
+        for (int u = 0; u < 4; u++) {
+            vec x = load(v + j * step + u * LANES);
+            s[u] += p[j] * x, t[u] += o[j] * x;
+        }
+    memcpy(y, s, sizeof s), memcpy(z, t, sizeof t);
 }
 
 /* e^x for x <= 0, to 2e-7: 2^whole by its bits, the rest by its series; 0 below -87 */
@@ -160,14 +151,15 @@ static void share(const float *q, const float *k, const float *v, float *y, floa
     memset(y, 0, n * dv * sizeof(float));
     for (long i = 0; i < n; i++) sum[i] = 0, top[i] = -FLT_MAX;
     for (long at = 0; at < keys; at += BLOCK, k += BLOCK * step, v += BLOCK * step) {
-        long rows = keys - at < BLOCK ? keys - at : BLOCK;
-        for (long i = 0; i < n; i += 2) {
-            long j = 0;
-            for (; i + 1 < n && j + 4 <= rows; j += 4)
-                dot2x4(q + i * d, q + (i + 1) * d, k + j * step, step, d, scale, &p[i][j], &p[i + 1][j]);
-            for (long o = i; o < n && o < i + 2; o++)
-                for (long u = j; u < BLOCK; u++) p[o][u] = u < rows ? scale * dot(q + o * d, k + u * step, d) : -FLT_MAX;
-        }
+        long rows = keys - at < BLOCK ? keys - at : BLOCK, c = 0;
+        for (long j = 0; j < BLOCK; j += 4) /* four keys, then 32 columns of the values, stay in the L1 cache */
+            for (long i = 0; i < n; i += 2)
+                if (j + 4 <= rows && i + 1 < n)
+                    dot2x4(q + i * d, q + (i + 1) * d, k + j * step, step, d, scale, &p[i][j], &p[i + 1][j]);
+                else
+                    for (long o = i; o < n && o < i + 2; o++)
+                        for (long u = j; u < j + 4; u++)
+                            p[o][u] = u < rows ? scale * dot(q + o * d, k + u * step, d) : -FLT_MAX;
         for (long i = 0; i < n; i++) {
             float best = top[i];
             for (long j = 0; j < BLOCK; j++) best = p[i][j] > best ? p[i][j] : best;
@@ -180,10 +172,17 @@ static void share(const float *q, const float *k, const float *v, float *y, floa
             keep[i] = expf(top[i] - best), top[i] = best;
             sum[i] = sum[i] * keep[i] + total(added);
         }
-        for (long i = 0; i < n; i += 2) {
-            long other = i + 1 < n ? i + 1 : i;
-            mix2(p[i], p[other], v, step, rows, dv, keep[i], keep[other], y + i * dv, y + other * dv);
-        }
+        for (; c + 4 * LANES <= dv; c += 4 * LANES)
+            for (long i = 0; i < n; i += 2) {
+                long o = i + 1 < n ? i + 1 : i;
+                mix2(p[i], p[o], v + c, step, rows, keep[i], keep[o], y + i * dv + c, y + o * dv + c);
+            }
+        for (; c < dv; c++)
+            for (long i = 0; i < n; i++) {
+                float s = keep[i] * y[i * dv + c];
+                for (long j = 0; j < rows; j++) s += p[i][j] * v[j * step + c];
+                y[i * dv + c] = s;
+            }
     }
 }
 
@@ -249,10 +248,11 @@ int grouped_query(const float *x, const float *norm_w, const float *q_proj, cons
 /* The same for MLA in its absorbed form: a row's [c | k_rope] goes in `slot` of the cache, latent (batch, slots, r + dr).
    q_proj (heads (dn + dr), width), or q_a (q_rank, width), q_norm and q_proj (heads (dn + dr), q_rank); in kv_b are
    each head's W_uk (dn, r) and W_uv (dv, r). */
-int latent(const float *x, const float *norm_w, const float *q_a, const float *q_norm, const float *q_proj,
-           const float *kv_a, const float *kv_norm, const float *kv_b, const float *o_proj, const float *cosine,
-           const float *sine, float *latent, float *y, long batch, long width, long heads, long q_rank, long dn,
-           long dr, long dv, long r, long slots, long slot, long keys, float eps, float scale, long shares) {
+int multi_head_latent(const float *x, const float *norm_w, const float *q_a, const float *q_norm, const float *q_proj,
+                      const float *kv_a, const float *kv_norm, const float *kv_b, const float *o_proj,
+                      const float *cosine, const float *sine, float *latent, float *y, long batch, long width,
+                      long heads, long q_rank, long dn, long dr, long dv, long r, long slots, long slot, long keys,
+                      float eps, float scale, long shares) {
     long wide = r + dr, rows = batch * heads;
     float *h = malloc((batch * (width + q_rank + wide) + rows * (dn + dr + wide + r + dv)) * sizeof(float));
     if (!h) return 1;

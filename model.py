@@ -399,8 +399,8 @@ class MultiHeadLatentAttention(nn.Module):
         keys = (self.kv_a_proj_with_mqa.weight, self.kv_a_layernorm.weight, self.kv_b_proj.weight)
         weights, step = (norm.weight, *query, *keys, self.o_proj.weight), cache.step
         shape = (self.n_head, self.dn, self.dr, self.dv, self.rank)
-        buffer = cache.buffers["latent"]
-        return native.latent(x, weights, rope, buffer, step.start, step.end, shape, norm.eps, self.scale)
+        place = (cache.buffers["latent"], step.start, step.end)
+        return native.multi_head_latent(x, weights, rope, *place, shape, norm.eps, self.scale)
 
 
 # A new attention is a class with the same members, and an entry here.

@@ -31,7 +31,7 @@ SIGNATURES = {
     "attend": [P] * 4 + [N] * 7 + [R, N],
     "mlp": [P] * 6 + [N] * 3 + [R],
     "grouped_query": [P] * 13 + [N] * 9 + [R] * 2 + [N],
-    "latent": [P] * 13 + [N] * 11 + [R] * 2 + [N],
+    "multi_head_latent": [P] * 13 + [N] * 11 + [R] * 2 + [N],
 }
 
 
@@ -133,7 +133,7 @@ def grouped_query(
     return y
 
 
-def latent(
+def multi_head_latent(
     x: Tensor,
     weights: Sequence[Tensor | None],
     rope: tuple[Tensor, Tensor],
@@ -151,7 +151,7 @@ def latent(
     y, (heads, *widths), (B, slots, _) = torch.empty_like(x), shape, cache.shape
     q_rank = 0 if weights[1] is None else len(weights[1])
     sizes = (B, x.size(2), heads, q_rank, *widths, slots, slot, keys)
-    call("latent", (x, *weights, *rope, cache, y), *sizes, eps, scale, shares(B, keys))
+    call("multi_head_latent", (x, *weights, *rope, cache, y), *sizes, eps, scale, shares(B, keys))
     return y
 
 

@@ -65,7 +65,7 @@ ODD = [
 @torch.no_grad()
 def test_decoding_with_it_and_without(knobs, monkeypatch):
     calls = []
-    for name in ("norm", "linear", "attend", "mlp", "grouped_query", "latent"):
+    for name in ("norm", "linear", "attend", "mlp", "grouped_query", "multi_head_latent"):
         real = getattr(native, name)
         monkeypatch.setattr(
             native, name, lambda *a, f=real, name=name, **kw: calls.append(name) or f(*a, **kw)
@@ -74,7 +74,7 @@ def test_decoding_with_it_and_without(knobs, monkeypatch):
     chunks = [36] + [1] * 34  # the first through the BLAS
     by_it = cached_logits(model, idx, chunks)
     layers = 34 * len(model.layers)
-    assert calls.count("mlp") == calls.count("grouped_query") + calls.count("latent") == layers
+    assert calls.count("mlp") == calls.count("grouped_query") + calls.count("multi_head_latent") == layers
     assert calls.count("linear") == 34 and "attend" not in calls
     monkeypatch.setattr(native, "library", lambda: None)
     assert_close(cached_logits(model, idx, chunks), by_it)
