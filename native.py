@@ -107,7 +107,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def mlp(x: Tensor, *weights: Tensor, eps: float) -> Tensor:
     """x + down (silu(gate h) * up h), h = norm(x), of x (B, 1, C); weights: norm, gate, up, down."""
-    y, (inner, width) = torch.empty_like(x), weights[1].shape
+    x, (inner, width) = x.contiguous(), weights[1].shape
+    y = torch.empty_like(x)
     call("mlp", (x, *weights, y), len(x), width, inner, eps)
     return y
 
@@ -127,7 +128,8 @@ def grouped_query(
     weights: norm, q_proj, k_proj, v_proj, q_norm, k_norm, o_proj; q_norm and k_norm may be None. cache: k, v
     (B, G, slots, D), of which the first `keys` are seen. Raises MemoryError.
     """
-    y, (B, G, slots, d) = torch.empty_like(x), cache[0].shape
+    x, (B, G, slots, d) = x.contiguous(), cache[0].shape
+    y = torch.empty_like(x)
     shape = (B, x.size(2), len(weights[1]) // d, G, d, rope[0].size(-1), slots, slot, keys)
     call("grouped_query", (x, *weights, *rope, *cache, y), *shape, eps, scale, shares(B * G, keys))
     return y
@@ -148,7 +150,8 @@ def multi_head_latent(
     kv_a_layernorm, kv_b_proj, o_proj; without a query's latent None, None, q_proj for the second to fourth.
     cache (B, slots, r + dr); shape: H, dn, dr, dv, r.
     """
-    y, (heads, *widths), (B, slots, _) = torch.empty_like(x), shape, cache.shape
+    x, (heads, *widths), (B, slots, _) = x.contiguous(), shape, cache.shape
+    y = torch.empty_like(x)
     q_rank = 0 if weights[1] is None else len(weights[1])
     sizes = (B, x.size(2), heads, q_rank, *widths, slots, slot, keys)
     call("multi_head_latent", (x, *weights, *rope, cache, y), *sizes, eps, scale, shares(B, keys))
