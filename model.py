@@ -434,6 +434,11 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
+    def decode(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """x + forward(norm(x)) of the next token of each row, by decode.c."""
+        weights = (norm.weight, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        return native.mlp(x, *weights, eps=norm.eps)
+
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
@@ -452,18 +457,22 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
 
     def decode(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache) -> Tensor:
-        """`forward` by decode.c, so far as it has the attention and the cache's format."""
+        """`forward` by decode.c, so far as it has the attention, the cache's format and the MLP."""
         attention, norm = self.self_attn, self.input_layernorm
-        if cache.is_plain() and hasattr(attention, "decode"):
+        if cache.is_plain() and has_own_decode(attention):
             x = attention.decode(x, norm, rope, cache)
         else:
             x = x + attention(norm(x), rope, cache)
         mlp, norm = self.mlp, self.post_attention_layernorm
-        weights = (norm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
-        return native.mlp(x, *weights, eps=norm.eps)
+        return mlp.decode(x, norm) if has_own_decode(mlp) else x + mlp(norm(x))
 
     def drop(self, branch: Tensor) -> Tensor:
         return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
+
+
+def has_own_decode(module: nn.Module) -> bool:
+    """Whether its class defines `decode`: an inherited one would not know what the subclass changed."""
+    return "decode" in vars(type(module))
 
 
 class GPT(nn.Module):

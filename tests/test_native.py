@@ -12,7 +12,7 @@ from equivalence import CASES, assert_close, cached_logits, small_model, tokens
 
 import native
 from kernels import RMSNorm
-from model import ATTENTIONS
+from model import ATTENTIONS, MLP, GroupedQueryAttention
 
 ROOT = Path(native.__file__).parent
 compiled = pytest.mark.skipif(native.library() is None, reason="no C compiler")
@@ -92,6 +92,22 @@ def test_rows_side_by_side_are_as_each_alone(knobs, rows):
     alone = torch.cat([cached_logits(model, row[None], chunks) for row in idx])
     assert_close(together, alone)
     assert_close(together, model(idx)[0])
+
+
+@torch.no_grad()
+def test_what_a_subclass_changed_is_not_passed_over(monkeypatch):
+    class Doubled(GroupedQueryAttention):
+        def forward(self, *args):
+            return 2 * super().forward(*args)
+
+    class Halved(MLP):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    monkeypatch.setitem(ATTENTIONS, "gqa", Doubled)
+    monkeypatch.setattr("model.MLP", Halved)
+    model, idx = small_model(**CASES["gqa"]), tokens(1, 9)
+    assert_close(cached_logits(model, idx, [4, 1, 1, 1, 1, 1]), model(idx)[0])
 
 
 @compiled
