@@ -257,14 +257,7 @@ class GroupedQueryAttention(nn.Module):
         y = attend(q, k, v, cache, self.head_dim**-0.5, dropout)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
-    def decode(self, x: Tensor, norm: RMSNorm, rope: tuple[Tensor, Tensor], cache: LayerCache) -> Tensor:
-        """x + forward(norm(x)) of the next token of each row, by decode.c."""
-        norms = (self.q_norm.weight, self.k_norm.weight) if self.qk_norm else (None, None)
-        projections = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-        weights = (norm.weight, *projections, *norms, self.o_proj.weight)
-        buffers, step = (cache.buffers["k"], cache.buffers["v"]), cache.step
-        scale = self.head_dim**-0.5
-        return native.grouped_query(x, weights, rope, buffers, step.start, step.end, norm.eps, scale)
+    decode = native.grouped_query  # x + forward(norm(x)) of one token a row, in C
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -390,17 +383,7 @@ class MultiHeadLatentAttention(nn.Module):
         y = y[..., : self.rank].transpose(0, 1).flatten(1, 2)  # (H, B T, r)
         return torch.bmm(y, w_uv.mT).view(H, B, T, -1).transpose(0, 1)
 
-    def decode(self, x: Tensor, norm: RMSNorm, rope: tuple[Tensor, Tensor], cache: LayerCache) -> Tensor:
-        """x + forward(norm(x)) of the next token of each row, by decode.c."""
-        if self.q_rank is None:
-            query = (None, None, self.q_proj.weight)
-        else:
-            query = (self.q_a_proj.weight, self.q_a_layernorm.weight, self.q_b_proj.weight)
-        keys = (self.kv_a_proj_with_mqa.weight, self.kv_a_layernorm.weight, self.kv_b_proj.weight)
-        weights, step = (norm.weight, *query, *keys, self.o_proj.weight), cache.step
-        shape = (self.n_head, self.dn, self.dr, self.dv, self.rank)
-        place = (cache.buffers["latent"], step.start, step.end)
-        return native.multi_head_latent(x, weights, rope, *place, shape, norm.eps, self.scale)
+    decode = native.multi_head_latent  # x + forward(norm(x)) of one token a row, in C
 
 
 # A new attention is a class with the same members, and an entry here.
@@ -434,10 +417,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-    def decode(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """x + forward(norm(x)) of the next token of each row, by decode.c."""
-        weights = (norm.weight, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        return native.mlp(x, *weights, eps=norm.eps)
+    decode = native.mlp  # x + forward(norm(x)) of one token a row, in C
 
 
 class Block(nn.Module):

@@ -105,56 +105,48 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return y
 
 
-def mlp(x: Tensor, *weights: Tensor, eps: float) -> Tensor:
-    """x + down (silu(gate h) * up h), h = norm(x), of x (B, 1, C); weights: norm, gate, up, down."""
-    x, (inner, width) = x.contiguous(), weights[1].shape
-    y = torch.empty_like(x)
-    call("mlp", (x, *weights, y), len(x), width, inner, eps)
+def mlp(self, x: Tensor, norm) -> Tensor:
+    """`decode` of model.MLP: x + forward(norm(x)) of the next token of each row, x (B, 1, C).
+
+    Raises MemoryError, as those of the attentions do.
+    """
+    gate, x = self.gate_proj.weight, x.contiguous()
+    (inner, width), y = gate.shape, torch.empty_like(x)
+    weights = (norm.weight, gate, self.up_proj.weight, self.down_proj.weight)
+    call("mlp", (x, *weights, y), len(x), width, inner, norm.eps)
     return y
 
 
-def grouped_query(
-    x: Tensor,
-    weights: Sequence[Tensor | None],
-    rope: tuple[Tensor, Tensor],
-    cache: Sequence[Tensor],
-    slot: int,
-    keys: int,
-    eps: float,
-    scale: float,
-) -> Tensor:
-    """x + o_proj(attention(norm(x))) of x (B, 1, C), whose keys and values go in a slot of the cache.
+def grouped_query(self, x: Tensor, norm, rope: tuple[Tensor, Tensor], cache) -> Tensor:
+    """`decode` of model.GroupedQueryAttention: x + forward(norm(x), rope, cache) as above.
 
-    weights: norm, q_proj, k_proj, v_proj, q_norm, k_norm, o_proj; q_norm and k_norm may be None. cache: k, v
-    (B, G, slots, D), of which the first `keys` are seen. Raises MemoryError.
+    The keys and values go in a slot of the cache, a LayerCache that is_plain.
     """
-    x, (B, G, slots, d) = x.contiguous(), cache[0].shape
+    norms = (self.q_norm.weight, self.k_norm.weight) if self.qk_norm else (None, None)
+    projections = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+    weights = (norm.weight, *projections, *norms, self.o_proj.weight)
+    buffers, slot, keys = (cache.buffers["k"], cache.buffers["v"]), cache.step.start, cache.step.end
+    (B, G, slots, d), x = buffers[0].shape, x.contiguous()
     y = torch.empty_like(x)
-    shape = (B, x.size(2), len(weights[1]) // d, G, d, rope[0].size(-1), slots, slot, keys)
-    call("grouped_query", (x, *weights, *rope, *cache, y), *shape, eps, scale, shares(B * G, keys))
+    shape = (B, x.size(2), self.n_head, G, d, rope[0].size(-1), slots, slot, keys)
+    call("grouped_query", (x, *weights, *rope, *buffers, y), *shape, norm.eps, d**-0.5, shares(B * G, keys))
     return y
 
 
-def multi_head_latent(
-    x: Tensor,
-    weights: Sequence[Tensor | None],
-    rope: tuple[Tensor, Tensor],
-    cache: Tensor,
-    slot: int,
-    keys: int,
-    shape: tuple[int, int, int, int, int],
-    eps: float,
-    scale: float,
-) -> Tensor:
-    """The same for MLA, absorbed. weights: norm, q_a_proj, q_a_layernorm, q_b_proj, kv_a_proj_with_mqa,
-    kv_a_layernorm, kv_b_proj, o_proj; without a query's latent None, None, q_proj for the second to fourth.
-    cache (B, slots, r + dr); shape: H, dn, dr, dv, r.
-    """
-    x, (heads, *widths), (B, slots, _) = x.contiguous(), shape, cache.shape
+def multi_head_latent(self, x: Tensor, norm, rope: tuple[Tensor, Tensor], cache) -> Tensor:
+    """`decode` of model.MultiHeadLatentAttention, in its absorbed form."""
+    if self.q_rank is None:
+        query = (None, None, self.q_proj.weight)
+    else:
+        query = (self.q_a_proj.weight, self.q_a_layernorm.weight, self.q_b_proj.weight)
+    latent = (self.kv_a_proj_with_mqa.weight, self.kv_a_layernorm.weight, self.kv_b_proj.weight)
+    weights = (norm.weight, *query, *latent, self.o_proj.weight)
+    buffer, slot, keys = cache.buffers["latent"], cache.step.start, cache.step.end
+    (B, slots, _), x = buffer.shape, x.contiguous()
     y = torch.empty_like(x)
-    q_rank = 0 if weights[1] is None else len(weights[1])
-    sizes = (B, x.size(2), heads, q_rank, *widths, slots, slot, keys)
-    call("multi_head_latent", (x, *weights, *rope, cache, y), *sizes, eps, scale, shares(B, keys))
+    shape = (B, x.size(2), self.n_head, self.q_rank or 0, self.dn, self.dr, self.dv, self.rank)
+    numbers = (*shape, slots, slot, keys, norm.eps, self.scale, shares(B, keys))
+    call("multi_head_latent", (x, *weights, *rope, buffer, y), *numbers)
     return y
 
 
