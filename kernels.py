@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import native
 
-FEW = 32  # rows; for more, a BLAS is faster, which copies the matrix into an order of its own
+FEW = 128  # rows; for more, a BLAS is faster, which copies the matrix into an order of its own
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ FOR_THIS_MACHINE = [["-march=native", "-fopenmp"], ["-march=native"], []]  # the
 P, N, R = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
     "norm": [P] * 3 + [N] * 2 + [R],
-    "linear": [P] * 4 + [N] * 3,
+    "packed": [N] * 2,
+    "linear": [P] * 5 + [N] * 3,
     "attend": [P] * 4 + [N] * 7 + [R, N],
     "mlp": [P] * 6 + [N] * 3 + [R],
     "grouped_query": [P] * 13 + [N] * 9 + [R] * 2 + [N],
@@ -88,8 +89,10 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., C) weight^T (C, N) -> (..., N), for few rows."""
     (rows, width), x = weight.shape, x.contiguous()
-    y = x.new_empty(*x.shape[:-1], rows)
-    library().linear(weight.data_ptr(), x.data_ptr(), None, y.data_ptr(), x.numel() // width, rows, width)
+    batch, y = x.numel() // width, x.new_empty(*x.shape[:-1], rows)
+    room = x.new_empty(library().packed(batch, width))
+    pointers = [t.data_ptr() for t in (weight, x, y, room)]
+    library().linear(*pointers[:2], None, *pointers[2:], batch, rows, width)
     return y
 
 
