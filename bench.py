@@ -31,6 +31,7 @@ from model import GPT
 from optim import make_optimizers
 from plots import draw_speedrun, draw_train
 from sample import empty_model, load_run
+from train import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent
 NANOGPT_RECIPE = [  # the README's command for a CPU
@@ -283,6 +284,7 @@ def step(argv: list[str]) -> None:
         matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - block_size * config.n_embd
         flops = 6 * (matrices + 2 * config.n_layer * config.n_embd * block_size)
     else:
+        keep_freed_memory()  # as a run does
         model = GPT(config).to(device)
         optimizers = make_optimizers(model, config)
         flops = model.flops_per_token(block_size)

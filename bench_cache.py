@@ -362,7 +362,7 @@ def machine() -> dict:
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "gpu": gpu,
-        "decode_c": native.library() is not None,
+        "native_c": native.library() is not None,
         **versions,
         "date": time.strftime("%F"),
     }

@@ -45,31 +45,71 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        if native.takes(x, self.weight):
-            return native.norm(x, self.weight, self.eps)
-        if x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling():
-            return UnfusedRMSNorm.apply(x, self.weight, self.eps)
+        if native.handles(x, self.weight):
+            return NativeNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-class UnfusedRMSNorm(torch.autograd.Function):
-    """RMSNorm for training on CPUs, which lack a fused kernel, in fewer passes than autograd's."""
-
+class NativeNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()  # (..., 1), 1 / rms(x)
-        ctx.save_for_backward(x, scale, weight)
-        return (x * scale).mul_(weight)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return native.norm(x, weight, eps)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, scale, weight = ctx.saved_tensors
-        product, s = grad * x, scale.flatten()  # (..., C), (N,)
-        rows = product.flatten(0, -2)
-        along = torch.mv(rows, weight).mul_(s).mul_(s).div_(-x.size(-1)).view_as(scale)  # changes of rms(x)
-        grad_weight = torch.mv(rows.mT, s)
-        return torch.mul(grad, weight, out=product).addcmul_(x, along).mul_(scale), grad_weight, None
+        return *native.norm_backward(*ctx.saved_tensors, ctx.eps, grad), None
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020)."""
+    return NativeSwiGLU.apply(gate, up) if native.handles(gate, up) else F.silu(gate) * up
+
+
+class NativeSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return native.swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return native.swiglu_backward(*ctx.saved_tensors, grad)
+
+
+class NativeRotation(torch.autograd.Function):
+    """model.rotate of x (B, H, T, D)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, lead: int) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.lead = lead
+        return native.rotate(x, cos, sin, lead)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return native.rotate(grad, *ctx.saved_tensors, ctx.lead, sign=-1.0), None, None, None
+
+
+class NativeCausalAttention(torch.autograd.Function):
+    """softmax(scale q k^T) v over keys up to a query's own: q (B, H, T, D), k and v (B, G, T, D or Dv)."""
+
+    @staticmethod
+    def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether native.c has these widths, and is faster: longer rows of scores leave the second cache."""
+        return q.size(-1) % 16 == v.size(-1) % 16 == 0 and q.size(2) <= 1024 and native.handles(q, k, v)
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        y, logs = native.causal(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, y, logs)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        return *native.causal_backward(*ctx.saved_tensors, ctx.scale, grad), None
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -80,30 +120,40 @@ class LinearCrossEntropy(torch.autograd.Function):
     and with their gradient, would be most of a training step's memory. Rows of target -1 do not count.
     """
 
-    LOGITS = 1 << 24  # at a time: 64 MB in fp32
+    LOGITS = 1 << 24  # at a time: 64 MB in fp32; where native.c takes them
+    CACHED = 1 << 20  # they stay in a CPU's cache, though no fewer than some rows make an efficient product
+
+    @staticmethod
+    def takes(hidden: Tensor, weight: Tensor) -> bool:
+        """Whether it is faster than the logits all at once, or those would take much memory."""
+        many = hidden.numel() // hidden.size(-1) * len(weight) > LinearCrossEntropy.LOGITS
+        return many or native.handles(hidden, weight)
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # (N, C), (V, C), (N,)
+        by_native = native.handles(hidden, weight)
         rows = max(LinearCrossEntropy.LOGITS // len(weight), 1)
+        if by_native:
+            rows = min(max(LinearCrossEntropy.CACHED // len(weight), 256), rows)
         count, total = (targets >= 0).sum(), hidden.new_zeros((), dtype=torch.float32)
         needed = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needed[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
         for at in range(0, len(hidden), rows):
-            h, target = hidden[at : at + rows], targets[at : at + rows, None]
+            h, target = hidden[at : at + rows], targets[at : at + rows]
             logits = F.linear(h, weight).float()
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            counts = target >= 0
-            target = target.clamp(min=0)
-            total += ((normaliser - logits.gather(1, target)) * counts).sum()
-            if any(needed):  # softmax minus one-hot, in place of the logits
-                grad = logits.sub_(normaliser).exp_()
-                grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0)).mul_(counts)
-                grad = grad.to(h.dtype)
-                if needed[0]:
-                    grad_hidden[at : at + rows] = grad @ weight
-                if needed[1]:
-                    grad_weight += grad.mT @ h
+            if by_native:
+                total += native.cross_entropy(logits, target).sum()
+            else:
+                counts, target = target[:, None] >= 0, target[:, None].clamp(min=0)
+                logits -= logits.logsumexp(-1, keepdim=True)
+                total -= (logits.gather(1, target) * counts).sum()
+                logits.exp_().scatter_add_(1, target, logits.new_full(target.shape, -1.0)).mul_(counts)
+            grad = logits.to(h.dtype)  # softmax minus one-hot
+            if needed[0]:
+                torch.mm(grad, weight, out=grad_hidden[at : at + rows])
+            if needed[1]:
+                grad_weight += grad.mT @ h
         ctx.save_for_backward(grad_hidden, grad_weight, count)
         return total / count
 

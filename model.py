@@ -1,7 +1,7 @@
 """A GPT whose attention is one flag: mha, mqa, gqa or mla.
 
 The model is in this file; its cache is in cache.py, and what machines rather compute in another way than one
-writes it, in kernels.py and, for one token on a CPU, in decode.c, which native.py calls.
+writes it, in kernels.py and, for CPUs, in native.c, which native.py calls.
 
 - pre-norm blocks: RMSNorm, attention, RMSNorm, SwiGLU; no biases; embeddings tied or not
 - rotary position embedding (RoPE), full or partial, computed from positions: no table, no length limit
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import native
 from cache import CACHE_FORMATS, CacheStep, KVCache, LayerCache, cache_layout, visible
-from kernels import Linear, LinearCrossEntropy, RMSNorm, linear
+from kernels import Linear, LinearCrossEntropy, NativeCausalAttention, NativeRotation, RMSNorm, linear, swiglu
 
 
 @dataclass
@@ -148,8 +148,8 @@ def rope_angles(positions: Tensor, width: int, theta: float, repeat: int = 1) ->
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the leading dimensions of x (B, H, T, D), as many as `rope` is wide, in halves as Llama does.
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor], lead: int = 0) -> Tensor:
+    """Rotate dimensions of x (B, H, T, D), from `lead` on as many as `rope` is wide, in halves as Llama does.
 
     [x1 cos - x2 sin, x2 cos + x1 sin] for the halves x1, x2: the roll swaps them, the signs are in the sines.
     """
@@ -157,8 +157,11 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     width = cos.size(-1)
     if width == 0:
         return x
+    if native.handles(x, cos):
+        return NativeRotation.apply(x, cos, sin, lead)
     if width < x.size(-1):
-        return torch.cat((rotate(x[..., :width], rope), x[..., width:]), -1)
+        before, x, after = x.split_with_sizes((lead, width, x.size(-1) - lead - width), -1)
+        return torch.cat((before, rotate(x, rope), after), -1)
     return torch.addcmul(x * cos, x.roll(width // 2, -1), sin).type_as(x)
 
 
@@ -169,11 +172,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, scale: flo
     mask top-left, so it is right only where queries and keys start together.
     """
     (B, H, T, D), G, Dv = q.shape, k.size(1), v.size(-1)
+    mask = None if cache is None else cache.step.mask
+    causal = mask is None and (cache is None or cache.step.first)
+    if causal and not dropout and NativeCausalAttention.takes(q, k, v):
+        return NativeCausalAttention.apply(q, k, v, scale)
     if Dv != D:  # the fused kernels want values as wide as keys
         width = max(D, Dv)
         q, k, v = (F.pad(t, (0, width - t.size(-1))) for t in (q, k, v))
-    mask = None if cache is None else cache.step.mask
-    if cache is None or (cache.step.first and mask is None):
+    if causal:
         y = F.scaled_dot_product_attention(
             q, k, v, None, dropout, is_causal=True, scale=scale, enable_gqa=G < H
         )
@@ -350,33 +356,34 @@ class MultiHeadLatentAttention(nn.Module):
         B, T, _ = x.shape
         q = self.q_proj(x) if self.q_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.view(B, T, self.n_head, self.dn + self.dr).transpose(1, 2)
-        q_nope, q_rope = q.split_with_sizes((self.dn, self.dr), -1)
-        q_rope = rotate(q_rope, rope)  # (B, H, T, dr)
+        q = rotate(q, rope, self.dn)  # (B, H, T, dn + dr)
         c, k_rope = self.kv_a_proj_with_mqa(x).split_with_sizes((self.rank, self.dr), -1)
-        k_rope = rotate(k_rope.unsqueeze(1), rope).squeeze(1)  # (B, T, dr)
-        latent = torch.cat((self.kv_a_layernorm(c), k_rope), -1)  # (B, T, r + dr)
+        c, k_rope = (
+            self.kv_a_layernorm(c),
+            rotate(k_rope.unsqueeze(1), rope).squeeze(1),
+        )  # (B, T, r), (B, T, dr)
         if cache is not None:
-            (latent,) = cache.append(latent=latent)  # (B, S, r + dr)
+            (latent,) = cache.append(latent=torch.cat((c, k_rope), -1))  # (B, S, r + dr)
+            c, k_rope = latent.split_with_sizes((self.rank, self.dr), -1)
         if cache is not None and not cache.step.first and self.prefers_absorbed(T):
-            y = self.absorbed(q_nope, q_rope, latent, cache)
+            y = self.absorbed(q, latent, cache)
         else:
-            y = self.expanded(q_nope, q_rope, latent, cache)
+            y = self.expanded(q, c, k_rope, cache)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
-    def expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, cache: LayerCache | None) -> Tensor:
+    def expanded(self, q: Tensor, c: Tensor, k_rope: Tensor, cache: LayerCache | None) -> Tensor:
         """Attention over each head's own keys and values, made from the latents -> (B, H, T, dv)."""
-        c, k_rope = latent.split((self.rank, self.dr), -1)
         kv = self.kv_b_proj(c).unflatten(-1, (self.n_head, self.dn + self.dv)).transpose(1, 2)
         k_nope, v = kv.split((self.dn, self.dv), -1)  # (B, H, S, dn), (B, H, S, dv)
         k = torch.cat((k_nope, k_rope[:, None].expand(-1, self.n_head, -1, -1)), -1)
-        q = torch.cat((q_nope, q_rope), -1)
         return attend(q, k, v, cache, self.scale, self.dropout if self.training else 0.0)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, cache: LayerCache) -> Tensor:
+    def absorbed(self, q: Tensor, latent: Tensor, cache: LayerCache) -> Tensor:
         """The same attention over the latents themselves, as multi-query attention: the heads share one key
         [c | k_rope], and one value, of which the first r columns, c, count. One read serves both.
         """
-        (B, H, T, _), latent = q_nope.shape, latent.unsqueeze(1)
+        (B, H, T, _), latent = q.shape, latent.unsqueeze(1)
+        q_nope, q_rope = q.split_with_sizes((self.dn, self.dr), -1)
         w_uk, w_uv = self.kv_b_proj.weight.view(H, -1, self.rank).split((self.dn, self.dv), 1)
         q = torch.bmm(q_nope.transpose(0, 1).flatten(1, 2), w_uk).view(H, B, T, -1).transpose(0, 1)
         y = attend(torch.cat((q, q_rope), -1), latent, latent, cache, self.scale)  # (B, H, T, r + dr)
@@ -415,7 +422,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
     decode = native.mlp  # x + forward(norm(x)) of one token a row, in C
 
@@ -437,7 +444,7 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
 
     def decode(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache) -> Tensor:
-        """`forward` by decode.c, so far as it has the attention, the cache's format and the MLP."""
+        """`forward` by native.c, so far as it has the attention, the cache's format and the MLP."""
         attention, norm = self.self_attn, self.input_layernorm
         if cache.is_plain() and has_own_decode(attention):
             x = attention.decode(x, norm, rope, cache)
@@ -536,7 +543,7 @@ class GPT(nn.Module):
         are padding, which the cache leaves out.
         """
         hidden = self.hidden(idx, cache, lengths)
-        if not want_logits and targets.numel() * self.config.vocab_size > LinearCrossEntropy.LOGITS:
+        if not want_logits and LinearCrossEntropy.takes(hidden, self.head_weight):
             return None, LinearCrossEntropy.apply(hidden.flatten(0, 1), self.head_weight, targets.flatten())
         logits = self.head(hidden)
         if targets is None:

@@ -1,4 +1,4 @@
-"""decode.c, compiled by the machine's C compiler when a model first decodes, and kept in the user's cache.
+"""native.c, compiled by the machine's C compiler when a model first computes, and kept in the user's cache.
 
 Where it cannot be compiled `takes` is false, and torch's operators do the work, in about twice the time.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("decode.c")
+SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"]
 FLAGS += ["-shared", "-fPIC"]
 FOR_THIS_MACHINE = [["-march=native", "-fopenmp"], ["-march=native"], []]  # the first that the compiler takes
@@ -33,12 +33,23 @@ SIGNATURES = {
     "mlp": [P] * 6 + [N] * 3 + [R],
     "grouped_query": [P] * 13 + [N] * 9 + [R] * 2 + [N],
     "multi_head_latent": [P] * 13 + [N] * 11 + [R] * 2 + [N],
+    "norm_backward": [P] * 5 + [N] * 2 + [R],
+    "swiglu": [P] * 5 + [N],
+    "cross_entropy": [P] * 3 + [N] * 2,
+    "rope": [P] * 5 + [N] * 7 + [R],
+    "causal": [P] * 5 + [N] * 6 + [R],
+    "causal_backward": [P] * 9 + [N] * 6 + [R],
 }
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether there are functions for these: fp32 on the CPU, where nothing records gradients or compiles."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """Whether it can compute with these where nothing records gradients."""
+    return not torch.is_grad_enabled() and handles(*tensors)
+
+
+def handles(*tensors: Tensor) -> bool:
+    """Whether it has functions for these: fp32 on the CPU, where nothing compiles."""
+    if torch.compiler.is_compiling():
         return False
     for t in tensors:
         if t.dtype != torch.float32 or not t.is_cpu:
@@ -48,12 +59,12 @@ def takes(*tensors: Tensor) -> bool:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """decode.c as a library; None where there is no compiler for it."""
+    """native.c as a library; None where there is no compiler for it."""
     info = Path("/proc/cpuinfo")  # a cache folder may be shared by machines that differ
     cpu = next((line for line in info.open() if line.startswith("flags")), "") if info.exists() else ""
     key = hashlib.sha256(SOURCE.read_bytes() + f"{FLAGS}{platform.platform()}{cpu}".encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nanokv"
-    path = folder / f"decode-{key[:16]}.so"
+    path = folder / f"native-{key[:16]}.so"
     try:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -151,6 +162,87 @@ def multi_head_latent(self, x: Tensor, norm, rope: tuple[Tensor, Tensor], cache)
     numbers = (*shape, slots, slot, keys, norm.eps, self.scale, shares(B, keys))
     call("multi_head_latent", (x, *weights, *rope, buffer, y), *numbers)
     return y
+
+
+def norm_backward(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of norm's x and weight. Raises MemoryError, as do the others that follow."""
+    x, grad, width = x.contiguous(), grad.contiguous(), x.size(-1)
+    grads = torch.empty_like(x), torch.empty_like(weight)
+    call("norm_backward", (x, weight, grad, *grads), x.numel() // width, width, eps)
+    return grads
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    library().swiglu(gate.data_ptr(), up.data_ptr(), None, y.data_ptr(), None, y.numel())
+    return y
+
+
+def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of swiglu's gate and up."""
+    tensors = gate.contiguous(), up.contiguous(), grad.contiguous()
+    grads = torch.empty_like(tensors[0]), torch.empty_like(tensors[0])
+    library().swiglu(*[t.data_ptr() for t in (*tensors, *grads)], gate.numel())
+    return grads
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropies (N,) of logits (N, V) to targets (N,) and, in place of the logits, their gradients.
+
+    Both are 0 where a target is negative.
+    """
+    losses, targets = logits.new_empty(len(logits)), targets.contiguous()
+    library().cross_entropy(logits.data_ptr(), targets.data_ptr(), losses.data_ptr(), *logits.shape)
+    return losses
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, lead: int, sign: float = 1.0) -> Tensor:
+    """model.rotate of x (B, H, T, D), or with a sign of -1 the way back."""
+    (B, H, T, D), x = x.shape, with_whole_rows(x)
+    y, width = x.new_empty(B, T, H, D), cos.size(-1)
+    pointers = [t.data_ptr() for t in (x, cos, sin, y)]
+    angles = T * width if len(cos) > 1 else 0
+    library().rope(*pointers, (N * 3)(*x.stride()[:3]), B, H, T, D, lead, width, angles, sign)
+    return y.transpose(1, 2)
+
+
+class Strided(ctypes.Structure):
+    """`tensor` of native.c: a tensor (B, H, T, D) with whole rows."""
+
+    _fields_ = [("x", P), ("batch", N), ("head", N), ("token", N)]
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v over keys up to a query's own, and what `causal_backward` wants of it.
+
+    q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv) -> (B, H, T, Dv); widths are multiples of 16.
+    """
+    (B, H, T, D), G, Dv = q.shape, k.size(1), v.size(-1)
+    y, logs = q.new_empty(B, T, H, Dv).transpose(1, 2), q.new_empty(B, H, T)
+    call_strided("causal", (q, k, v, y), logs, B, H, G, T, D, Dv, scale)
+    return y, logs
+
+
+def causal_backward(q, k, v, y, logs, scale: float, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of causal's q, k and v."""
+    (B, H, T, D), G, Dv = q.shape, k.size(1), v.size(-1)
+    grads = q.new_empty(B, T, H, D), q.new_zeros(B, T, G, D), q.new_zeros(B, T, G, Dv)
+    grads = tuple(t.transpose(1, 2) for t in grads)
+    call_strided("causal_backward", (q, k, v, y, grad, *grads), logs, B, H, G, T, D, Dv, scale)
+    return grads
+
+
+def with_whole_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def call_strided(name: str, tensors: Sequence[Tensor], logs: Tensor, *numbers: float) -> None:
+    tensors = [with_whole_rows(t) for t in tensors]
+    views = [Strided(t.data_ptr(), *t.stride()[:3]) for t in tensors]
+    if getattr(library(), name)(*map(ctypes.byref, views), logs.data_ptr(), *numbers):
+        raise MemoryError("no memory for attention")
 
 
 def call(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:

@@ -1,10 +1,11 @@
-"""decode.c against torch's operators, and that decoding goes by it where it can."""
+"""native.c against torch's operators, and that decoding goes by it where it can."""
 
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,14 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equivalence import CASES, assert_close, cached_logits, small_model, tokens
+from torch import Tensor
 
 import native
-from kernels import RMSNorm
-from model import ATTENTIONS, MLP, GroupedQueryAttention
+from kernels import NativeCausalAttention, NativeNorm, NativeSwiGLU, RMSNorm
+from model import ATTENTIONS, MLP, GroupedQueryAttention, rope_angles, rotate
 
 ROOT = Path(native.__file__).parent
 CC = shlex.split(os.environ.get("CC", "cc"))[0]
-# where there is a compiler, a decode.c that it does not take fails here
+# where there is a compiler, a native.c that it does not take fails here
 compiled = pytest.mark.skipif(shutil.which(CC) is None, reason="no C compiler")
 WIDTHS = [1, 7, 8, 31, 32, 33, 64, 100, 387]
 
@@ -57,6 +59,75 @@ def test_attention(keys, cores, size, monkeypatch):
         tolerance = 1e-5 if size == 1 else 1e-4  # of scores of hundreds, fp32 knows no more
         assert_close(native.attend(q, k, v, 0.3), expected, tolerance)
         assert_close(native.attend(q, k, v.mT.contiguous().mT, 0.3), expected, tolerance)  # of other strides
+
+
+def assert_same_gradients(ours, theirs, *inputs, tolerance=1e-5):
+    """Values and gradients of `ours`, in fp32, and of `theirs`, in fp64."""
+    mine, exact = (
+        [convert(x.detach()).requires_grad_() for x in inputs] for convert in (torch.clone, Tensor.double)
+    )
+    a, b = ours(*mine), theirs(*exact)
+    grad = randn(*b.shape)
+    grads = torch.autograd.grad(a, mine, grad), torch.autograd.grad(b, exact, grad.double())
+    for x, y in zip((a, *grads[0]), (b, *grads[1]), strict=True):
+        assert_close(x / (1 + y.abs().max()), y / (1 + y.abs().max()), tolerance)
+
+
+@compiled
+@pytest.mark.parametrize("shape", [(2, 5, 12), (2, 3, 4, 7), (200, 64)])
+def test_norm_and_swiglu_forward_and_backward(shape):
+    x, up, weight = randn(*shape), randn(*shape) + 1, randn(shape[-1]) + 1
+    x[0, 0] *= 1e-3  # so small that eps counts
+    assert_same_gradients(
+        lambda x, w: NativeNorm.apply(x, w, 1e-6), lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), x, weight
+    )
+    assert_same_gradients(NativeSwiGLU.apply, lambda gate, up: F.silu(gate) * up, 30 * x, up)
+    assert_same_gradients(NativeSwiGLU.apply, lambda gate, up: F.silu(gate) * up, x.mT, up.mT)
+
+
+@compiled
+@pytest.mark.parametrize("lead, width, after", [(0, 8, 0), (0, 6, 5), (3, 4, 0), (3, 2, 2)])
+@pytest.mark.parametrize("rows", [1, 3])  # of positions
+def test_rotation_forward_and_backward(lead, width, after, rows, monkeypatch):
+    angles = rope_angles(torch.arange(rows * 9).view(rows, 9), width, 1e4)
+    exact = tuple(t.double() for t in angles)  # which native.c does not take
+    x = randn(3, 9, 2, lead + width + after).transpose(1, 2)
+    ours = partial(rotate, rope=angles, lead=lead)
+    assert_same_gradients(ours, lambda x: rotate(x, exact, lead), x)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert_same_gradients(ours, lambda x: rotate(x, exact, lead), x)
+
+
+@compiled
+@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("tokens", [1, 7, 48, 49, 100])
+@pytest.mark.parametrize("d, dv", [(16, 16), (32, 48), (64, 16)])
+def test_causal_attention_forward_and_backward(heads, groups, tokens, d, dv):
+    def ours(q, k, v):
+        return NativeCausalAttention.apply(q, k, v, 0.2)
+
+    def exact(q, k, v):
+        k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
+        future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+        return (0.2 * q @ k.mT).masked_fill(future, -torch.inf).softmax(-1) @ v
+
+    q = randn(2, tokens, heads, d).transpose(1, 2)
+    v = randn(2, tokens, groups, dv + 3)[..., 3:].transpose(1, 2)  # as a part of wider rows
+    for size in (1, 10):  # of the scores: attention to many keys, and to few
+        k = size * randn(2, groups, tokens, d)
+        assert_same_gradients(ours, exact, q, k, v, tolerance=size * 1e-5)
+
+
+@compiled
+@pytest.mark.parametrize("vocabulary", [1, 7, 8, 65, 2048])
+def test_cross_entropy_and_its_gradient(vocabulary):
+    logits, targets = 30 * randn(50, vocabulary), torch.arange(-3, 47) % vocabulary
+    targets[:3] = -1  # do not count
+    gradient = logits.double().softmax(-1) - F.one_hot(targets.clamp(min=0), vocabulary)
+    expected = F.cross_entropy(logits.double(), targets, ignore_index=-1, reduction="none")
+    assert_close(native.cross_entropy(logits, targets) / 100, expected / 100)  # losses of up to 100
+    gradient[:3] = 0
+    assert_close(logits, gradient)
 
 
 ODD = [

@@ -1,18 +1,20 @@
-/* What a layer computes of the next token of each row on a CPU, in fp32: model.py's attentions and MLP, by all cores.
+/* What model.py computes on a CPU, in fp32, by all cores: what a layer makes of the next token of each row, and, at the
+   end, those operators of training for which torch makes many passes over memory. native.py compiles and calls it.
 
-   native.py compiles and calls it. A step at batch 1 reads every weight for one multiplication each, so it is bound
-   by reading; through torch, whose operators each cost as much as what they compute here, by their number. At larger
-   batches a BLAS would first copy every matrix into the order it likes, which costs as much as multiplying.
+   A decoding step at batch 1 reads every weight for one multiplication each, so it is bound by reading; through torch,
+   whose operators each cost as much as what they compute here, by their number. At larger batches a BLAS would first
+   copy every matrix into the order it likes, which costs as much as multiplying.
 
    Matrices are row-major; `step` is from one row to the next. The work is cut the same way at a given number of
    threads, so results repeat to the last bit. */
 #include <float.h>
 #include <limits.h>
 #include <math.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { LANES = 8, BLOCK = 32, ROWS = 6, COLUMNS = 16 };
+enum { LANES = 8, BLOCK = 32, ROWS = 6, COLUMNS = 16, QUERIES = 48, SHARES = 64 };
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int ivec __attribute__((vector_size(4 * LANES)));
 
@@ -24,6 +26,23 @@ typedef int ivec __attribute__((vector_size(4 * LANES)));
 
 static vec load(const float *x) { return *(const vec *)x; }
 static void store(float *x, vec a) { *(vec *)x = a; }
+
+/* x, or of less than a vector what there is, filled up */
+static vec part(const float *x, long n, float fill) {
+    if (n >= LANES) return load(x);
+    vec a = {fill, fill, fill, fill, fill, fill, fill, fill};
+    memcpy(&a, x, n * sizeof(float));
+    return a;
+}
+
+static void put(float *x, vec a, long n) {
+    if (n >= LANES)
+        store(x, a);
+    else
+        memcpy(x, &a, n * sizeof(float));
+}
+
+static vec either(ivec which, vec a, vec b) { return (vec)(((ivec)a & which) | ((ivec)b & ~which)); }
 
 static float total(vec a) { return ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7])); }
 
@@ -105,7 +124,7 @@ static __attribute__((noinline)) void mix3(float *const *p, const float *v, long
 
 /* e^x for x <= 0, to 2e-7: 2^whole by its bits, the rest by its series; 0 below -87 */
 static vec exponential(vec x) {
-    ivec in_range = x > -87;
+    ivec in_range = ~(x < -87); /* of nan too, which stays nan */
     x = (vec)((ivec)x & in_range) * 1.44269504f;
     ivec whole = __builtin_convertvector(x - 0.5f, ivec);
     vec r = (x - __builtin_convertvector(whole, vec)) * 0.693147181f;
@@ -113,18 +132,20 @@ static vec exponential(vec x) {
     return (vec)((ivec)(p * (vec)((whole + 127) << 23)) & in_range);
 }
 
-/* g = silu(g) * u, silu(g) = g / (1 + e^-g), by e^-|g| so that nothing overflows */
-static void silu_times(float *g, const float *u, long n) {
-    long i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        vec x = load(g + i), one = {1, 1, 1, 1, 1, 1, 1, 1};
-        ivec negative = x < 0;
-        vec e = exponential((vec)((ivec)x | INT_MIN)); /* the sign bit: of -|x| */
-        vec numerator = (vec)(((ivec)e & negative) | ((ivec)one & ~negative));
-        x *= load(u + i) * numerator / (1 + e);
-        store(g + i, x);
+/* y = silu(g) u or, with its gradient in dy, y and z the gradients of g and u */
+void swiglu(const float *g, const float *u, const float *dy, float *y, float *z, long n) {
+    const vec one = {1, 1, 1, 1, 1, 1, 1, 1};
+#pragma omp parallel for schedule(static) if (n > 1 << 13)
+    for (long i = 0; i < n; i += LANES) {
+        vec a = part(g + i, n - i, 0), b = part(u + i, n - i, 0);
+        vec e = exponential((vec)((ivec)a | INT_MIN)); /* of -|a|, so that nothing overflows */
+        vec sigmoid = either(a < 0, e, one) / (1 + e), silu = a * sigmoid;
+        if (dy) {
+            vec d = part(dy + i, n - i, 0);
+            put(y + i, d * b * (sigmoid + silu * (1 - sigmoid)), n - i), put(z + i, d * silu, n - i);
+        } else
+            put(y + i, silu * b, n - i);
     }
-    for (; i < n; i++) g[i] *= u[i] / (1 + expf(-g[i]));
 }
 
 /* y = x / rms(x) * w of each row */
@@ -146,18 +167,33 @@ static void rotate(float *x, const float *cosine, const float *sine, long rows, 
         }
 }
 
-/* y[r][c] = w_r . x_c for ROWS rows of w, from the first on at most the `last` one, and COLUMNS rows of x, x as
-   (n, COLUMNS): each number of w multiplies a vector, so that nothing need be summed across vectors */
-static void tile(const float *w, long last, const float *x, float y[ROWS][COLUMNS], long n) {
-    const float *of[ROWS];
-    for (int r = 0; r < ROWS; r++) of[r] = w + (r < last ? r : last) * n;
-    vec sum[ROWS][2] = {{{0}}};
-    for (long i = 0; i < n; i++, x += COLUMNS) {
-        __builtin_prefetch(w + ROWS * (n + i)); /* of the next rows */
-        vec a = load(x), b = load(x + LANES);
-        for (int r = 0; r < ROWS; r++) sum[r][0] += a * of[r][i], sum[r][1] += b * of[r][i];
+/* y (ROWS, COLUMNS), or with `add` what is added to it, = a b over n; of a and y there are only the first `rows` rows.
+   Each number of a, `a_row` and `a_step` from the next, multiplies a vector of b: nothing is summed across vectors. */
+static inline __attribute__((always_inline)) void tile_of(const float *a, long a_row, long a_step, long rows,
+                                                          const float *b, long b_row, long n, float *y, long y_row,
+                                                          int add) {
+    const float *ahead = a + ROWS * a_row, *a0 = a, *a1 = rows > 1 ? a0 + a_row : a0, *a2 = rows > 2 ? a1 + a_row : a1;
+    const float *a3 = rows > 3 ? a2 + a_row : a2, *a4 = rows > 4 ? a3 + a_row : a3, *a5 = rows > 5 ? a4 + a_row : a4;
+    vec s0 = {0}, s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, t0 = s0, t1 = s0, t2 = s0, t3 = s0, t4 = s0, t5 = s0;
+    for (long i = 0; i < n * a_step; i += a_step, b += b_row) {
+        __builtin_prefetch(ahead), ahead += ROWS; /* the next rows, if they follow */
+        vec u = load(b), v = load(b + LANES);
+        s0 += u * a0[i], t0 += v * a0[i], s1 += u * a1[i], t1 += v * a1[i], s2 += u * a2[i], t2 += v * a2[i];
+        s3 += u * a3[i], t3 += v * a3[i], s4 += u * a4[i], t4 += v * a4[i], s5 += u * a5[i], t5 += v * a5[i];
     }
-    memcpy(y, sum, sizeof sum);
+    vec sums[ROWS][2] = {{s0, t0}, {s1, t1}, {s2, t2}, {s3, t3}, {s4, t4}, {s5, t5}};
+    for (long r = 0; r < ROWS && r < rows; r++, y += y_row) {
+        if (add) sums[r][0] += load(y), sums[r][1] += load(y + LANES);
+        store(y, sums[r][0]), store(y + LANES, sums[r][1]);
+    }
+}
+
+static void tile(const float *a, long a_row, long a_step, long rows, const float *b, long b_row, long n, float *y,
+                 long y_row, int add) {
+    if (a_step == 1)
+        tile_of(a, a_row, 1, rows, b, b_row, n, y, y_row, add);
+    else
+        tile_of(a, a_row, a_step, rows, b, b_row, n, y, y_row, add);
 }
 
 /* how many numbers x (batch, n) has in the order in which `linear` multiplies it */
@@ -182,7 +218,7 @@ void linear(const float *w, const float *x, const float *plus, float *y, float *
         for (long r = 0; r < rows; r += ROWS)
             for (long c = 0; c < batch; c += COLUMNS) {
                 float sums[ROWS][COLUMNS];
-                tile(w + r * n, rows - 1 - r, room + c * n, sums, n);
+                tile(w + r * n, n, 1, rows - r, room + c * n, COLUMNS, n, sums[0], COLUMNS, 0);
                 for (long b = c; b < batch && b < c + COLUMNS; b++)
                     for (long i = r; i < rows && i < r + ROWS; i++)
                         y[b * rows + i] = (plus ? plus[b * rows + i] : 0) + sums[i - r][b - c];
@@ -201,20 +237,20 @@ int mlp(const float *x, const float *norm_w, const float *gate, const float *up,
     norm(x, norm_w, h, batch, n, eps);
     linear(gate, h, NULL, g, room, batch, inner, n);
     linear(up, h, NULL, u, room, batch, inner, n);
-#pragma omp parallel for schedule(static) if (batch > 1)
-    for (long b = 0; b < batch; b++) silu_times(g + b * inner, u + b * inner, inner);
+    swiglu(g, u, NULL, g, NULL, batch * inner);
     linear(down, g, x, y, room, batch, n, inner);
     free(h);
     return 0;
 }
 
-/* of a block of scores and one more */
-static float largest(const float *scores, float best) {
-    float of[LANES];
-    memcpy(of, scores, sizeof of);
-    for (int j = LANES; j < BLOCK; j += LANES)
-        for (int i = 0; i < LANES; i++) of[i] = scores[j + i] > of[i] ? scores[j + i] : of[i];
-    for (int i = 0; i < LANES; i++) best = of[i] > best ? of[i] : best;
+/* of n scores and one more */
+static float largest(const float *scores, long n, float best) {
+    vec top = part(&best, 1, best);
+    for (long j = 0; j < n; j += LANES) {
+        vec a = part(scores + j, n - j, best);
+        top = either(a > top, a, top);
+    }
+    for (int i = 0; i < LANES; i++) best = top[i] > best ? top[i] : best;
     return best;
 }
 
@@ -237,7 +273,7 @@ static void share(const float *q, const float *k, const float *v, float *y, floa
             }
         for (long i = 0; i < n; i++) {
             for (long j = rows; j < BLOCK; j++) p[i][j] = -FLT_MAX;
-            float best = largest(p[i], top[i]);
+            float best = largest(p[i], BLOCK, top[i]);
             vec added = {0};
             for (long j = 0; j < BLOCK; j += LANES) {
                 vec e = exponential(load(&p[i][j]) - best);
@@ -296,8 +332,8 @@ int attend(const float *q, const float *k, const float *v, float *y, long groups
     return 0;
 }
 
-/* y = x + o_proj(attention(norm(x))) of each row of x (batch, width), whose key and value are put in `slot` of the cache,
-   k and v (batch, groups, slots, d), of which the first `keys` slots are seen. q_norm and k_norm may be NULL. */
+/* y = x + o_proj(attention(norm(x))) of each row of x (batch, width), whose key and value are put in `slot` of the
+   cache, k and v (batch, groups, slots, d), of which the first `keys` slots are seen. q_norm and k_norm may be NULL. */
 int grouped_query(const float *x, const float *norm_w, const float *q_proj, const float *k_proj, const float *v_proj,
                   const float *q_norm, const float *k_norm, const float *o_proj, const float *cosine,
                   const float *sine, float *k, float *v, float *y, long batch, long width, long heads, long groups,
@@ -323,7 +359,7 @@ int grouped_query(const float *x, const float *norm_w, const float *q_proj, cons
     return failed;
 }
 
-/* The same for MLA in its absorbed form: a row's [c | k_rope] goes in `slot` of the cache, latent (batch, slots, r + dr).
+/* The same for MLA in its absorbed form: [c | k_rope] goes in `slot` of the cache, latent (batch, slots, r + dr).
    q_proj (heads (dn + dr), width), or q_a (q_rank, width), q_norm and q_proj (heads (dn + dr), q_rank); in kv_b are
    each head's W_uk (dn, r) and W_uv (dv, r). */
 int multi_head_latent(const float *x, const float *norm_w, const float *q_a, const float *q_norm, const float *q_proj,
@@ -363,5 +399,176 @@ int multi_head_latent(const float *x, const float *norm_w, const float *q_a, con
     }
     linear(o_proj, out, x, y, room, batch, width, heads * dv);
     free(h);
+    return failed;
+}
+
+/* For training. */
+
+/* the gradients of norm: dx, and dw, summed in shares of the rows that do not depend on the number of threads */
+int norm_backward(const float *x, const float *w, const float *dy, float *dx, float *dw, long rows, long n, float eps) {
+    float *sums = calloc(SHARES * n, sizeof(float));
+    if (!sums) return 1;
+#pragma omp parallel for schedule(static)
+    for (long s = 0; s < SHARES; s++)
+        for (long r = rows * s / SHARES; r < rows * (s + 1) / SHARES; r++) {
+            const float *a = x + r * n, *g = dy + r * n;
+            float scale = 1 / sqrtf(dot(a, a, n) / n + eps), along = 0;
+            for (long i = 0; i < n; i++) along += g[i] * w[i] * a[i];
+            along *= scale * scale / n;
+            for (long i = 0; i < n; i++) {
+                dx[r * n + i] = scale * (g[i] * w[i] - a[i] * along);
+                sums[s * n + i] += g[i] * a[i] * scale;
+            }
+        }
+    memset(dw, 0, n * sizeof(float));
+    for (long i = 0; i < SHARES * n; i++) dw[i % n] += sums[i];
+    free(sums);
+    return 0;
+}
+
+/* of each row of logits (rows, n) the cross-entropy to its target and, in place of the logits, its gradient, softmax
+   minus one-hot; 0 where the target is negative */
+void cross_entropy(float *logits, const int64_t *targets, float *losses, long rows, long n) {
+#pragma omp parallel for schedule(static)
+    for (long r = 0; r < rows; r++) {
+        float *x = logits + r * n, best = largest(x, n, -FLT_MAX), own = targets[r] < 0 ? best : x[targets[r]];
+        vec sums = {0};
+        for (long i = 0; i < n; i += LANES) {
+            vec e = exponential(part(x + i, n - i, -FLT_MAX) - best);
+            put(x + i, e, n - i), sums += e;
+        }
+        float sum = total(sums), scale = targets[r] < 0 ? 0 : 1 / sum;
+        for (long i = 0; i < n; i++) x[i] *= scale;
+        losses[r] = targets[r] < 0 ? 0 : logf(sum) + best - own;
+        if (targets[r] >= 0) x[targets[r]] -= 1;
+    }
+}
+
+/* y (batch, tokens, heads, d) = x, of three steps, turned by RoPE from `lead` on as `rotate` does it, or back for a
+   sign of -1. cosine and sine: (tokens, width) for each row of the batch, `angles` apart. */
+void rope(const float *x, const float *cosine, const float *sine, float *y, const long *steps, long batch, long heads,
+          long tokens, long d, long lead, long width, long angles, float sign) {
+#pragma omp parallel for schedule(static)
+    for (long r = 0; r < batch * tokens; r++) {
+        long b = r / tokens, t = r % tokens, half = width / 2;
+        const float *c = cosine + b * angles + t * width, *s = sine + b * angles + t * width;
+        for (long h = 0; h < heads; h++) {
+            const float *a = x + b * steps[0] + h * steps[1] + t * steps[2] + lead;
+            float *out = y + (r * heads + h) * d + lead;
+            memcpy(out - lead, a - lead, lead * sizeof(float));
+            for (long i = 0; i < half; i++) {
+                out[i] = a[i] * c[i] + sign * a[i + half] * s[i];
+                out[i + half] = a[i + half] * c[i + half] + sign * a[i] * s[i + half];
+            }
+            memcpy(out + width, a + width, (d - lead - width) * sizeof(float));
+        }
+    }
+}
+
+/* y (m, n), or with `add` what is added to it, = a (m, k) b (k, n), n a multiple of COLUMNS */
+static void multiply(const float *a, long a_row, long a_step, const float *b, long b_row, float *y, long y_row, long m,
+                     long n, long k, int add) {
+    for (long r = 0; r < m; r += ROWS)
+        for (long c = 0; c < n; c += COLUMNS)
+            tile(a + r * a_row, a_row, a_step, m - r, b + c, b_row, k, y + r * y_row + c, y_row, add);
+}
+
+/* x (rows, n) -> (n, wide), zeros after the rows */
+static void transpose(const float *x, long step, float *y, long rows, long n, long wide) {
+    for (long c = 0; c < wide; c += COLUMNS)
+        for (long i = 0; i < n; i++)
+            for (long u = c; u < c + COLUMNS; u++) y[i * wide + u] = u < rows ? x[u * step + i] : 0;
+}
+
+typedef struct { /* (batch, heads, tokens, width), by the steps of the first three */
+    float *x;
+    long batch, head, token;
+} tensor;
+
+static float *at(const tensor *t, long b, long h, long i) { return t->x + b * t->batch + h * t->head + i * t->token; }
+
+/* p (rows, wide) = q keys for the queries from `first` on, `rows` of them; what they do not see gets no weight */
+static void scores(const tensor *q, long b, long h, long first, long rows, const float *keys, float *p, long wide,
+                   long d) {
+    long seen = first + rows, most = (seen + COLUMNS - 1) / COLUMNS * COLUMNS;
+    multiply(at(q, b, h, first), q->token, 1, keys, wide, p, wide, rows, most, d, 0);
+    for (long i = 0; i < rows; i++)
+        for (long j = first + i + 1; j < most; j++) p[i * wide + j] = -FLT_MAX;
+}
+
+/* Causal attention: y = softmax(scale q k^T) v and, for the way back, the logarithms of the softmax's sums (batch,
+   heads, tokens). heads / groups query heads share a key head; d and dv are multiples of COLUMNS. */
+int causal(const tensor *q, const tensor *k, const tensor *v, const tensor *y, float *logs, long batch, long heads,
+           long groups, long tokens, long d, long dv, float scale) {
+    long wide = (tokens + COLUMNS - 1) / COLUMNS * COLUMNS, failed = 0;
+#pragma omp parallel for schedule(static) reduction(| : failed)
+    for (long own = 0; own < batch * groups; own++) {
+        long b = own / groups, g = own % groups, each = heads / groups;
+        float *keys = malloc((d + QUERIES) * wide * sizeof(float)), *p = keys + d * wide;
+        if (!keys) {
+            failed = 1;
+            continue;
+        }
+        transpose(at(k, b, g, 0), k->token, keys, tokens, d, wide);
+        for (long h = g * each; h < (g + 1) * each; h++)
+            for (long first = 0; first < tokens; first += QUERIES) {
+                long rows = tokens - first < QUERIES ? tokens - first : QUERIES, seen = first + rows;
+                scores(q, b, h, first, rows, keys, p, wide, d);
+                for (long i = 0; i < rows; i++) {
+                    float *row = p + i * wide, best = largest(row, seen, row[0]);
+                    vec sums = {0};
+                    for (long j = 0; j < seen; j += LANES) {
+                        vec e = exponential((load(row + j) - best) * scale);
+                        store(row + j, e), sums += e;
+                    }
+                    float sum = total(sums), weight = 1 / sum;
+                    for (long j = 0; j < seen; j++) row[j] *= weight;
+                    logs[(b * heads + h) * tokens + first + i] = best * scale + logf(sum);
+                }
+                multiply(p, wide, 1, at(v, b, g, 0), v->token, at(y, b, h, first), y->token, rows, dv, seen, 0);
+            }
+        free(keys);
+    }
+    return failed;
+}
+
+/* its gradients: dq, and dk and dv, which begin as zeros (FlashAttention-2, Dao 2023, but for whole rows of scores) */
+int causal_backward(const tensor *q, const tensor *k, const tensor *v, const tensor *y, const tensor *dy,
+                    const tensor *dq, const tensor *dk, const tensor *dv, const float *logs, long batch, long heads,
+                    long groups, long tokens, long d, long v_width, float scale) {
+    long wide = (tokens + COLUMNS - 1) / COLUMNS * COLUMNS, failed = 0;
+#pragma omp parallel for schedule(static) reduction(| : failed)
+    for (long own = 0; own < batch * groups; own++) {
+        long b = own / groups, g = own % groups, each = heads / groups;
+        float *keys = malloc((d + v_width + 2 * QUERIES) * wide * sizeof(float)), *values = keys + d * wide;
+        float *p = values + v_width * wide, *ds = p + QUERIES * wide;
+        if (!keys) {
+            failed = 1;
+            continue;
+        }
+        transpose(at(k, b, g, 0), k->token, keys, tokens, d, wide);
+        transpose(at(v, b, g, 0), v->token, values, tokens, v_width, wide);
+        for (long h = g * each; h < (g + 1) * each; h++)
+            for (long first = 0; first < tokens; first += QUERIES) {
+                long rows = tokens - first < QUERIES ? tokens - first : QUERIES, seen = first + rows;
+                long most = (seen + COLUMNS - 1) / COLUMNS * COLUMNS;
+                const float *dy_0 = at(dy, b, h, first), *y_0 = at(y, b, h, first);
+                scores(q, b, h, first, rows, keys, p, wide, d);
+                multiply(dy_0, dy->token, 1, values, wide, ds, wide, rows, most, v_width, 0);
+                for (long i = 0; i < rows; i++) {
+                    float *row = p + i * wide, *change = ds + i * wide;
+                    float log = logs[(b * heads + h) * tokens + first + i];
+                    float along = dot(y_0 + i * y->token, dy_0 + i * dy->token, v_width);
+                    for (long j = 0; j < most; j += LANES) {
+                        vec weight = exponential(load(row + j) * scale - log);
+                        store(row + j, weight), store(change + j, weight * (load(change + j) - along) * scale);
+                    }
+                }
+                multiply(p, 1, wide, dy_0, dy->token, at(dv, b, g, 0), dv->token, seen, v_width, rows, 1);
+                multiply(ds, 1, wide, at(q, b, h, first), q->token, at(dk, b, g, 0), dk->token, seen, d, rows, 1);
+                multiply(ds, wide, 1, at(k, b, g, 0), k->token, at(dq, b, h, first), dq->token, rows, d, seen, 0);
+            }
+        free(keys);
+    }
     return failed;
 }
