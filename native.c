@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { LANES = 8, BLOCK = 32, ROWS = 6, COLUMNS = 16, QUERIES = 48, SHARES = 64 };
+enum { LANES = 8, BLOCK = 32, ROWS = 6, COLUMNS = 16, QUERIES = 24, SHARES = 64 };
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int ivec __attribute__((vector_size(4 * LANES)));
 
@@ -446,8 +446,8 @@ void cross_entropy(float *logits, const int64_t *targets, float *losses, long ro
 
 /* y (batch, tokens, heads, d) = x, of three steps, turned by RoPE from `lead` on as `rotate` does it, or back for a
    sign of -1. cosine and sine: (tokens, width) for each row of the batch, `angles` apart. */
-void rope(const float *x, const float *cosine, const float *sine, float *y, const long *steps, long batch, long heads,
-          long tokens, long d, long lead, long width, long angles, float sign) {
+void rope(const float *x, const float *cosine, const float *sine, float *restrict y, const long *steps, long batch,
+          long heads, long tokens, long d, long lead, long width, long angles, float sign) {
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < batch * tokens; r++) {
         long b = r / tokens, t = r % tokens, half = width / 2;
@@ -455,12 +455,10 @@ void rope(const float *x, const float *cosine, const float *sine, float *y, cons
         for (long h = 0; h < heads; h++) {
             const float *a = x + b * steps[0] + h * steps[1] + t * steps[2] + lead;
             float *out = y + (r * heads + h) * d + lead;
-            memcpy(out - lead, a - lead, lead * sizeof(float));
-            for (long i = 0; i < half; i++) {
-                out[i] = a[i] * c[i] + sign * a[i + half] * s[i];
-                out[i + half] = a[i + half] * c[i + half] + sign * a[i] * s[i + half];
-            }
-            memcpy(out + width, a + width, (d - lead - width) * sizeof(float));
+            for (long i = -lead; i < 0; i++) out[i] = a[i];
+            for (long i = 0; i < half; i++) out[i] = a[i] * c[i] + sign * a[i + half] * s[i];
+            for (long i = half; i < width; i++) out[i] = a[i] * c[i] + sign * a[i - half] * s[i];
+            for (long i = width; i < d - lead; i++) out[i] = a[i];
         }
     }
 }
