@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import native
 
@@ -58,6 +59,7 @@ class NativeNorm(torch.autograd.Function):
         return native.norm(x, weight, eps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return *native.norm_backward(*ctx.saved_tensors, ctx.eps, grad), None
 
@@ -74,6 +76,7 @@ class NativeSwiGLU(torch.autograd.Function):
         return native.swiglu(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         return native.swiglu_backward(*ctx.saved_tensors, grad)
 
@@ -88,6 +91,7 @@ class NativeRotation(torch.autograd.Function):
         return native.rotate(x, cos, sin, lead)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return native.rotate(grad, *ctx.saved_tensors, ctx.lead, sign=-1.0), None, None, None
 
@@ -97,8 +101,9 @@ class NativeCausalAttention(torch.autograd.Function):
 
     @staticmethod
     def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Whether native.c has these widths, and is faster: longer rows of scores leave the second cache."""
-        return q.size(-1) % 16 == v.size(-1) % 16 == 0 and q.size(2) <= 1024 and native.handles(q, k, v)
+        """Whether native.c has these widths, and is faster: a key head for each core, scores cached."""
+        fits = q.size(-1) % 16 == v.size(-1) % 16 == 0 and q.size(2) <= 1024
+        return fits and k.size(0) * k.size(1) >= torch.get_num_threads() and native.handles(q, k, v)
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -108,6 +113,7 @@ class NativeCausalAttention(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         return *native.causal_backward(*ctx.saved_tensors, ctx.scale, grad), None
 
@@ -120,8 +126,10 @@ class LinearCrossEntropy(torch.autograd.Function):
     and with their gradient, would be most of a training step's memory. Rows of target -1 do not count.
     """
 
-    LOGITS = 1 << 24  # at a time: 64 MB in fp32; where native.c takes them
-    CACHED = 1 << 20  # they stay in a CPU's cache, though no fewer than some rows make an efficient product
+    LOGITS = 1 << 24  # at a time: 64 MB in fp32
+    CACHED = (
+        1 << 20
+    )  # at a time in native.c, to stay in a CPU's cache; but 256 rows, for an efficient product
 
     @staticmethod
     def takes(hidden: Tensor, weight: Tensor) -> bool:
@@ -148,16 +156,18 @@ class LinearCrossEntropy(torch.autograd.Function):
                 counts, target = target[:, None] >= 0, target[:, None].clamp(min=0)
                 logits -= logits.logsumexp(-1, keepdim=True)
                 total -= (logits.gather(1, target) * counts).sum()
-                logits.exp_().scatter_add_(1, target, logits.new_full(target.shape, -1.0)).mul_(counts)
-            grad = logits.to(h.dtype)  # softmax minus one-hot
+                if any(needed):
+                    logits.exp_().scatter_add_(1, target, logits.new_full(target.shape, -1.0)).mul_(counts)
+            grad = logits.to(h.dtype) if any(needed) else None  # softmax minus one-hot
             if needed[0]:
-                torch.mm(grad, weight, out=grad_hidden[at : at + rows])
+                grad_hidden[at : at + rows] = grad @ weight
             if needed[1]:
                 grad_weight += grad.mT @ h
         ctx.save_for_backward(grad_hidden, grad_weight, count)
         return total / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_hidden, grad_weight, count = ctx.saved_tensors
         scale = grad / count

@@ -538,13 +538,14 @@ class GPT(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Token ids (B, T) -> logits (B, T, V) and, given targets (B, T), their mean cross-entropy in nats.
 
-        Targets of -1 do not count. want_logits=False: where logits would take much memory, None instead. With
+        Targets of -1 do not count. want_logits=False: None instead, where the loss is cheaper without. With
         a cache, the T tokens follow those which it holds; with `lengths`, row b's tokens from lengths[b] on
         are padding, which the cache leaves out.
         """
         hidden = self.hidden(idx, cache, lengths)
         if not want_logits and LinearCrossEntropy.takes(hidden, self.head_weight):
-            return None, LinearCrossEntropy.apply(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+            weight = self.head_weight if torch.is_grad_enabled() else self.head_weight.detach()
+            return None, LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten())
         logits = self.head(hidden)
         if targets is None:
             return logits, None

@@ -6,7 +6,7 @@
    copy every matrix into the order it likes, which costs as much as multiplying.
 
    Matrices are row-major; `step` is from one row to the next. The work is cut the same way at a given number of
-   threads, so results repeat to the last bit. */
+   threads, so results repeat to the last bit. What returns an int returns 1 if there is no memory, else 0. */
 #include <float.h>
 #include <limits.h>
 #include <math.h>
@@ -226,8 +226,7 @@ void linear(const float *w, const float *x, const float *plus, float *y, float *
     }
 }
 
-/* y = x + down (silu(gate h) * up h), h = norm(x), of each row of x (batch, n). This and what follows returns 1
-   if there is no memory, else 0. */
+/* y = x + down (silu(gate h) * up h), h = norm(x), of each row of x (batch, n) */
 int mlp(const float *x, const float *norm_w, const float *gate, const float *up, const float *down, float *y,
         long batch, long n, long inner, float eps) {
     long more = packed(batch, n > inner ? n : inner);
@@ -431,16 +430,22 @@ int norm_backward(const float *x, const float *w, const float *dy, float *dx, fl
 void cross_entropy(float *logits, const int64_t *targets, float *losses, long rows, long n) {
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < rows; r++) {
-        float *x = logits + r * n, best = largest(x, n, -FLT_MAX), own = targets[r] < 0 ? best : x[targets[r]];
+        float *x = logits + r * n;
+        losses[r] = 0;
+        if (targets[r] < 0) {
+            memset(x, 0, n * sizeof(float));
+            continue;
+        }
+        float best = largest(x, n, -INFINITY), own = x[targets[r]];
         vec sums = {0};
         for (long i = 0; i < n; i += LANES) {
-            vec e = exponential(part(x + i, n - i, -FLT_MAX) - best);
+            vec e = exponential(part(x + i, n - i, -INFINITY) - best);
             put(x + i, e, n - i), sums += e;
         }
-        float sum = total(sums), scale = targets[r] < 0 ? 0 : 1 / sum;
+        float sum = total(sums), scale = 1 / sum;
         for (long i = 0; i < n; i++) x[i] *= scale;
-        losses[r] = targets[r] < 0 ? 0 : logf(sum) + best - own;
-        if (targets[r] >= 0) x[targets[r]] -= 1;
+        losses[r] = logf(sum) + best - own;
+        x[targets[r]] -= 1;
     }
 }
 

@@ -1,6 +1,6 @@
 """native.c, compiled by the machine's C compiler when a model first computes, and kept in the user's cache.
 
-Where it cannot be compiled `takes` is false, and torch's operators do the work, in about twice the time.
+Where it cannot be compiled `handles` is false, and torch's operators do the work, more slowly.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ SIGNATURES = {
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether it can compute with these where nothing records gradients."""
-    return not torch.is_grad_enabled() and handles(*tensors)
+    """Whether it can compute with these where nothing records gradients or wants another precision."""
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and handles(*tensors)
 
 
 def handles(*tensors: Tensor) -> bool:
@@ -52,8 +52,8 @@ def handles(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     for t in tensors:
-        if t.dtype != torch.float32 or not t.is_cpu:
-            return False
+        if t.dtype != torch.float32 or not t.is_cpu or type(t) not in (Tensor, torch.nn.Parameter):
+            return False  # a subclass may have no memory of its own
     return library() is not None
 
 
@@ -74,6 +74,7 @@ def library() -> ctypes.CDLL | None:
         return None
     for name, types in SIGNATURES.items():
         getattr(lib, name).argtypes = types
+    lib.packed.restype = N
     return lib
 
 
@@ -165,7 +166,7 @@ def multi_head_latent(self, x: Tensor, norm, rope: tuple[Tensor, Tensor], cache)
 
 
 def norm_backward(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of norm's x and weight. Raises MemoryError, as do the others that follow."""
+    """The gradients of norm's x and weight. Raises MemoryError."""
     x, grad, width = x.contiguous(), grad.contiguous(), x.size(-1)
     grads = torch.empty_like(x), torch.empty_like(weight)
     call("norm_backward", (x, weight, grad, *grads), x.numel() // width, width, eps)
@@ -191,8 +192,10 @@ def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Ten
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropies (N,) of logits (N, V) to targets (N,) and, in place of the logits, their gradients.
 
-    Both are 0 where a target is negative.
+    Both are 0 where a target is negative. Raises IndexError if one is no token id.
     """
+    if targets.dtype != torch.int64 or len(targets) != len(logits) or targets.max() >= logits.size(1):
+        raise IndexError(f"targets must be {len(logits)} int64 numbers below {logits.size(1)}")
     losses, targets = logits.new_empty(len(logits)), targets.contiguous()
     library().cross_entropy(logits.data_ptr(), targets.data_ptr(), losses.data_ptr(), *logits.shape)
     return losses
@@ -239,16 +242,15 @@ def with_whole_rows(x: Tensor) -> Tensor:
 
 
 def call_strided(name: str, tensors: Sequence[Tensor], logs: Tensor, *numbers: float) -> None:
-    tensors = [with_whole_rows(t) for t in tensors]
-    views = [Strided(t.data_ptr(), *t.stride()[:3]) for t in tensors]
-    if getattr(library(), name)(*map(ctypes.byref, views), logs.data_ptr(), *numbers):
-        raise MemoryError("no memory for attention")
+    tensors = [with_whole_rows(t) for t in tensors]  # kept until the call is over
+    call(name, (*(Strided(t.data_ptr(), *t.stride()[:3]) for t in tensors), logs), *numbers)
 
 
-def call(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
+def call(name: str, tensors: Sequence[Tensor | Strided | None], *numbers: float) -> None:
     """Call a function that may run out of memory, and then raises MemoryError."""
-    if getattr(library(), name)(*[None if t is None else t.data_ptr() for t in tensors], *numbers):
-        raise MemoryError("no memory to decode")
+    pointers = [t.data_ptr() if isinstance(t, Tensor) else t and ctypes.byref(t) for t in tensors]
+    if getattr(library(), name)(*pointers, *numbers):
+        raise MemoryError(f"no memory for {name}")
 
 
 def shares(groups: int, keys: int) -> int:

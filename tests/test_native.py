@@ -16,7 +16,7 @@ from equivalence import CASES, assert_close, cached_logits, small_model, tokens
 from torch import Tensor
 
 import native
-from kernels import NativeCausalAttention, NativeNorm, NativeSwiGLU, RMSNorm
+from kernels import NativeCausalAttention, NativeNorm, NativeRotation, NativeSwiGLU, RMSNorm
 from model import ATTENTIONS, MLP, GroupedQueryAttention, rope_angles, rotate
 
 ROOT = Path(native.__file__).parent
@@ -130,6 +130,50 @@ def test_cross_entropy_and_its_gradient(vocabulary):
     assert_close(logits, gradient)
 
 
+@compiled
+def test_what_is_not_finite_is_not_hidden():
+    """A run has to see that its loss or a gradient is nan."""
+    x, weight, (cos, sin) = randn(2, 3, 9, 16), randn(16), rope_angles(torch.arange(9)[None], 16, 1e4)
+    cases = [
+        (lambda x, w: NativeNorm.apply(x, w, 1e-6), (x, weight)),
+        (NativeSwiGLU.apply, (x, x + 1)),
+        (lambda x: NativeRotation.apply(x, cos, sin, 0), (x,)),
+        (lambda q, k, v: NativeCausalAttention.apply(q, k, v, 0.2), (x, x + 1, x - 1)),
+    ]
+    for function, inputs in cases:
+        for i in range(len(inputs)):
+            for bad in (torch.nan, torch.inf):
+                broken = [t.clone().requires_grad_() for t in inputs]
+                broken[i].data.flatten()[0] = bad
+                y = function(*broken)
+                y.sum().backward()  # a gradient of strides 0
+                assert not all(t.isfinite().all() for t in (y, *(b.grad for b in broken)))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        logits = torch.zeros(3, 9)
+        logits[0, 8], logits[1] = bad, bad
+        losses = native.cross_entropy(logits, torch.tensor([8, 0, 0]))
+        assert not losses[:2].isfinite().any() and losses[2].isfinite()
+        assert logits[1].isnan().all() and logits[2].isfinite().all()
+
+
+@compiled
+def test_frozen_inputs_and_second_derivatives():
+    x, weight = randn(4, 16).requires_grad_(), randn(16)
+    NativeNorm.apply(x, weight, 1e-6).sum().backward()
+    assert weight.grad is None and x.grad is not None
+    y = NativeSwiGLU.apply(x, x + 1).square().sum()
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@compiled
+@pytest.mark.parametrize("targets", [[0, 8, 1], [0, 1], torch.zeros(3, dtype=torch.int32)], ids=str)
+def test_targets_that_are_no_tokens_are_refused(targets):
+    with pytest.raises(IndexError, match="3 int64 numbers below 8"):
+        native.cross_entropy(randn(3, 8), torch.as_tensor(targets))
+
+
 ODD = [
     dict(n_embd=33, n_head=3, n_kv_head=1, attention="gqa", head_dim=18, rotary_dim=6),
     dict(n_embd=31, n_head=5, n_kv_head=5, attention="mha", head_dim=7, rotary_dim=0, qk_norm=False),
@@ -213,13 +257,19 @@ def test_a_full_ring_is_read_by_it(attention, monkeypatch):
     assert_close(with_spare, by_it)
 
 
+class Subclass(Tensor):
+    pass
+
+
 def test_it_takes_only_what_it_was_made_for():
     x = randn(1, 1, 8)
     assert not native.takes(x)  # gradients are recorded
     with torch.no_grad():
         assert native.takes(x) == (shutil.which(CC) is not None)
         assert not native.takes(x.double()) and not native.takes(x, x.bfloat16())
-        assert not native.takes(x.to("meta"))
+        assert not native.takes(x.to("meta")) and not native.takes(x.as_subclass(Subclass))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not native.takes(x)
         assert_close(RMSNorm(8, 1e-6).double()(x.double()), F.rms_norm(x.double(), (8,), None, 1e-6))
 
 
