@@ -127,9 +127,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     LOGITS = 1 << 24  # at a time: 64 MB in fp32
-    CACHED = (
-        1 << 20
-    )  # at a time in native.c, to stay in a CPU's cache; but 256 rows, for an efficient product
+    CACHED = 1 << 20  # at a time by native.c, to stay in a CPU's cache; but at least 256 rows
 
     @staticmethod
     def takes(hidden: Tensor, weight: Tensor) -> bool:

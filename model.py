@@ -358,10 +358,8 @@ class MultiHeadLatentAttention(nn.Module):
         q = q.view(B, T, self.n_head, self.dn + self.dr).transpose(1, 2)
         q = rotate(q, rope, self.dn)  # (B, H, T, dn + dr)
         c, k_rope = self.kv_a_proj_with_mqa(x).split_with_sizes((self.rank, self.dr), -1)
-        c, k_rope = (
-            self.kv_a_layernorm(c),
-            rotate(k_rope.unsqueeze(1), rope).squeeze(1),
-        )  # (B, T, r), (B, T, dr)
+        c = self.kv_a_layernorm(c)  # (B, T, r)
+        k_rope = rotate(k_rope.unsqueeze(1), rope).squeeze(1)  # (B, T, dr)
         if cache is not None:
             (latent,) = cache.append(latent=torch.cat((c, k_rope), -1))  # (B, S, r + dr)
             c, k_rope = latent.split_with_sizes((self.rank, self.dr), -1)

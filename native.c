@@ -196,8 +196,10 @@ static void tile(const float *a, long a_row, long a_step, long rows, const float
         tile_of(a, a_row, a_step, rows, b, b_row, n, y, y_row, add);
 }
 
+static long whole_columns(long n) { return (n + COLUMNS - 1) / COLUMNS * COLUMNS; }
+
 /* how many numbers x (batch, n) has in the order in which `linear` multiplies it */
-long packed(long batch, long n) { return (batch + COLUMNS - 1) / COLUMNS * COLUMNS * n; }
+long packed(long batch, long n) { return whole_columns(batch) * n; }
 
 /* y = x W^T, or plus + x W^T: x (batch, n), w (rows, n), y and plus (batch, rows). In `room`, of packed(batch, n)
    numbers, x becomes (packed batch / COLUMNS, n, COLUMNS), with the last row as often as there are columns left. */
@@ -493,7 +495,7 @@ static float *at(const tensor *t, long b, long h, long i) { return t->x + b * t-
 /* p (rows, wide) = q keys for the queries from `first` on, `rows` of them; what they do not see gets no weight */
 static void scores(const tensor *q, long b, long h, long first, long rows, const float *keys, float *p, long wide,
                    long d) {
-    long seen = first + rows, most = (seen + COLUMNS - 1) / COLUMNS * COLUMNS;
+    long most = whole_columns(first + rows);
     multiply(at(q, b, h, first), q->token, 1, keys, wide, p, wide, rows, most, d, 0);
     for (long i = 0; i < rows; i++)
         for (long j = first + i + 1; j < most; j++) p[i * wide + j] = -FLT_MAX;
@@ -503,7 +505,7 @@ static void scores(const tensor *q, long b, long h, long first, long rows, const
    heads, tokens). heads / groups query heads share a key head; d and dv are multiples of COLUMNS. */
 int causal(const tensor *q, const tensor *k, const tensor *v, const tensor *y, float *logs, long batch, long heads,
            long groups, long tokens, long d, long dv, float scale) {
-    long wide = (tokens + COLUMNS - 1) / COLUMNS * COLUMNS, failed = 0;
+    long wide = whole_columns(tokens), failed = 0;
 #pragma omp parallel for schedule(static) reduction(| : failed)
     for (long own = 0; own < batch * groups; own++) {
         long b = own / groups, g = own % groups, each = heads / groups;
@@ -539,7 +541,7 @@ int causal(const tensor *q, const tensor *k, const tensor *v, const tensor *y, f
 int causal_backward(const tensor *q, const tensor *k, const tensor *v, const tensor *y, const tensor *dy,
                     const tensor *dq, const tensor *dk, const tensor *dv, const float *logs, long batch, long heads,
                     long groups, long tokens, long d, long v_width, float scale) {
-    long wide = (tokens + COLUMNS - 1) / COLUMNS * COLUMNS, failed = 0;
+    long wide = whole_columns(tokens), failed = 0;
 #pragma omp parallel for schedule(static) reduction(| : failed)
     for (long own = 0; own < batch * groups; own++) {
         long b = own / groups, g = own % groups, each = heads / groups;
@@ -554,7 +556,7 @@ int causal_backward(const tensor *q, const tensor *k, const tensor *v, const ten
         for (long h = g * each; h < (g + 1) * each; h++)
             for (long first = 0; first < tokens; first += QUERIES) {
                 long rows = tokens - first < QUERIES ? tokens - first : QUERIES, seen = first + rows;
-                long most = (seen + COLUMNS - 1) / COLUMNS * COLUMNS;
+                long most = whole_columns(seen);
                 const float *dy_0 = at(dy, b, h, first), *y_0 = at(y, b, h, first);
                 scores(q, b, h, first, rows, keys, p, wide, d);
                 multiply(dy_0, dy->token, 1, values, wide, ds, wide, rows, most, v_width, 0);
