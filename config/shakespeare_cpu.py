@@ -2,20 +2,20 @@
 
 dataset = "shakespeare_char"
 block_size = 128
-n_layer = 4
+n_layer = 3
 n_head = 4
 n_embd = 128
 intermediate_size = 320
 qk_norm = False
 
-batch_size = 16
-max_iters = 600
+batch_size = 12
+max_iters = 1250
 warmup_iters = 10
 cooldown = 0.7
 learning_rate = 0.01
 min_lr = 0.0
-muon_lr = 0.03
-weight_decay = 0.0
-eval_interval = 1000  # the first and the last step
+muon_lr = 0.02
+weight_decay = 0.2
+eval_interval = 10000  # the first and the last step
 eval_iters = 20
 log_interval = 50
