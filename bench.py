@@ -259,7 +259,7 @@ def step_times(run, model: GPT, optimizers: list, idx: torch.Tensor, dtype, step
 
 
 def step_config(side: str, block_size: int, options: TrainOptions) -> Config:
-    """The model of one side, mha's for nanoGPT; the others' MLPs are as wide as makes parameters equal."""
+    """The model of one side, mha's for nanoGPT; the others' MLPs make parameters equal within 1 %."""
     shape = [f"--{name}={getattr(options, name)}" for name in ("n_layer", "n_head", "n_embd", "vocab_size")]
     shape += [f"--block_size={block_size}", f"--optimizer={options.optimizer}"]
     config = base = load([*shape, "--qk_norm=False", f"--intermediate_size={options.intermediate_size}"])
@@ -268,7 +268,7 @@ def step_config(side: str, block_size: int, options: TrainOptions) -> Config:
         shape += [f"--attention={side}", *ATTENTION_KNOBS[side], *knobs]
         config = load([*shape, f"--intermediate_size={base.intermediate_size}"])
         missing = empty_model(base).n_params() - empty_model(config).n_params()
-        config.intermediate_size += round(missing / (3 * base.n_embd * base.n_layer))
+        config.intermediate_size += 8 * round(missing / (8 * 3 * base.n_embd * base.n_layer))  # whole vectors
     return config
 
 
