@@ -268,7 +268,10 @@ def step_config(side: str, block_size: int, options: TrainOptions) -> Config:
         shape += [f"--attention={side}", *ATTENTION_KNOBS[side], *knobs]
         config = load([*shape, f"--intermediate_size={base.intermediate_size}"])
         missing = empty_model(base).n_params() - empty_model(config).n_params()
-        config.intermediate_size += 8 * round(missing / (8 * 3 * base.n_embd * base.n_layer))  # whole vectors
+        columns = missing / (3 * base.n_embd * base.n_layer)
+        whole = 8 * round(columns / 8)  # products of odd widths are slow
+        within = abs(whole - columns) < base.intermediate_size / 100
+        config.intermediate_size += whole if within else round(columns)
     return config
 
 
