@@ -215,7 +215,8 @@ def train_on_ranks(options: TrainOptions) -> None:
                     for matrices in same_shape.values():
                         parallel.each_matrix_once(torch.clone, matrices, matrices)
 
-            step_s = statistics.median(step_times(run, model, optimizers, idx, dtype, options.steps))
+            clip = partial(parallel.clip_grad_norm, list(model.parameters()))
+            step_s = statistics.median(step_times(run, clip, optimizers, idx, dtype, options.steps))
             share = statistics.median(times(communicate, device, options.steps)) / step_s
             row = {"ranks": parallel.size(), "side": side, "context": block_size, "params": model.n_params()}
             row |= {"tokens_per_s": parallel.size() * rows * block_size / step_s, "step_s": step_s}
@@ -243,14 +244,14 @@ def times(run: Callable[[], None], device: torch.device, steps: int) -> list[flo
     return seconds[3:]
 
 
-def step_times(run, model: GPT, optimizers: list, idx: torch.Tensor, dtype, steps: int) -> list[float]:
-    """Seconds of training steps of `model`, called as `run`, on the tokens idx (B, T + 1)."""
+def step_times(run, clip: Callable, optimizers: list, idx: torch.Tensor, dtype, steps: int) -> list[float]:
+    """Seconds of training steps of the model that is called as `run`, on the tokens idx (B, T + 1)."""
 
     def train_step() -> None:
         with torch.autocast(idx.device.type, dtype, enabled=dtype != torch.float32):
             loss = run(idx[:, :-1], idx[:, 1:].contiguous())[1]
         loss.backward()
-        parallel.clip_grad_norm(model, 1.0)
+        clip(max_norm=1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -284,12 +285,14 @@ def step(argv: list[str]) -> None:
     torch.manual_seed(0)
     if side == "nanoGPT":
         model, optimizers = nanogpt_model(Path(options.peer), config, device)
+        clip = partial(torch.nn.utils.clip_grad_norm_, list(model.parameters()))
         matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - block_size * config.n_embd
         flops = 6 * (matrices + 2 * config.n_layer * config.n_embd * block_size)
     else:
         keep_freed_memory()  # as a run does
         model = GPT(config).to(device)
         optimizers = make_optimizers(model, config)
+        clip = partial(parallel.clip_grad_norm, list(model.parameters()))
         flops = model.flops_per_token(block_size)
     run = torch.compile(model) if options.compile else model
     idx = torch.randint(
@@ -298,7 +301,7 @@ def step(argv: list[str]) -> None:
     if side != "nanoGPT":
         run = partial(run, want_logits=False)
     rate = idx[:, 1:].numel() / statistics.median(
-        step_times(run, model, optimizers, idx, dtype, options.steps)
+        step_times(run, clip, optimizers, idx, dtype, options.steps)
     )
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)

@@ -186,12 +186,12 @@ def sync_gradients(wrapped, now: bool) -> None:
         module.require_backward_grad_sync = now
 
 
-def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+def clip_grad_norm(params: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients down to a norm of `max_norm` over all parameters; returns what it was, ()."""
-    params = list(model.parameters())
     norm = nn.utils.get_total_norm([p.grad for p in params])
     norm = norm.full_tensor() if is_cut(norm) else norm
-    nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+    if not norm <= max_norm:  # waits for the device
+        nn.utils.clip_grads_with_norm_(params, max_norm, norm)
     return norm
 
 

@@ -138,7 +138,8 @@ def train(config: Config) -> dict:
             raise UserError(f"{run_dir} is not the same on all nodes: it must be on storage that they share")
     compile = use_compile(config, device)
     wrapped = parallel.wrap(model, config, device, dtype, compile)
-    optimizers = make_optimizers(model, config)  # of the parameters as the ranks hold them
+    params = list(model.parameters())  # as the ranks hold them
+    optimizers = make_optimizers(model, config)
     load_state_tensors(model, optimizers, optimizer_state)
     del optimizer_state
     if config.eval_only:
@@ -235,7 +236,7 @@ def train(config: Config) -> dict:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         max_norm = config.grad_clip if config.grad_clip > 0 else math.inf
-        grad_norm = parallel.clip_grad_norm(model, max_norm)
+        grad_norm = parallel.clip_grad_norm(params, max_norm)
         sound = skipped.step(step + 1, grad_norm.item())  # waits for the device, as the decision is the CPU's
         for optimizer in optimizers:
             if sound:
