@@ -1,7 +1,7 @@
 """A GPT whose attention is one flag: mha, mqa, gqa or mla.
 
 The model is in this file; its cache is in cache.py, and what machines rather compute in another way than one
-writes it, in kernels.py and, for CPUs, in native.c, which native.py calls.
+writes it, in kernels.py and, for CPUs, in native.c, which native.py and tape.py call.
 
 - pre-norm blocks: RMSNorm, attention, RMSNorm, SwiGLU; no biases; embeddings tied or not
 - rotary position embedding (RoPE), full or partial, computed from positions: no table, no length limit
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import native
+import tape
 from cache import CACHE_FORMATS, CacheStep, KVCache, LayerCache, cache_layout, visible
 from kernels import Linear, LinearCrossEntropy, NativeCausalAttention, NativeRotation, RMSNorm, linear, swiglu
 
@@ -206,6 +207,7 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.rotary_dim = config.rotary_dim
         self.dropout = config.dropout
         self.q_proj = Linear(config.n_embd, self.n_head * self.head_dim)
         self.k_proj = Linear(config.n_embd, self.n_kv_head * self.head_dim)
@@ -264,6 +266,7 @@ class GroupedQueryAttention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
     decode = native.grouped_query  # x + forward(norm(x)) of one token a row, in C
+    record = tape.grouped_query  # x + forward(h) as operators of a tape, for training in C
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -389,6 +392,7 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.bmm(y, w_uv.mT).view(H, B, T, -1).transpose(0, 1)
 
     decode = native.multi_head_latent  # x + forward(norm(x)) of one token a row, in C
+    record = tape.multi_head_latent  # x + forward(h) as operators of a tape, for training in C
 
 
 # A new attention is a class with the same members, and an entry here.
@@ -423,6 +427,7 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
     decode = native.mlp  # x + forward(norm(x)) of one token a row, in C
+    record = tape.mlp  # x + forward(h) as operators of a tape, for training in C
 
 
 class Block(nn.Module):
@@ -450,6 +455,8 @@ class Block(nn.Module):
             x = x + attention(norm(x), rope, cache)
         mlp, norm = self.mlp, self.post_attention_layernorm
         return mlp.decode(x, norm) if has_own_decode(mlp) else x + mlp(norm(x))
+
+    record = tape.block  # forward as operators of a tape, for training in C
 
     def drop(self, branch: Tensor) -> Tensor:
         return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
@@ -514,6 +521,9 @@ class GPT(nn.Module):
         width, repeat = ATTENTIONS[config.attention].rope_width(config), config.qk_rope_repeat or 1
         rope = rope_angles(positions, width, config.rope_theta, repeat)
         x = F.dropout(self.embed_tokens(idx), config.dropout, self.training)  # (B, T, C)
+        in_c = None if any(layers) else tape.tape_of(self, x, rope)
+        if in_c is not None:
+            return in_c.run(x, rope)
         for layer, layer_cache in zip(self.layers, layers, strict=True):
             x = layer(x, rope, layer_cache)
         return self.norm(x)

@@ -1,5 +1,6 @@
-/* What model.py computes on a CPU, in fp32, by all cores: what a layer makes of the next token of each row, and, at the
-   end, those operators of training for which torch makes many passes over memory. native.py compiles and calls it.
+/* What model.py computes on a CPU, in fp32, by all cores: what a layer makes of the next token of each row; then those
+   operators of training for which torch makes many passes over memory; at the end, all of training by a tape of such
+   operators. native.py compiles it; it and tape.py call it.
 
    A decoding step at batch 1 reads every weight for one multiplication each, so it is bound by reading; through torch,
    whose operators each cost as much as what they compute here, by their number. At larger batches a BLAS would first
@@ -132,38 +133,42 @@ static vec exponential(vec x) {
     return (vec)((ivec)(p * (vec)((whole + 127) << 23)) & in_range);
 }
 
+/* a vector of silu(g) u at y or, with its gradient at dy, those of g and u at y and z; n numbers are left */
+static void gated(const float *g, const float *u, const float *dy, float *y, float *z, long n) {
+    const vec one = {1, 1, 1, 1, 1, 1, 1, 1};
+    vec a = part(g, n, 0), b = part(u, n, 0), e = exponential((vec)((ivec)a | INT_MIN)); /* of -|a|: no overflow */
+    vec sigmoid = either(a < 0, e, one) / (1 + e), silu = a * sigmoid;
+    if (dy) {
+        vec d = part(dy, n, 0);
+        put(y, d * b * (sigmoid + silu * (1 - sigmoid)), n), put(z, d * silu, n);
+    } else
+        put(y, silu * b, n);
+}
+
 /* y = silu(g) u or, with its gradient in dy, y and z the gradients of g and u */
 void swiglu(const float *g, const float *u, const float *dy, float *y, float *z, long n) {
-    const vec one = {1, 1, 1, 1, 1, 1, 1, 1};
 #pragma omp parallel for schedule(static) if (n > 1 << 13)
-    for (long i = 0; i < n; i += LANES) {
-        vec a = part(g + i, n - i, 0), b = part(u + i, n - i, 0);
-        vec e = exponential((vec)((ivec)a | INT_MIN)); /* of -|a|, so that nothing overflows */
-        vec sigmoid = either(a < 0, e, one) / (1 + e), silu = a * sigmoid;
-        if (dy) {
-            vec d = part(dy + i, n - i, 0);
-            put(y + i, d * b * (sigmoid + silu * (1 - sigmoid)), n - i), put(z + i, d * silu, n - i);
-        } else
-            put(y + i, silu * b, n - i);
-    }
+    for (long i = 0; i < n; i += LANES) gated(g + i, u + i, dy ? dy + i : NULL, y + i, z + i, n - i);
+}
+
+static void norm_row(const float *x, const float *w, float *y, long n, float eps) {
+    float scale = 1 / sqrtf(dot(x, x, n) / n + eps);
+    for (long i = 0; i < n; i++) y[i] = x[i] * scale * w[i];
 }
 
 /* y = x / rms(x) * w of each row */
 void norm(const float *x, const float *w, float *y, long rows, long n, float eps) {
 #pragma omp parallel for schedule(static) if (rows * n > 1 << 15)
-    for (long r = 0; r < rows; r++) {
-        float scale = 1 / sqrtf(dot(x + r * n, x + r * n, n) / n + eps);
-        for (long i = 0; i < n; i++) y[r * n + i] = x[r * n + i] * scale * w[i];
-    }
+    for (long r = 0; r < rows; r++) norm_row(x + r * n, w, y + r * n, n, eps);
 }
 
-/* the first `width` numbers of each row of x (rows, n) turned by RoPE, as model.rotate does */
-static void rotate(float *x, const float *cosine, const float *sine, long rows, long n, long width) {
-    for (long half = width / 2; rows--; x += n)
+/* the first `width` numbers of each row of x, `step` apart, turned by RoPE as model.rotate does; back for a sign of -1 */
+static void rotate(float *x, const float *cosine, const float *sine, long rows, long step, long width, float sign) {
+    for (long half = width / 2; rows--; x += step)
         for (long i = 0; i < half; i++) {
             float a = x[i], b = x[i + half];
-            x[i] = a * cosine[i] + b * sine[i];
-            x[i + half] = b * cosine[i + half] + a * sine[i + half];
+            x[i] = a * cosine[i] + sign * b * sine[i];
+            x[i + half] = b * cosine[i + half] + sign * a * sine[i + half];
         }
 }
 
@@ -349,7 +354,7 @@ int grouped_query(const float *x, const float *norm_w, const float *q_proj, cons
     linear(k_proj, h, NULL, new_k, room, batch, groups * d, width);
     linear(v_proj, h, NULL, new_v, room, batch, groups * d, width);
     if (q_norm) norm(q, q_norm, q, q_rows, d, eps), norm(new_k, k_norm, new_k, k_rows, d, eps);
-    rotate(q, cosine, sine, q_rows, d, rotary), rotate(new_k, cosine, sine, k_rows, d, rotary);
+    rotate(q, cosine, sine, q_rows, d, rotary, 1), rotate(new_k, cosine, sine, k_rows, d, rotary, 1);
     for (long i = 0; i < k_rows; i++) {
         memcpy(k + (i * slots + slot) * d, new_k + i * d, d * sizeof(float));
         memcpy(v + (i * slots + slot) * d, new_v + i * d, d * sizeof(float));
@@ -377,12 +382,12 @@ int multi_head_latent(const float *x, const float *norm_w, const float *q_a, con
     norm(x, norm_w, h, batch, width, eps);
     linear(kv_a, h, NULL, own, room, batch, wide, width);
     for (long b = 0; b < batch; b++, own += wide) {
-        norm(own, kv_norm, own, 1, r, eps), rotate(own + r, cosine, sine, 1, dr, dr);
+        norm(own, kv_norm, own, 1, r, eps), rotate(own + r, cosine, sine, 1, dr, dr, 1);
         memcpy(latent + (b * slots + slot) * wide, own, wide * sizeof(float));
     }
     if (q_rank) linear(q_a, h, NULL, a, room, batch, q_rank, width), norm(a, q_norm, a, batch, q_rank, eps);
     linear(q_proj, q_rank ? a : h, NULL, q, room, batch, heads * (dn + dr), q_rank ? q_rank : width);
-    rotate(q + dn, cosine, sine, rows, dn + dr, dr);
+    rotate(q + dn, cosine, sine, rows, dn + dr, dr, 1);
 #pragma omp parallel for schedule(static)
     for (long i = 0; i < rows; i++) { /* [q_nope W_uk | q_rope] */
         const float *w_uk = kv_b + i % heads * (dn + dv) * r, *q_i = q + i * (dn + dr);
@@ -405,22 +410,26 @@ int multi_head_latent(const float *x, const float *norm_w, const float *q_a, con
 
 /* For training. */
 
+/* the gradients of norm of a row: dx, or with `add` what is added to it, and what is added to dw */
+static void norm_row_backward(const float *x, const float *w, const float *dy, float *dx, float *dw, long n, float eps,
+                              int add) {
+    float scale = 1 / sqrtf(dot(x, x, n) / n + eps), along = 0;
+    for (long i = 0; i < n; i++) along += dy[i] * w[i] * x[i];
+    along *= scale * scale / n;
+    for (long i = 0; i < n; i++) {
+        dx[i] = scale * (dy[i] * w[i] - x[i] * along) + (add ? dx[i] : 0);
+        dw[i] += dy[i] * x[i] * scale;
+    }
+}
+
 /* the gradients of norm: dx, and dw, summed in shares of the rows that do not depend on the number of threads */
 int norm_backward(const float *x, const float *w, const float *dy, float *dx, float *dw, long rows, long n, float eps) {
     float *sums = calloc(SHARES * n, sizeof(float));
     if (!sums) return 1;
 #pragma omp parallel for schedule(static)
     for (long s = 0; s < SHARES; s++)
-        for (long r = rows * s / SHARES; r < rows * (s + 1) / SHARES; r++) {
-            const float *a = x + r * n, *g = dy + r * n;
-            float scale = 1 / sqrtf(dot(a, a, n) / n + eps), along = 0;
-            for (long i = 0; i < n; i++) along += g[i] * w[i] * a[i];
-            along *= scale * scale / n;
-            for (long i = 0; i < n; i++) {
-                dx[r * n + i] = scale * (g[i] * w[i] - a[i] * along);
-                sums[s * n + i] += g[i] * a[i] * scale;
-            }
-        }
+        for (long r = rows * s / SHARES; r < rows * (s + 1) / SHARES; r++)
+            norm_row_backward(x + r * n, w, dy + r * n, dx + r * n, sums + s * n, n, eps, 0);
     memset(dw, 0, n * sizeof(float));
     for (long i = 0; i < SHARES * n; i++) dw[i % n] += sums[i];
     free(sums);
@@ -537,7 +546,7 @@ int causal(const tensor *q, const tensor *k, const tensor *v, const tensor *y, f
     return failed;
 }
 
-/* its gradients: dq, and dk and dv, which begin as zeros (FlashAttention-2, Dao 2023, but for whole rows of scores) */
+/* its gradients, dq, dk and dv (FlashAttention-2, Dao 2023, but for whole rows of scores) */
 int causal_backward(const tensor *q, const tensor *k, const tensor *v, const tensor *y, const tensor *dy,
                     const tensor *dq, const tensor *dk, const tensor *dv, const float *logs, long batch, long heads,
                     long groups, long tokens, long d, long v_width, float scale) {
@@ -553,6 +562,10 @@ int causal_backward(const tensor *q, const tensor *k, const tensor *v, const ten
         }
         transpose(at(k, b, g, 0), k->token, keys, tokens, d, wide);
         transpose(at(v, b, g, 0), v->token, values, tokens, v_width, wide);
+        for (long i = 0; i < tokens; i++) {
+            memset(at(dk, b, g, i), 0, d * sizeof(float));
+            memset(at(dv, b, g, i), 0, v_width * sizeof(float));
+        }
         for (long h = g * each; h < (g + 1) * each; h++)
             for (long first = 0; first < tokens; first += QUERIES) {
                 long rows = tokens - first < QUERIES ? tokens - first : QUERIES, seen = first + rows;
@@ -574,6 +587,198 @@ int causal_backward(const tensor *q, const tensor *k, const tensor *v, const ten
                 multiply(ds, wide, 1, at(k, b, g, 0), k->token, at(dq, b, h, first), dq->token, rows, d, seen, 0);
             }
         free(keys);
+    }
+    return failed;
+}
+
+/* Blocks in training as a tape: operators that take and make slots, (batch tokens, width) each, forwards in their order
+   and backwards in the other. A thread runs the whole tape over some sequences, then over the next: what an operator
+   makes is still in its cache when another takes it, and threads do not wait for each other but at the end; on the way
+   back also before and after a block's products for weights, which are over all tokens. Slot 0 is the input, 1 the
+   output; of the weights, and their gradients, an operator's begin at `weight`. */
+enum { NORM, LINEAR, ROTATE, COPY, SWIGLU, CAUSAL };
+
+typedef struct { /* columns of a slot: of the first head, and how far it is to the next */
+    long slot, column, head;
+} place;
+
+typedef struct {
+    long kind, weight, heads, groups, n, m, other; /* n: columns of x, m: of y or v; m and other: see `run_back` */
+    place x, u, v, y;
+    float number;
+} operation;
+
+typedef void gemm(const char *, const char *, const int *, const int *, const int *, const float *, const float *,
+                  const int *, const float *, const int *, const float *, float *, const int *);
+
+typedef struct {
+    gemm *sgemm;
+    const operation *operations;
+    const long *widths, *kept, *shared; /* of slots; where they are if all are kept, and where they give way to others */
+    const long *ends;                   /* of the blocks' operations */
+    const float *weights, *cosine, *sine;
+    long blocks, slots, vectors, tokens, batch, each, threads; /* `each`: sequences at a time */
+} job;
+
+static float *row(const job *j, float *const *slots, const place *p, long r) {
+    return slots[p->slot] + r * j->widths[p->slot] + p->column;
+}
+
+static tensor as_heads(const job *j, float *const *slots, const place *p) {
+    return (tensor){row(j, slots, p, 0), j->tokens * j->widths[p->slot], p->head, j->widths[p->slot]};
+}
+
+/* y = beta y + a b in Fortran's order, columns first */
+static void product(const job *j, const char *how, long m, long n, long k, const float *a, long a_step,
+                    const float *b, long b_step, float beta, float *y, long y_step) {
+    const int size[] = {m, n, k, a_step, b_step, y_step};
+    const float one = 1;
+    j->sgemm(how, how + 1, size, size + 1, size + 2, &one, a, size + 3, b, size + 4, &beta, y, size + 5);
+}
+
+static int run(const job *j, const operation *o, float *const *slots, long batch) {
+    long rows = batch * j->tokens, x_step = j->widths[o->x.slot], y_step = j->widths[o->y.slot];
+    const float *w = j->weights + o->weight;
+    float *x = row(j, slots, &o->x, 0), *u = row(j, slots, &o->u, 0), *y = row(j, slots, &o->y, 0);
+    long u_step = j->widths[o->u.slot];
+    switch (o->kind) {
+    case NORM:
+        for (long r = 0; r < rows; r++)
+            for (long h = 0; h < o->heads; h++)
+                norm_row(x + r * x_step + h * o->x.head, w, y + r * y_step + h * o->y.head, o->n, o->number);
+        return 0;
+    case LINEAR: /* y = x W^T, plus u if `other` is 1 */
+        if (o->other) memcpy(y, u, rows * o->m * sizeof(float));
+        product(j, "TN", o->m, rows, o->n, w, o->n, x, x_step, o->other, y, y_step);
+        return 0;
+    case ROTATE: /* in place */
+        for (long r = 0; r < rows; r++) {
+            long angles = r % j->tokens * o->n;
+            rotate(x + r * x_step, j->cosine + angles, j->sine + angles, o->heads, o->x.head, o->n, 1);
+        }
+        return 0;
+    case COPY:
+        for (long r = 0; r < rows; r++)
+            for (long h = 0; h < o->heads; h++)
+                memcpy(y + r * y_step + h * o->y.head, x + r * x_step + h * o->x.head, o->n * sizeof(float));
+        return 0;
+    case SWIGLU:
+        for (long r = 0; r < rows; r++)
+            for (long i = 0; i < o->n; i += LANES)
+                gated(x + r * x_step + i, u + r * u_step + i, NULL, y + r * y_step + i, NULL, o->n - i);
+        return 0;
+    default: { /* CAUSAL, its logarithms in slot `other` */
+        tensor q = as_heads(j, slots, &o->x), k = as_heads(j, slots, &o->u), v = as_heads(j, slots, &o->v);
+        tensor out = as_heads(j, slots, &o->y);
+        return causal(&q, &k, &v, &out, slots[o->other], batch, o->heads, o->groups, j->tokens, o->n, o->m, o->number);
+    }
+    }
+}
+
+/* `sums`: for each sequence, what it adds to the gradients of the norms' weights */
+static int run_back(const job *j, const operation *o, float *const *slots, float *const *grads, float *sums,
+                    long batch) {
+    long rows = batch * j->tokens, x_step = j->widths[o->x.slot], y_step = j->widths[o->y.slot];
+    const float *w = j->weights + o->weight;
+    float *x = row(j, slots, &o->x, 0), *u = row(j, slots, &o->u, 0);
+    float *dx = row(j, grads, &o->x, 0), *du = row(j, grads, &o->u, 0), *dy = row(j, grads, &o->y, 0);
+    long u_step = j->widths[o->u.slot];
+    switch (o->kind) {
+    case NORM: /* `other`: whether its x had another use, later on the tape; its sums begin at `m` */
+        for (long r = 0; r < rows; r++)
+            for (long h = 0; h < o->heads; h++) {
+                long at = r * x_step + h * o->x.head;
+                norm_row_backward(x + at, w, dy + r * y_step + h * o->y.head, dx + at,
+                                  sums + r / j->tokens * j->vectors + o->m, o->n, o->number, o->other);
+            }
+        return 0;
+    case LINEAR:
+        if (o->other) memcpy(du, dy, rows * o->m * sizeof(float));
+        product(j, "NN", o->n, rows, o->m, w, o->n, dy, y_step, 0, dx, x_step);
+        return 0;
+    case ROTATE:
+        for (long r = 0; r < rows; r++) {
+            long angles = r % j->tokens * o->n;
+            rotate(dx + r * x_step, j->cosine + angles, j->sine + angles, o->heads, o->x.head, o->n, -1);
+        }
+        return 0;
+    case COPY: /* one head's, or of what all heads share the sum */
+        for (long r = 0; r < rows; r++)
+            for (long h = 0; h < o->heads; h++) {
+                float *to = dx + r * x_step + h * o->x.head, *from = dy + r * y_step + h * o->y.head;
+                for (long i = 0; i < o->n; i++) to[i] = from[i] + (h && !o->x.head ? to[i] : 0);
+            }
+        return 0;
+    case SWIGLU:
+        for (long r = 0; r < rows; r++)
+            for (long i = 0; i < o->n; i += LANES)
+                gated(x + r * x_step + i, u + r * u_step + i, dy + r * y_step + i, dx + r * x_step + i,
+                      du + r * u_step + i, o->n - i);
+        return 0;
+    default: {
+        tensor q = as_heads(j, slots, &o->x), k = as_heads(j, slots, &o->u), v = as_heads(j, slots, &o->v);
+        tensor y = as_heads(j, slots, &o->y), dout = as_heads(j, grads, &o->y), dq = as_heads(j, grads, &o->x);
+        tensor dk = as_heads(j, grads, &o->u), dv = as_heads(j, grads, &o->v);
+        return causal_backward(&q, &k, &v, &y, &dout, &dq, &dk, &dv, slots[o->other], batch, o->heads, o->groups,
+                               j->tokens, o->n, o->m, o->number);
+    }
+    }
+}
+
+/* where the sequence b is in all slots: the ends of the tape in x and y, the others in `memory` */
+static void place_slots(const job *j, float **slots, float *x, float *y, float *memory, const long *at, long b) {
+    slots[0] = x, slots[1] = y;
+    for (long s = 2; s < j->slots; s++) slots[s] = memory + j->batch * j->tokens * at[s];
+    for (long s = 0; s < j->slots; s++) slots[s] += b * j->tokens * j->widths[s];
+}
+
+static long sequences(const job *j, long b) { return j->batch - b < j->each ? j->batch - b : j->each; }
+
+/* y = the tape of x (batch, tokens, width), with slots in `memory`, all of them to `keep` for the way back */
+int tape_forward(const job *j, float *x, float *y, float *memory, long keep) {
+    int failed = 0;
+#pragma omp parallel for schedule(static) num_threads(j->threads) reduction(| : failed)
+    for (long b = 0; b < j->batch; b += j->each) {
+        float *slots[j->slots];
+        place_slots(j, slots, x, y, memory, keep ? j->kept : j->shared, b);
+        for (long i = 0; i < j->ends[j->blocks - 1]; i++) failed |= run(j, j->operations + i, slots, sequences(j, b));
+    }
+    return failed;
+}
+
+/* its gradients, dx and those of the weights; slots are as kept, and sums (batch, vectors) begin as zeros */
+int tape_backward(const job *j, float *x, float *kept, float *dy, float *dx, float *memory, float *weight_grads,
+                  float *sums) {
+    int failed = 0;
+#pragma omp parallel num_threads(j->threads) reduction(| : failed)
+    for (long block = j->blocks; block--;) {
+        long first = block ? j->ends[block - 1] : 0, last = j->ends[block];
+        float *slots[j->slots], *grads[j->slots];
+#pragma omp for schedule(static)
+        for (long b = 0; b < j->batch; b += j->each) {
+            place_slots(j, slots, x, x, kept, j->kept, b); /* the output itself is not wanted */
+            place_slots(j, grads, dx, dy, memory, j->shared, b);
+            for (long i = last; i-- > first;)
+                failed |= run_back(j, j->operations + i, slots, grads, sums + b * j->vectors, sequences(j, b));
+        }
+        place_slots(j, slots, x, x, kept, j->kept, 0), place_slots(j, grads, dx, dy, memory, j->shared, 0);
+        for (const operation *o = j->operations + first; o < j->operations + last; o++) {
+            float *in = row(j, slots, &o->x, 0), *out = row(j, grads, &o->y, 0), *to = weight_grads + o->weight;
+            if (o->kind == NORM)
+#pragma omp for schedule(static) nowait
+                for (long c = 0; c < o->n; c++) {
+                    float sum = 0;
+                    for (long b = 0; b < j->batch; b++) sum += sums[b * j->vectors + o->m + c];
+                    to[c] = sum;
+                }
+            long share = o->kind == LINEAR ? ((o->m - 1) / j->threads / COLUMNS + 1) * COLUMNS : 1;
+            if (o->kind == LINEAR)
+#pragma omp for schedule(static) nowait
+                for (long c = 0; c < o->m; c += share)
+                    product(j, "NT", o->n, o->m - c < share ? o->m - c : share, j->batch * j->tokens, in,
+                            j->widths[o->x.slot], out + c, j->widths[o->y.slot], 0, to + c * o->n, o->n);
+        }
+#pragma omp barrier
     }
     return failed;
 }

@@ -22,6 +22,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"]
 FLAGS += ["-shared", "-fPIC"]
+LONGEST = 1024  # tokens of which `causal` keeps the scores in the cache
 FOR_THIS_MACHINE = [["-march=native", "-fopenmp"], ["-march=native"], []]  # the first that the compiler takes
 
 P, N, R = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
@@ -39,6 +40,8 @@ SIGNATURES = {
     "rope": [P] * 5 + [N] * 7 + [R],
     "causal": [P] * 5 + [N] * 6 + [R],
     "causal_backward": [P] * 9 + [N] * 6 + [R],
+    "tape_forward": [P] * 4 + [N],
+    "tape_backward": [P] * 8,
 }
 
 
@@ -231,7 +234,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 def causal_backward(q, k, v, y, logs, scale: float, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of causal's q, k and v."""
     (B, H, T, D), G, Dv = q.shape, k.size(1), v.size(-1)
-    grads = q.new_empty(B, T, H, D), q.new_zeros(B, T, G, D), q.new_zeros(B, T, G, Dv)
+    grads = q.new_empty(B, T, H, D), q.new_empty(B, T, G, D), q.new_empty(B, T, G, Dv)
     grads = tuple(t.transpose(1, 2) for t in grads)
     call_strided("causal_backward", (q, k, v, y, grad, *grads), logs, B, H, G, T, D, Dv, scale)
     return grads
@@ -246,7 +249,7 @@ def call_strided(name: str, tensors: Sequence[Tensor], logs: Tensor, *numbers: f
     call(name, (*(Strided(t.data_ptr(), *t.stride()[:3]) for t in tensors), logs), *numbers)
 
 
-def call(name: str, tensors: Sequence[Tensor | Strided | None], *numbers: float) -> None:
+def call(name: str, tensors: Sequence[Tensor | ctypes.Structure | None], *numbers: float) -> None:
     """Call a function that may run out of memory, and then raises MemoryError."""
     pointers = [t.data_ptr() if isinstance(t, Tensor) else t and ctypes.byref(t) for t in tensors]
     if getattr(library(), name)(*pointers, *numbers):
