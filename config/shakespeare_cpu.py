@@ -9,13 +9,13 @@ intermediate_size = 320
 qk_norm = False
 
 batch_size = 12
-max_iters = 1250
+max_iters = 1550
 warmup_iters = 10
-cooldown = 0.7
+cooldown = 1.0
 learning_rate = 0.01
 min_lr = 0.0
 muon_lr = 0.02
-weight_decay = 0.2
+weight_decay = 0.1
 eval_interval = 10000  # the first and the last step
 eval_iters = 20
 log_interval = 50
