@@ -9,7 +9,7 @@ intermediate_size = 320
 qk_norm = False
 
 batch_size = 12
-max_iters = 1550
+max_iters = 1400
 warmup_iters = 10
 cooldown = 1.0
 learning_rate = 0.01
