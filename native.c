@@ -162,7 +162,8 @@ void norm(const float *x, const float *w, float *y, long rows, long n, float eps
     for (long r = 0; r < rows; r++) norm_row(x + r * n, w, y + r * n, n, eps);
 }
 
-/* the first `width` numbers of each row of x, `step` apart, turned by RoPE as model.rotate does; back for a sign of -1 */
+/* the first `width` numbers of each row of x, `step` apart, turned by RoPE as model.rotate does, or back for a sign
+   of -1 */
 static void rotate(float *x, const float *cosine, const float *sine, long rows, long step, long width, float sign) {
     for (long half = width / 2; rows--; x += step)
         for (long i = 0; i < half; i++) {
@@ -614,18 +615,16 @@ typedef void gemm(const char *, const char *, const int *, const int *, const in
 typedef struct {
     gemm *sgemm;
     const operation *operations;
-    const long *widths, *kept, *shared; /* of slots; where they are if all are kept, and where they give way to others */
+    const long *widths, *kept, *shared; /* of slots; where they are if all are kept, or give way to others */
     const long *ends;                   /* of the blocks' operations */
     const float *weights, *cosine, *sine;
     long blocks, slots, vectors, tokens, batch, each, threads; /* `each`: sequences at a time */
 } job;
 
-static float *row(const job *j, float *const *slots, const place *p, long r) {
-    return slots[p->slot] + r * j->widths[p->slot] + p->column;
-}
+static float *begin(float *const *slots, const place *p) { return slots[p->slot] + p->column; }
 
 static tensor as_heads(const job *j, float *const *slots, const place *p) {
-    return (tensor){row(j, slots, p, 0), j->tokens * j->widths[p->slot], p->head, j->widths[p->slot]};
+    return (tensor){begin(slots, p), j->tokens * j->widths[p->slot], p->head, j->widths[p->slot]};
 }
 
 /* y = beta y + a b in Fortran's order, columns first */
@@ -639,7 +638,7 @@ static void product(const job *j, const char *how, long m, long n, long k, const
 static int run(const job *j, const operation *o, float *const *slots, long batch) {
     long rows = batch * j->tokens, x_step = j->widths[o->x.slot], y_step = j->widths[o->y.slot];
     const float *w = j->weights + o->weight;
-    float *x = row(j, slots, &o->x, 0), *u = row(j, slots, &o->u, 0), *y = row(j, slots, &o->y, 0);
+    float *x = begin(slots, &o->x), *u = begin(slots, &o->u), *y = begin(slots, &o->y);
     long u_step = j->widths[o->u.slot];
     switch (o->kind) {
     case NORM:
@@ -680,8 +679,8 @@ static int run_back(const job *j, const operation *o, float *const *slots, float
                     long batch) {
     long rows = batch * j->tokens, x_step = j->widths[o->x.slot], y_step = j->widths[o->y.slot];
     const float *w = j->weights + o->weight;
-    float *x = row(j, slots, &o->x, 0), *u = row(j, slots, &o->u, 0);
-    float *dx = row(j, grads, &o->x, 0), *du = row(j, grads, &o->u, 0), *dy = row(j, grads, &o->y, 0);
+    float *x = begin(slots, &o->x), *u = begin(slots, &o->u);
+    float *dx = begin(grads, &o->x), *du = begin(grads, &o->u), *dy = begin(grads, &o->y);
     long u_step = j->widths[o->u.slot];
     switch (o->kind) {
     case NORM: /* `other`: whether its x had another use, later on the tape; its sums begin at `m` */
@@ -763,7 +762,7 @@ int tape_backward(const job *j, float *x, float *kept, float *dy, float *dx, flo
         }
         place_slots(j, slots, x, x, kept, j->kept, 0), place_slots(j, grads, dx, dy, memory, j->shared, 0);
         for (const operation *o = j->operations + first; o < j->operations + last; o++) {
-            float *in = row(j, slots, &o->x, 0), *out = row(j, grads, &o->y, 0), *to = weight_grads + o->weight;
+            float *in = begin(slots, &o->x), *out = begin(grads, &o->y), *to = weight_grads + o->weight;
             if (o->kind == NORM)
 #pragma omp for schedule(static) nowait
                 for (long c = 0; c < o->n; c++) {
