@@ -102,7 +102,7 @@ class NativeCausalAttention(torch.autograd.Function):
     @staticmethod
     def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether native.c has these widths, and is faster: a key head for each core, scores cached."""
-        fits = q.size(-1) % 16 == v.size(-1) % 16 == 0 and q.size(2) <= native.LONGEST
+        fits = q.size(-1) % native.COLUMNS == v.size(-1) % native.COLUMNS == 0 and q.size(2) <= native.LONGEST
         return fits and native.handles(q, k, v) and k.size(0) * k.size(1) >= torch.get_num_threads()
 
     @staticmethod

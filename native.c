@@ -463,20 +463,15 @@ void cross_entropy(float *logits, const int64_t *targets, float *losses, long ro
 
 /* y (batch, tokens, heads, d) = x, of three steps, turned by RoPE from `lead` on as `rotate` does it, or back for a
    sign of -1. cosine and sine: (tokens, width) for each row of the batch, `angles` apart. */
-void rope(const float *x, const float *cosine, const float *sine, float *restrict y, const long *steps, long batch,
+void rope(const float *x, const float *cosine, const float *sine, float *y, const long *steps, long batch,
           long heads, long tokens, long d, long lead, long width, long angles, float sign) {
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < batch * tokens; r++) {
-        long b = r / tokens, t = r % tokens, half = width / 2;
+        long b = r / tokens, t = r % tokens;
         const float *c = cosine + b * angles + t * width, *s = sine + b * angles + t * width;
-        for (long h = 0; h < heads; h++) {
-            const float *a = x + b * steps[0] + h * steps[1] + t * steps[2] + lead;
-            float *out = y + (r * heads + h) * d + lead;
-            for (long i = -lead; i < 0; i++) out[i] = a[i];
-            for (long i = 0; i < half; i++) out[i] = a[i] * c[i] + sign * a[i + half] * s[i];
-            for (long i = half; i < width; i++) out[i] = a[i] * c[i] + sign * a[i - half] * s[i];
-            for (long i = width; i < d - lead; i++) out[i] = a[i];
-        }
+        for (long h = 0; h < heads; h++)
+            memcpy(y + (r * heads + h) * d, x + b * steps[0] + h * steps[1] + t * steps[2], d * sizeof(float));
+        rotate(y + r * heads * d + lead, c, s, heads, d, width, sign);
     }
 }
 

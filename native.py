@@ -22,7 +22,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"]
 FLAGS += ["-shared", "-fPIC"]
-LONGEST = 1024  # tokens of which `causal` keeps the scores in the cache
+COLUMNS, LONGEST = 16, 1024  # `causal`: widths are multiples of it; tokens whose scores stay in the cache
 FOR_THIS_MACHINE = [["-march=native", "-fopenmp"], ["-march=native"], []]  # the first that the compiler takes
 
 P, N, R = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
@@ -223,7 +223,7 @@ class Strided(ctypes.Structure):
 def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v over keys up to a query's own, and what `causal_backward` wants of it.
 
-    q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv) -> (B, H, T, Dv); widths are multiples of 16.
+    q (B, H, T, D), k (B, G, T, D), v (B, G, T, Dv) -> (B, H, T, Dv); widths are multiples of COLUMNS.
     """
     (B, H, T, D), G, Dv = q.shape, k.size(1), v.size(-1)
     y, logs = q.new_empty(B, T, H, Dv).transpose(1, 2), q.new_empty(B, H, T)

@@ -29,8 +29,6 @@ from native import N, P
 NORM, LINEAR, ROTATE, COPY, SWIGLU, CAUSAL = range(6)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module
 TOKENS = 192  # at a time: enough for fast products
-
-
 OPERATION = struct.Struct("@19lf0l")  # `operation` of native.c
 OUT = 16  # which of its numbers is the slot that it makes
 
@@ -149,7 +147,7 @@ class Tape:
 
     def causal(self, q: Columns, k: Columns, v: Columns, scale: float) -> Columns:
         """softmax(scale q k^T) v over keys up to a query's own."""
-        if q.n % 16 or v.n % 16:
+        if q.n % native.COLUMNS or v.n % native.COLUMNS:
             raise CannotRecord
         y, logs = self.slot(q.heads * v.n).as_heads(q.heads), self.slot(q.heads)
         self.add(CAUSAL, q, y, u=k, v=v, n=q.n, m=v.n, other=logs.slot, number=scale)
@@ -262,7 +260,7 @@ def tape_of(model: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tape | 
     if T > native.LONGEST or len(rope[0]) > 1 or uneven or _has_any_global_hook():
         return None
     try:
-        tape = recorded(model)  # anew each time, as modules change; 1 % of a step
+        tape = recorded(model)  # anew each time, as modules change: a millisecond
     except CannotRecord:
         return None
     if tape.n_weights > B * T * tape.kept_width or not native.handles(*tape.weights):
