@@ -15,11 +15,11 @@ train: .venv/run
 	$(BIN)/python sample.py out/$(basename $(notdir $(CONFIG))) --start="class Error(" --temperature=0.5 --max_new_tokens=150
 
 compare: .venv/run
-	$(BIN)/python sweep.py config/compare.txt out/compare
+	$(BIN)/python -m tools.sweep config/compare.txt out/compare
 	$(BIN)/python compare.py out/compare/* --picture=assets/compare.png --into=README.md
 
 recall: .venv/run
-	$(BIN)/python recall.py --picture=assets/recall.png --into=README.md
+	$(BIN)/python -m tools.recall --picture=assets/recall.png --into=README.md
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q -n 2 --dist=loadfile

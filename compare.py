@@ -18,9 +18,9 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-import checkpoint
-from config import UserError, cli, parse
-from plots import pyplot, save, styles_of
+from nanokv import checkpoint
+from nanokv.config import UserError, cli, parse
+from nanokv.plots import pyplot, save, styles_of
 
 USAGE = """python compare.py RUN_FOLDER... [--key=value ...]
 

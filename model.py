@@ -26,10 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import native
-import tape
-from cache import CACHE_FORMATS, CacheStep, KVCache, LayerCache, cache_layout, visible
-from kernels import Linear, LinearCrossEntropy, NativeCausalAttention, NativeRotation, RMSNorm, linear, swiglu
+from backends import cpu as native
+from backends import tape
+from nanokv.cache import CACHE_FORMATS, CacheStep, KVCache, LayerCache, cache_layout, visible
+from nanokv.loss import (
+    Linear,
+    LinearCrossEntropy,
+    NativeCausalAttention,
+    NativeRotation,
+    RMSNorm,
+    linear,
+    swiglu,
+)
 
 
 @dataclass

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import checkpoint
-from cache import CACHE_FORMATS
-from config import UserError, cli, parse, pick_device, pick_dtype
-from data import tokenizer as tokenizers
-from generate import (
+from model import GPT, GPTConfig
+from nanokv import checkpoint
+from nanokv import tokenizer as tokenizers
+from nanokv.cache import CACHE_FORMATS
+from nanokv.config import UserError, cli, parse, pick_device, pick_dtype
+from nanokv.generate import (
     DraftModel,
     Lookup,
     Stats,
@@ -35,7 +36,6 @@ from generate import (
     generate_lists,
     prefill,
 )
-from model import GPT, GPTConfig
 
 SEPARATOR = "---------------"
 USAGE = """python sample.py RUN [--key=value ...]

@@ -19,17 +19,17 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import parallel
-from checkpoint import Checkpoint
-from config import Config, UserError, cli, load, pick_device, pick_dtype
-from data import Dataset, open_dataset
-from data import tokenizer as tokenizers
-from log import Log
 from model import GPT, GPTConfig
-from optim import load_state_tensors, make_optimizers, state_tensors
+from nanokv import checkpoint
+from nanokv import distributed as parallel
+from nanokv import tokenizer as tokenizers
+from nanokv.checkpoint import Checkpoint
+from nanokv.config import Config, UserError, cli, load, pick_device, pick_dtype
+from nanokv.dataset import Dataset, open_dataset
+from nanokv.optim import load_state_tensors, make_optimizers, state_tensors
+from nanokv.run_logger import Log
+from nanokv.watchdogs import LossSpikes, SkippedSteps, Stalls
 from sample import decode_probe, generate_text, inference_model
-from watch import LossSpikes, SkippedSteps, Stalls
 
 # Dense peak in FLOP/s in 16 bits, by a word of the device's name (vendors' data sheets, without sparsity).
 PEAK_FLOPS = {

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"]
 FLAGS += ["-shared", "-fPIC"]
 COLUMNS, LONGEST = 16, 1024  # `causal`: widths are multiples of it; tokens whose scores stay in the cache

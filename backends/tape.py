@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
-import native
-from kernels import Linear, RMSNorm
-from native import N, P
+from backends import cpu as native
+from backends.cpu import N, P
+from nanokv.loss import Linear, RMSNorm
 
 NORM, LINEAR, ROTATE, COPY, SWIGLU, CAUSAL = range(6)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module

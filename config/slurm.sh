@@ -1,6 +1,6 @@
 #!/bin/bash
 # Example job: two nodes of eight GPUs, on storage that they share. Submit it from the top of the checkout:
-#     sbatch config/124m/slurm.sh
+#     sbatch config/slurm.sh
 # Two minutes before the time is up Slurm sends USR1 to this script; the run saves, and the job queues again.
 #SBATCH --job-name=nanokv
 #SBATCH --nodes=2

@@ -1,5 +1,5 @@
 # nanoGPT's CPU recipe (README: 1.88 on shakespeare_char in about 3 minutes), in as little time as we can: its
-# context and characters, with a fifth of its parameters; `python bench.py speedrun` races the two.
+# context and characters, with a fifth of its parameters; `python -m tools.bench speedrun` races the two.
 
 dataset = "shakespeare_char"
 block_size = 64

@@ -322,8 +322,8 @@ def read_file(path: str) -> Iterator[tuple[str, Any, str]]:
 
 def _nearby(path: str) -> str:
     """A hint at the config files there are: those of a like name, else all."""
-    folder = Path(__file__).parent
-    there = sorted(os.path.relpath(file) for file in folder.rglob("*.py") if file.name != "__init__.py")
+    folder = Path(__file__).parents[1] / "config"
+    there = sorted(os.path.relpath(file) for file in folder.rglob("*.py"))
     same_name = [file for file in there if Path(file).stem == Path(path).stem]
     close = same_name or difflib.get_close_matches(path, there)
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(there)}"

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import UserError
-from data import tokenizer as tokenizers
+from nanokv import tokenizer as tokenizers
+from nanokv.config import UserError
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1] / "data"
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4
 _ONE, _HALF = np.uint64(1), np.uint64(32)
 CHUNK = 1 << 20  # tokens that are read at a time to check or count them

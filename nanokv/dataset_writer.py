@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import UserError
-from data import tokenizer
+from nanokv import tokenizer
+from nanokv.config import UserError
 
 SPLITS = ("train", "val")
 SHARD_TOKENS = 100_000_000

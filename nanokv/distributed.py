@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from config import Config, UserError
+from nanokv.config import Config, UserError
 
 
 @contextmanager

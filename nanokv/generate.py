@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cache import KVCache
 from model import GPT
+from nanokv.cache import KVCache
 
 PREFILL_CHUNK = 2048  # tokens of a prompt that go through the model at once; bounds the memory of a long one
 DRAFTED = 4  # tokens that a draft model guesses at a time

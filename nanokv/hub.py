@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from config import UserError, parse
-from data import tokenizer
-from data.writer import (
+from nanokv import tokenizer
+from nanokv.config import UserError, parse
+from nanokv.dataset_writer import (
     SHARD_TOKENS,
     UNFINISHED,
     Flags,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-import native
+from backends import cpu as native
 
 FEW = 128  # rows; for more, a BLAS is faster, which copies the matrix into an order of its own
 

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-import parallel
-from config import Config, UserError
-from kernels import Linear
+from nanokv import distributed as parallel
+from nanokv.config import Config, UserError
+from nanokv.loss import Linear
 
 EMBEDDING_LR = 10  # learning rate of an embedding that is not the head too, in units of learning_rate
 

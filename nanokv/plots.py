@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
 
-from cache import CACHE_FORMATS
-from config import UserError
+from nanokv.cache import CACHE_FORMATS
+from nanokv.config import UserError
 
 STYLES = {  # of an attention: colour, marker and line, any of which tells it apart
     "mha": ("#000000", "o", "-"),

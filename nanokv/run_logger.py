@@ -11,8 +11,8 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
-import checkpoint
-from config import Config
+from nanokv import checkpoint
+from nanokv.config import Config
 
 
 class Log:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from config import UserError
+from nanokv.config import UserError
 
 KINDS = ("byte", "char", "bpe", "gpt2")
 END_OF_TEXT = "<|endoftext|>"

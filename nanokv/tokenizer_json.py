@@ -5,8 +5,8 @@ lists the pairs to merge, in order. So each way of cutting a token in two become
 on the way in the merges must come in the order of the ids they make.
 """
 
-from config import UserError
-from data.tokenizer import GPT2_PATTERN, BpeTokenizer, CharTokenizer, IdsTokenizer, Tokenizer
+from nanokv.config import UserError
+from nanokv.tokenizer import GPT2_PATTERN, BpeTokenizer, CharTokenizer, IdsTokenizer, Tokenizer
 
 # GPT-2's printable names of bytes: those that are visible in Latin-1 stand for themselves
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

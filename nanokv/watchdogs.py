@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from config import UserError
+from nanokv.config import UserError
 
 
 class SkippedSteps:

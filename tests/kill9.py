@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import checkpoint
 import train
-from config import cli, parse
 from data.text import prepare
+from nanokv import checkpoint
+from nanokv.config import cli, parse
 
 
 @dataclass

@@ -7,12 +7,11 @@ import pytest
 import torch
 from equivalence import small_model
 
-import bench
-import bench_cache
-import checkpoint
-from config import Config, UserError
-from data import open_dataset
-from data import tokenizer as tokenizers
+from nanokv import checkpoint
+from nanokv import tokenizer as tokenizers
+from nanokv.config import Config, UserError
+from nanokv.dataset import open_dataset
+from tools import bench, bench_cache
 
 
 def test_both_sides_of_the_race_read_the_same_text(tmp_path):
@@ -97,7 +96,7 @@ def test_cache_measures_quality_through_every_format_and_window(tmp_path, capsys
 
 def test_decode_measures_every_context_and_batch_beside_transformers(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bench_cache.read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr("tools.bench_cache.read_bandwidth", lambda device: 1e9)
     small = ["--n_layer=2", "--n_embd=96", "--vocab_size=64", "--n=2", "--contexts=8,40", "--batches=1,2"]
     bench.main(["decode", "--hf", *small, "--prefill=40", "--attentions=gqa,mla", "--generate=24"])
     result = json.loads((tmp_path / "out/bench/decode.json").read_text())

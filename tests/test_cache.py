@@ -21,8 +21,8 @@ from equivalence import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import CACHE_FORMATS, KVCache, dequantise, quantise
 from model import ATTENTIONS, GPTConfig
+from nanokv.cache import CACHE_FORMATS, KVCache, dequantise, quantise
 
 MLA = {name: knobs for name, knobs in CASES.items() if knobs["attention"] == "mla"}
 mla_cases = pytest.mark.parametrize("knobs", MLA.values(), ids=MLA.keys())

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import Checkpoint
-from config import Config, UserError
+from nanokv import checkpoint
+from nanokv.checkpoint import Checkpoint
+from nanokv.config import Config, UserError
 
 ROOT = Path(__file__).parent.parent
 

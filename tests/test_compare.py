@@ -9,8 +9,8 @@ import types
 import pytest
 
 import compare
-import plots
-from config import UserError
+from nanokv import plots
+from nanokv.config import UserError
 
 FACTS = {"corpus_sha256": "c0ffee", "tokens": 4000, "step": 10, "params/total": 1000, "seed": 1}
 

@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config import Config, UserError, cli, describe, from_dict, load, parse, pick_device, pick_dtype
 from model import GPT, GPTConfig
+from nanokv.config import Config, UserError, cli, describe, from_dict, load, parse, pick_device, pick_dtype
 
 ROOT = Path(__file__).parent.parent
 NANO = [f"config/{name}.py" for name in ("mha", "mqa", "gqa", "mla")]

@@ -15,14 +15,13 @@ from equivalence import assert_close, cached_logits, small_model, tokens
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-import checkpoint
-import convert
-from change_attention import factorise, pool_heads
-from config import Config, UserError
-from data import tokenizer
-from data.tokenizer_json import from_json, to_json
-from generate import generate_lists
+from nanokv import checkpoint, tokenizer
+from nanokv.config import Config, UserError
+from nanokv.generate import generate_lists
+from nanokv.tokenizer_json import from_json, to_json
 from sample import inference_model, load_run
+from tools import convert
+from tools.change_attention import factorise, pool_heads
 
 BYTE = tokenizer.train("byte", [])
 TEXT = [Path(__file__).read_text(encoding="utf-8"), "naïve café 数学 🙂 " * 20]

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from equivalence import CASES, assert_close, cached_logits, small_model, tokens
 from torch import Tensor
 
-import native
-from kernels import NativeCausalAttention, NativeNorm, NativeRotation, NativeSwiGLU, RMSNorm
+from backends import cpu as native
 from model import ATTENTIONS, MLP, GroupedQueryAttention, rope_angles, rotate
+from nanokv.loss import NativeCausalAttention, NativeNorm, NativeRotation, NativeSwiGLU, RMSNorm
 
-ROOT = Path(native.__file__).parent
+ROOT = Path(native.__file__).parents[1]
 CC = shlex.split(os.environ.get("CC", "cc"))[0]
 # where there is a compiler, a native.c that it does not take fails here
 compiled = pytest.mark.skipif(shutil.which(CC) is None, reason="no C compiler")
@@ -190,7 +190,7 @@ def test_decoding_with_it_and_without(knobs, monkeypatch):
     real, linear = native.call, native.linear
     monkeypatch.setattr(native, "call", lambda name, *args: calls.append(name) or real(name, *args))
     monkeypatch.setattr(native, "linear", lambda *args: calls.append("linear") or linear(*args))
-    monkeypatch.setattr("kernels.FEW", 32)  # so that the first chunk goes through the BLAS
+    monkeypatch.setattr("nanokv.loss.FEW", 32)  # so that the first chunk goes through the BLAS
     model, idx = small_model(**knobs), tokens(1, 70)
     chunks = [36] + [1] * 34
     by_it = cached_logits(model, idx, chunks)
@@ -276,7 +276,7 @@ def test_it_takes_only_what_it_was_made_for():
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "cc"])
 def test_machines_with_and_without_a_compiler(compiler, tmp_path):
     """Where there is none, or one that fails, nothing is said and nothing is left behind."""
-    program = "import native; print(native.library() is not None)"
+    program = "from backends import cpu; print(cpu.library() is not None)"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CC": compiler}
     for _ in range(2):  # the second time as it was kept
         done = subprocess.run(

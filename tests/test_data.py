@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import data
-from config import UserError
-from data import Dataset, open_dataset, sample_starts, tokenizer, writer
-from data.writer import Piece, Writer
+from nanokv import dataset as data
+from nanokv import dataset_writer as writer
+from nanokv import tokenizer
+from nanokv.config import UserError
+from nanokv.dataset import Dataset, open_dataset, sample_starts
+from nanokv.dataset_writer import Piece, Writer
 
 REPO = Path(data.__file__).parents[1]
 BYTE = tokenizer.train("byte", [])

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import parallel
 import train
+from nanokv import checkpoint
+from nanokv import distributed as parallel
 
 ROOT = Path(__file__).parent.parent
 # widths that 4 ranks cannot cut evenly, and fewer matrices of a shape than ranks

@@ -17,11 +17,11 @@ import pytest
 import torch
 from test_train import ROOT, TINY, command, events, run, same, weights  # noqa: F401 (run is a fixture)
 
-import checkpoint
-import data
 import train
-from config import UserError
-from watch import LossSpikes, Stalls
+from nanokv import checkpoint
+from nanokv import dataset as data
+from nanokv.config import UserError
+from nanokv.watchdogs import LossSpikes, Stalls
 
 KNOBS = ["--max_iters=12", "--eval_interval=6", "--save_interval=2", "--log_interval=1", "--eval_iters=2"]
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 from conftest import write_corpus
 
-import checkpoint
 import train
-from config import UserError, load
-from data import open_dataset
-from log import Log
+from nanokv import checkpoint
+from nanokv.config import UserError, load
+from nanokv.dataset import open_dataset
+from nanokv.run_logger import Log
 from sample import load_run
 
 ROOT = Path(__file__).parent.parent
@@ -197,7 +197,7 @@ def test_a_data_set(run_dir, tmp_path):
 def test_a_configuration(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     draw, bang, path = random.Random(3), tmp_path / "bang", tmp_path / "run.py"
-    files = [file.read_bytes() for file in sorted(ROOT.glob("config/**/*.py")) if file.name != "__init__.py"]
+    files = [file.read_bytes() for file in sorted(ROOT.glob("config/**/*.py"))]
     files.append(f"import pathlib\npathlib.Path({str(bang)!r}).touch()\n".encode())
     knobs = list(train.Config.__dataclass_fields__)
     for case in cases(1500):

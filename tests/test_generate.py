@@ -8,9 +8,9 @@ import pytest
 import torch
 from equivalence import VOCAB, small_model
 
-from data import tokenizer as tokenizers
-from generate import DraftModel, Lookup, Stats, generate, generate_lists, sample, uniforms
 from model import GPT
+from nanokv import tokenizer as tokenizers
+from nanokv.generate import DraftModel, Lookup, Stats, generate, generate_lists, sample, uniforms
 from sample import inference_model
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +78,7 @@ def test_a_stop_ends_its_row_alone(model):
 def test_prefill_in_chunks(model, monkeypatch, knobs):
     model.config = replace(model.config, **knobs)
     whole = generate_lists(model, PROMPTS, 30, temperature=0)
-    monkeypatch.setattr("generate.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("nanokv.generate.PREFILL_CHUNK", 7)
     assert generate_lists(model, PROMPTS, 30, temperature=0) == whole
 
 

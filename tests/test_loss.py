@@ -4,8 +4,8 @@ import pytest
 import torch
 from equivalence import CASES, VOCAB, assert_close, small_model, tokens
 
-import native
-from kernels import LinearCrossEntropy
+from backends import cpu as native
+from nanokv.loss import LinearCrossEntropy
 
 
 @pytest.mark.parametrize("in_c", [False, True])

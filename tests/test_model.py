@@ -18,7 +18,6 @@ from equivalence import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache import KVCache
 from model import (
     ATTENTIONS,
     GPT,
@@ -26,6 +25,7 @@ from model import (
     rope_angles,
     rotate,
 )
+from nanokv.cache import KVCache
 
 # The parts: attention, RoPE, latents
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from equivalence import small_model
 
-from config import Config
-from optim import AdamW, Muon, make_optimizers, muon_update, orthogonalise
+from nanokv.config import Config
+from nanokv.optim import AdamW, Muon, make_optimizers, muon_update, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (24, 8), (8, 24)])

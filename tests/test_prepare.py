@@ -13,9 +13,10 @@ import pyarrow.parquet as parquet
 import pytest
 from test_data import BYTE, REPO, bins, main, small_stdlib
 
-from config import UserError
-from data import Dataset, writer
-from data.writer import Writer
+from nanokv import dataset_writer as writer
+from nanokv.config import UserError
+from nanokv.dataset import Dataset
+from nanokv.dataset_writer import Writer
 
 
 def test_stdlib_is_deterministic_and_leaves_tests_out(tmp_path, monkeypatch):

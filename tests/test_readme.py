@@ -17,12 +17,12 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
-import checkpoint  # noqa: E402
 import compare  # noqa: E402
 import model  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from generate import generate_lists  # noqa: E402
+from nanokv import checkpoint  # noqa: E402
+from nanokv.generate import generate_lists  # noqa: E402
 
 README = ROOT / "README.md"
 LINK = re.compile(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)-L(\d+)\)")

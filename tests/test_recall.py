@@ -2,12 +2,12 @@
 
 import pytest
 
-import recall
 import sample
 import train
-from config import Config, UserError, load
-from data import open_dataset
 from model import ATTENTIONS
+from nanokv.config import Config, UserError, load
+from nanokv.dataset import open_dataset
+from tools import recall
 
 TINY = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=4", "--max_iters=3", "--eval_iters=2"]
 TINY += ["--sample_tokens=0", "--device=cpu"]

@@ -11,10 +11,10 @@ import torch
 from equivalence import VOCAB, small_model
 from test_generate import ATTENTIONS, BLOCK, BYTE, sharp_model
 
-import checkpoint
 import sample
-from config import Config, UserError
-from data import tokenizer as tokenizers
+from nanokv import checkpoint
+from nanokv import tokenizer as tokenizers
+from nanokv.config import Config, UserError
 from sample import Options, TextStream, generate_text, load_run
 
 ROOT = Path(__file__).parent.parent

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import sweep
-from config import UserError, load
 from data.text import prepare
 from model import GPT
+from nanokv.config import UserError, load
+from tools import sweep
 
 ROOT = Path(__file__).parent.parent
 STAND_IN = """
@@ -98,7 +98,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
         "--n_layer=1 --n_head=1 --n_embd=16 --block_size=32 --batch_size=2 --eval_iters=2 --sample_tokens=0"
     )
     (tmp_path / "list").write_text(f"run --dataset={tmp_path / 'set'} {knobs} --max_iters=100000\n")
-    command = [sys.executable, "sweep.py", str(tmp_path / "list"), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "tools.sweep", str(tmp_path / "list"), str(tmp_path / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     log = tmp_path / "out/run/log.txt"
     while process.poll() is None and not (log.exists() and "step 10/" in log.read_text()):

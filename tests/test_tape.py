@@ -9,10 +9,10 @@ from equivalence import CASES, VOCAB, assert_close, small_config, small_model
 from test_native import CC
 from torch import nn
 
-import native
-import tape
-from kernels import Linear, RMSNorm
+from backends import cpu as native
+from backends import tape
 from model import ATTENTIONS, MLP, Block, GroupedQueryAttention, rope_angles
+from nanokv.loss import Linear, RMSNorm
 
 pytestmark = [
     pytest.mark.skipif(shutil.which(CC) is None, reason="no C compiler"),

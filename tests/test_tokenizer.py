@@ -7,8 +7,8 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import UserError
-from data import tokenizer
+from nanokv import tokenizer
+from nanokv.config import UserError
 
 CORPUS = [
     "def first(x):\n    return x + 1\n\n\nclass Second: pass\nfor i in range(100):\n    print(i)\n" * 3,

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import train
-from config import Config, UserError, load
-from data import open_dataset
 from data.mqar import prepare as mqar
 from data.text import prepare
+from nanokv import checkpoint
+from nanokv.config import Config, UserError, load
+from nanokv.dataset import open_dataset
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--warmup_iters=2"]

@@ -1,4 +1,4 @@
-"""Measure: `python bench.py speedrun`, `train`, `decode` or `cache`. `--help` after one lists its options.
+"""Measure: `python -m tools.bench speedrun`, `train`, `decode` or `cache`. `--help` after one lists its options.
 
 Each prints what it measures as it goes, and writes a JSON file and a picture into --out_dir. Times are of
 whole processes or medians of repeated steps; a peer is measured in the same session, in turns with us.
@@ -23,17 +23,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import parallel
-from bench_cache import ATTENTION_KNOBS, cache, decode, machine, write
-from config import Config, UserError, cli, load, parse, pick_device, pick_dtype
-from data import open_dataset
 from model import GPT
-from optim import make_optimizers
-from plots import draw_speedrun, draw_train
+from nanokv import distributed as parallel
+from nanokv.config import Config, UserError, cli, load, parse, pick_device, pick_dtype
+from nanokv.dataset import open_dataset
+from nanokv.optim import make_optimizers
+from nanokv.plots import draw_speedrun, draw_train
 from sample import empty_model, load_run
+from tools.bench_cache import ATTENTION_KNOBS, cache, decode, machine, write
 from train import keep_freed_memory
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 NANOGPT_RECIPE = [  # the README's command for a CPU
     *("train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20"),
     *("--log_interval=1", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128"),
@@ -71,7 +71,7 @@ class TrainOptions:
 
 def speedrun(argv: list[str]) -> None:
     """Whole-process time to nanoGPT's loss, alone or in turns with nanoGPT."""
-    options = parse(SpeedrunOptions, argv, "python bench.py speedrun [--peer=DIR] [--key=value ...]")
+    options = parse(SpeedrunOptions, argv, "python -m tools.bench speedrun [--peer=DIR] [--key=value ...]")
     out_dir = Path(options.out_dir).resolve()
     folder = nanogpt_folder(Path(options.text), out_dir / "text")
     runs = {"ours": [], "nanoGPT": []}
@@ -163,7 +163,7 @@ def losses(run_dir: Path, folder: Path) -> dict[str, float]:
 
 def train(argv: list[str]) -> None:
     """Tokens a second, MFU and peak memory of a training step, by attention and context."""
-    options = parse(TrainOptions, argv, "python bench.py train [--peer=DIR] [--key=value ...]")
+    options = parse(TrainOptions, argv, "python -m tools.bench train [--peer=DIR] [--key=value ...]")
     if parallel.launch() is not None:
         with parallel.joined():
             return train_on_ranks(options)
@@ -172,7 +172,7 @@ def train(argv: list[str]) -> None:
     print(f"{'':8} {'context':>8} {'params':>12} {'tokens/s':>10} {'GFLOP/s':>8} {'peak MB':>8}")
     for block_size in map(int, options.block_sizes.split(",")):
         for side in sides:
-            command = ["bench.py", "_step", side, str(block_size), json.dumps(asdict(options))]
+            command = ["-m", "tools.bench", "_step", side, str(block_size), json.dumps(asdict(options))]
             rows.append(json.loads(timed(command, ROOT)[1].splitlines()[-1]))
             row = rows[-1]
             print(
@@ -333,7 +333,7 @@ def main(argv: list[str]) -> None:
         if argv and argv[0] in ("--help", "-h"):
             print(f"{__doc__}\ncommands: {names}")
             return
-        raise UserError(f"which measurement? python bench.py COMMAND, one of {names}")
+        raise UserError(f"which measurement? python -m tools.bench COMMAND, one of {names}")
     COMMANDS[argv[0]](argv[1:])
 
 

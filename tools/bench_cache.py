@@ -15,17 +15,17 @@ from typing import Literal
 
 import torch
 
-import checkpoint
-import native
-from cache import CACHE_FORMATS
-from config import UserError, load, parse, pick_device, pick_dtype
-from convert import hf_config, hf_state_dict
-from data import Dataset, open_dataset
-from data import tokenizer as tokenizers
-from generate import Stats, decode_one_token, generate, prefill
+from backends import cpu as native
 from model import GPT
-from plots import draw_cache, draw_decode
+from nanokv import checkpoint
+from nanokv import tokenizer as tokenizers
+from nanokv.cache import CACHE_FORMATS
+from nanokv.config import UserError, load, parse, pick_device, pick_dtype
+from nanokv.dataset import Dataset, open_dataset
+from nanokv.generate import Stats, decode_one_token, generate, prefill
+from nanokv.plots import draw_cache, draw_decode
 from sample import decode_probe, load_run
+from tools.convert import hf_config, hf_state_dict
 
 ATTENTION_KNOBS = {"mha": [], "mqa": [], "gqa": ["--n_kv_head=2"], "mla": []}
 
@@ -81,7 +81,9 @@ class CacheOptions:
 
 def cache(argv: list[str]) -> None:
     """Quality through the cache: bits per byte, bytes and speed of every format and window."""
-    options = parse(CacheOptions, argv, "python bench.py cache --out_dir=RUN[,RUN...] [--key=value ...]")
+    options = parse(
+        CacheOptions, argv, "python -m tools.bench cache --out_dir=RUN[,RUN...] [--key=value ...]"
+    )
     rows = []
     for run in options.out_dir.split(","):
         rows += cache_rows(Path(run), options)
@@ -165,7 +167,7 @@ def through_the_cache(
 def decode(argv: list[str]) -> None:
     """Tokens a second by context and batch, the bytes of each, and the share of the memory's bandwidth."""
     options = parse(
-        DecodeOptions, argv, "python bench.py decode [--out_dir=RUN | --config=FILE] [--key=value ...]"
+        DecodeOptions, argv, "python -m tools.bench decode [--out_dir=RUN | --config=FILE] [--key=value ...]"
     )
     out_dir = Path(options.out_dir.split(",")[0] if options.out_dir else "out/bench")
     device = pick_device(options.device)

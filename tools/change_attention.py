@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import Config, UserError
 from model import ATTENTIONS, GPT, GroupedQueryAttention
+from nanokv.config import Config, UserError
 
 
 def grouped(config: Config) -> Config:

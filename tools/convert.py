@@ -1,9 +1,9 @@
 """Convert runs: to and from Hugging Face, and from one attention to another.
 
-    python convert.py to-hf RUN DIR           a folder for transformers, and for servers that read the same
-    python convert.py from-hf DIR_OR_ID OUT   a Llama-, Qwen3- or dense DeepSeek-style model as a run
-    python convert.py to-gqa RUN OUT --n_kv_head=2        mean-pool key and value heads; 1: multi-query
-    python convert.py to-mla RUN OUT --kv_lora_rank=64    factorise keys and values into a latent
+    python -m tools.convert to-hf RUN DIR           a folder for transformers, and for servers that read the same
+    python -m tools.convert from-hf DIR_OR_ID OUT   a Llama-, Qwen3- or dense DeepSeek-style model as a run
+    python -m tools.convert to-gqa RUN OUT --n_kv_head=2        mean-pool key and value heads; 1: multi-query
+    python -m tools.convert to-mla RUN OUT --kv_lora_rank=64    factorise keys and values into a latent
 
 `--help` after a command lists its options. A run that comes out can be sampled, and trained further by
 `python train.py --init_from=OUT --out_dir=...`.
@@ -28,14 +28,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import checkpoint
-from change_attention import factorise, group_name, grouped, pool_heads
-from config import Config, UserError, cli, from_dict, parse
-from data import open_dataset
-from data import tokenizer as tokenizers
-from data.tokenizer_json import from_json, to_json
 from model import ATTENTIONS, GPT, GPTConfig, GroupedQueryAttention, MultiHeadLatentAttention
+from nanokv import checkpoint
+from nanokv import tokenizer as tokenizers
+from nanokv.config import Config, UserError, cli, from_dict, parse
+from nanokv.dataset import open_dataset
+from nanokv.tokenizer_json import from_json, to_json
 from sample import empty_model, inference_model, load_run
+from tools.change_attention import factorise, group_name, grouped, pool_heads
 
 MLA_WIDTHS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 TOLERANCE = 1e-4  # largest difference of logits from Hugging Face's, in fp32, relative above 1
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     elif argv and argv[0] in ("--help", "-h"):
         print(__doc__)
     else:
-        raise UserError(f"which conversion? python convert.py COMMAND, one of {', '.join(COMMANDS)}")
+        raise UserError(f"which conversion? python -m tools.convert COMMAND, one of {', '.join(COMMANDS)}")
 
 
 def read_options(cls, argv: list[str]):

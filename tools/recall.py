@@ -1,4 +1,4 @@
-"""What a small cache forgets: `python recall.py`.
+"""What a small cache forgets: `python -m tools.recall`.
 
 Multi-query associative recall (Zoology, Arora et al. 2023; data/mqar): a model reads pairs of a key and a
 value, then is asked for the value of each key. Small models of each attention and cache size are trained on
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 from compare import put_into
-from config import Config, cli, parse
-from data import open_dataset
 from data.mqar import prepare
-from plots import pyplot, save, styles_of
+from nanokv import checkpoint
+from nanokv.config import Config, cli, parse
+from nanokv.dataset import open_dataset
+from nanokv.plots import pyplot, save, styles_of
 from sample import load_run
-from sweep import run_all
+from tools.sweep import run_all
 
 MODELS = {  # knobs by name: attention and width of a head, or of MLA's latent and rope key
     "mha-32": ["--attention=mha"],
@@ -112,7 +112,7 @@ def draw(results: list[tuple[str, Config, dict[int, float]]], path: Path) -> Non
 
 
 def main(argv: list[str]) -> None:
-    options = parse(Options, argv, "python recall.py [--key=value ...]")
+    options = parse(Options, argv, "python -m tools.recall [--key=value ...]")
     out_dir, runs, pairs = Path(options.out_dir), {}, [int(n) for n in options.pairs.split(",")]
     for n in pairs:
         data = [f"--dataset={data_set(n, out_dir / f'data-{n}')}", f"--block_size={4 * n}"]

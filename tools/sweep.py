@@ -1,4 +1,4 @@
-"""Train a list of runs, side by side: `python sweep.py config/compare.txt out/compare`.
+"""Train a list of runs, side by side: `python -m tools.sweep config/compare.txt out/compare`.
 
 The list is a text file, a run a line: its name, then the arguments of train.py. A finished run is left alone
 and a stopped one goes on, so the same command again does what is left. Ctrl-C or SIGTERM stops the runs; they
@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import checkpoint
-from config import UserError, cli, load, parse
-from data import open_dataset
+from nanokv import checkpoint
+from nanokv.config import UserError, cli, load, parse
+from nanokv.dataset import open_dataset
 
-TRAIN = Path(__file__).with_name("train.py")
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 ANY_VALUE = {"vocab_size", "init_from", "out_dir", "overwrite", "wandb_run_name"}  # filled in as a run goes
 
 
@@ -134,7 +134,7 @@ def outcome(folder: Path, code: int) -> str:
 def main(argv: list[str]) -> None:
     places = [arg for arg in argv if not arg.startswith("-")]
     named = [f"--{name}={place}" for name, place in zip(("list", "out_dir"), places, strict=False)]
-    usage = "python sweep.py LIST OUT_DIR [--key=value ...]"
+    usage = "python -m tools.sweep LIST OUT_DIR [--key=value ...]"
     options = parse(Options, [*named, *places[2:], *(arg for arg in argv if arg.startswith("-"))], usage)
     run_all(read_list(Path(options.list)), Path(options.out_dir), options.jobs, options.threads)
 

@@ -1,4 +1,4 @@
-"""What a change of attention costs, and how soon it is made good: `python uptrain.py out/mha`.
+"""What a change of attention costs, and how soon it is made good: `python -m tools.uptrain out/mha`.
 
 Converts a run, by convert.py, to other attentions; trains each for some shares of the run's own tokens, and
 the same model from scratch for the largest share. Prints a table of validation losses, and writes it to
@@ -13,11 +13,11 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import checkpoint
-from config import Config, UserError, cli, parse
 from model import GPTConfig
+from nanokv import checkpoint
+from nanokv.config import Config, UserError, cli, parse
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 OF_A_RUN = {  # knobs that are each run's own, not taken from the source
     *("out_dir", "overwrite", "init_from", "wandb_log", "wandb_run_name", "sample_tokens"),
     *("max_iters", "eval_only", "eval_interval", "eval_iters"),
@@ -39,7 +39,7 @@ class Options:
 def main(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-"):
         argv = [f"--run={argv[0]}", *argv[1:]]
-    options = parse(Options, argv, "python uptrain.py RUN [--key=value ...]")
+    options = parse(Options, argv, "python -m tools.uptrain RUN [--key=value ...]")
     source, out = checkpoint.read_config(Path(options.run)), Path(options.out_dir)
     shares = [float(share) for share in options.shares.split(",")]
     targets = {f"{n} key/value heads": ["to-gqa", f"--n_kv_head={n}"] for n in options.n_kv_heads.split(",")}
@@ -55,7 +55,8 @@ def main(argv: list[str]) -> None:
         if not (folder / "converted" / "last").exists():
             run(
                 [
-                    "convert.py",
+                    "-m",
+                    "tools.convert",
                     command[0],
                     options.run,
                     str(folder / "converted"),

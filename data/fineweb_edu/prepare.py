@@ -6,8 +6,8 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from config import cli
-from data.hub import prepare_streamed
+from nanokv.config import cli
+from nanokv.hub import prepare_streamed
 
 ON_FIRST_USE = False
 

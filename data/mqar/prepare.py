@@ -14,9 +14,9 @@ import numpy as np
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from config import UserError, cli, parse
-from data.tokenizer import IdsTokenizer
-from data.writer import Writer, out_dir
+from nanokv.config import UserError, cli, parse
+from nanokv.dataset_writer import Writer, out_dir
+from nanokv.tokenizer import IdsTokenizer
 
 ON_FIRST_USE = True
 ANSWER_BIT = 15

@@ -12,8 +12,8 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from config import UserError, cli, parse
-from data.writer import Flags, Piece, prepare
+from nanokv.config import UserError, cli, parse
+from nanokv.dataset_writer import Flags, Piece, prepare
 
 INPUT = Path(__file__).with_name("input.txt")
 ON_FIRST_USE = True

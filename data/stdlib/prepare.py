@@ -12,8 +12,8 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from config import cli, parse
-from data.writer import Flags, Piece, prepare, split_of
+from nanokv.config import cli, parse
+from nanokv.dataset_writer import Flags, Piece, prepare, split_of
 
 ON_FIRST_USE = True
 SKIPPED_FOLDERS = {

@@ -15,8 +15,8 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from config import UserError, cli, parse
-from data.writer import Flags, Piece, find_files, prepare, split_of
+from nanokv.config import UserError, cli, parse
+from nanokv.dataset_writer import Flags, Piece, find_files, prepare, split_of
 
 ON_FIRST_USE = False
 READ_BYTES = 1 << 20
