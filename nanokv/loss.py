@@ -174,3 +174,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight * scale
         return grad_hidden, grad_weight, None
+
+
+class LanguageModelLoss(nn.Module):
+    """A model's mean cross-entropy, as one module to train: DDP, FSDP and torch.compile wrap this one."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Token ids and targets (B, T) -> loss in nats a token (); targets of -1 do not count."""
+        return self.model(idx, targets, want_logits=False)[1]
