@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,21 +21,13 @@ from torch import Tensor, nn
 from model import GPT, GPTConfig
 from nanokv import checkpoint
 from nanokv import distributed as parallel
+from nanokv import metrics as measure
 from nanokv import tokenizer as tokenizers
 from nanokv.checkpoint import Checkpoint
-from nanokv.config import UserError, cli, from_dict, load
+from nanokv.config import UserError, check_range, cli, from_dict, load
 from nanokv.dataset import Dataset, open_dataset
-from nanokv.device import check_device_name, keep_freed_memory, pick_device, pick_dtype
+from nanokv.device import Hardware, check_device_name, keep_freed_memory, pick_hardware
 from nanokv.loss import LanguageModelLoss
-from nanokv.metrics import (
-    decode_probe,
-    describe_model,
-    flops_per_token,
-    git_sha,
-    mean_loss,
-    peak_flops,
-    peak_memory,
-)
 from nanokv.optim import Optimizer, load_state_tensors, make_optimizers, state_tensors
 from nanokv.run_logger import RunLogger, quality, table
 from nanokv.text import generate_text
@@ -106,23 +97,13 @@ class TrainConfig:
             self.lr_decay_iters = self.max_iters
         if self.min_lr is None:
             self.min_lr = self.learning_rate / 10
-        at_least = {
-            0: "eval_iters seed learning_rate muon_lr min_lr weight_decay grad_clip warmup_iters save_interval "
-            "sample_tokens",
-            1: "eval_interval log_interval gradient_accumulation_steps batch_size max_iters lr_decay_iters "
-            "max_skipped_steps",
-        }
-        for low, names in at_least.items():
-            for name in names.split():
-                if getattr(self, name) < low:
-                    raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
-        for name in ("beta1", "beta2", "muon_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
-        if not 0 <= self.cooldown <= 1:
-            raise ValueError(f"cooldown is a share, from 0 to 1, not {self.cooldown}")
-        if self.data_timeout <= 0:
-            raise ValueError(f"data_timeout must be above 0, not {self.data_timeout}")
+        check_range(self, "eval_iters seed learning_rate muon_lr min_lr weight_decay grad_clip", at_least=0)
+        check_range(self, "warmup_iters save_interval sample_tokens", at_least=0)
+        check_range(self, "eval_interval log_interval max_iters lr_decay_iters max_skipped_steps", at_least=1)
+        check_range(self, "gradient_accumulation_steps batch_size", at_least=1)
+        check_range(self, "beta1 beta2 muon_momentum", at_least=0, below=1)
+        check_range(self, "cooldown", at_least=0, at_most=1)
+        check_range(self, "data_timeout", above=0)
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower it")
         check_device_name(self.device)
@@ -131,42 +112,9 @@ class TrainConfig:
                 raise ValueError(f"{name} must not be empty")
 
 
-@dataclass
-class Run:
-    """A run under way: what `train` has set up for the loop, and how far the loop has come."""
-
-    config: TrainConfig
-    dataset: Dataset
-    model: GPT
-    loss_model: nn.Module  # LanguageModelLoss(model) as the ranks train it
-    optimizers: list[Optimizer]
-    scaler: torch.amp.GradScaler
-    device: torch.device
-    dtype: torch.dtype
-    autocast: AbstractContextManager
-    micro_steps: int  # micro-batches that this rank takes of a step
-    rows: int  # sequences in each of them
-    log: RunLogger
-    stop: StopSignal
-    state: dict  # what the last checkpoint says, see `new_state`
-
-    def __post_init__(self):
-        config, say = self.config, self.log.say
-        self.step, self.samples = self.state["step"], self.state["samples"]
-        self.started = time.perf_counter() - self.state["time"]
-        self.lap = time.perf_counter(), self.step  # since when, and from which step, the speed is measured
-        self.saver = checkpoint.Saver(Path(config.out_dir))
-        self.skipped = SkippedSteps(config.max_skipped_steps, self.state["skipped_steps"], say)
-        self.spikes, self.watchdog = LossSpikes(say), StallWatchdog(config.data_timeout, say)
-        self.block_size = self.model.config.block_size
-        self.samples_per_step = config.gradient_accumulation_steps * config.batch_size  # of all ranks
-        self.flops_per_token = flops_per_token(self.model, self.block_size)
-        self.peak_flops = peak_flops(self.device, self.dtype) if parallel.rank() == 0 else None
-
-
 def main(argv: list[str]) -> None:
     with parallel.process_group():
-        train(argv)
+        train(argv or ["config/mla.py"])
 
 
 def train(argv: list[str]) -> dict:
@@ -184,34 +132,25 @@ def train(argv: list[str]) -> dict:
         if parallel.size() > 1 and parallel.local_rank() == 0:
             open_dataset(config.dataset, config.tokenizer)  # prepares one that is missing, once a node
     with parallel.collective_errors():
-        device, dtype, micro_steps, rows = pick_hardware(config)
-        dataset = open_data(config, model_config)
-        model = new_model(model_config, config.seed, device)
+        hardware = pick_hardware(config.device, config.dtype, config.compile)
+        share = parallel.share(config.gradient_accumulation_steps, config.batch_size)
+        dataset = open_dataset(config.dataset, config.tokenizer)
+        model_config.vocab_size = dataset.fit(model_config.block_size, model_config.vocab_size)
+        model = new_model(model_config, config.seed, hardware.device)
         state, optimizer_state = load_start(config, model, dataset)
-    facts = describe(config, model, dataset)
-    # here accelerate(model) will stand; what it has to say is logged by `start_log`
-    loss_model = parallel.parallelize(
-        LanguageModelLoss(model),
-        device,
-        dtype,
-        strategy=config.parallel,
-        compile=use_compile(config, device),
-        activation_checkpointing=config.activation_checkpointing,
-    )
-    optimizers = [] if config.eval_only else new_optimizers(config, model, optimizer_state)
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    claim(config, model_config, dataset, state)
+    # accelerate(model) goes here; what it has to say goes to `start_log`
+    strategy = config.parallel, config.activation_checkpointing
+    loss_model = parallel.parallelize(LanguageModelLoss(model), *hardware, *strategy)
+    optimizers = new_optimizers(config, model, optimizer_state)
     if config.eval_only:
-        metrics = evaluate(loss_model, dataset, config, model_config.block_size, autocast)
+        windows = model_config.block_size, config.batch_size, config.eval_iters
+        metrics = measure.evaluate(loss_model, dataset, *windows, hardware.autocast())
         if parallel.rank() == 0:
             print(quality(metrics))
         return metrics
-    log, stop = start_log(config, model_config, dataset, facts, device, dtype, state["step"]), StopSignal()
-    machine = scaler, device, dtype, autocast, micro_steps, rows
-    run = Run(config, dataset, model, loss_model, optimizers, *machine, log, stop, state)
+    claim(config, model_config, dataset, state["step"])
+    stop, log = StopSignal(), start_log(config, model, dataset, hardware, state["step"])
+    run = Run(config, dataset, model, loss_model, optimizers, hardware, share, log, stop, state)
     stopped = training_loop(run)
     return report(run, stopped)
 
@@ -246,6 +185,8 @@ def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, Trai
         return before | values
 
     model_config, config = load(argv, GPTConfig, TrainConfig, usage=USAGE, fill_in=fill_in)
+    if parallel.size() > 1 and config.parallel == "fsdp" and config.dtype == "float16":
+        raise UserError("float16 needs gradients scaled, which fsdp does not do; use --dtype=bfloat16")
     config.wandb_run_name = config.wandb_run_name or Path(config.out_dir).name
     return model_config, config
 
@@ -253,28 +194,6 @@ def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, Trai
 def read_knobs(run_dir: Path) -> tuple[GPTConfig, TrainConfig]:
     """The knobs of a run. Raises UserError if the folder is no run, or its config is damaged."""
     return from_dict(checkpoint.read_config(run_dir), str(run_dir / "config.json"), GPTConfig, TrainConfig)
-
-
-def pick_hardware(config: TrainConfig) -> tuple[torch.device, torch.dtype, int, int]:
-    """Device and dtype of this rank, its micro-batches a step and the sequences in each of them."""
-    device = parallel.own_device(pick_device(config.device))
-    dtype = pick_dtype(config.dtype, device)
-    if parallel.size() > 1 and config.parallel == "fsdp" and dtype == torch.float16:
-        raise UserError("float16 needs gradients scaled, which fsdp does not do; use --dtype=bfloat16")
-    return device, dtype, *parallel.share(config.gradient_accumulation_steps, config.batch_size)
-
-
-def open_data(config: TrainConfig, model_config: GPTConfig) -> Dataset:
-    """The data set, whose vocabulary the model takes unless it asks for a larger (padded) one."""
-    dataset = open_dataset(config.dataset, config.tokenizer)
-    dataset.check_block_size(model_config.block_size)
-    model_config.vocab_size = model_config.vocab_size or dataset.vocab_size
-    if model_config.vocab_size < dataset.vocab_size:
-        raise UserError(
-            f"vocab_size = {model_config.vocab_size} is less than the {dataset.vocab_size} token ids of "
-            f"{config.dataset}; remove it or raise it"
-        )
-    return dataset
 
 
 def new_model(model_config: GPTConfig, seed: int, device: torch.device) -> GPT:
@@ -324,7 +243,8 @@ def load_start(config: TrainConfig, model: GPT, dataset: Dataset) -> tuple[dict,
 
 def check_fits(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, source: Path) -> None:
     """Raises UserError if a run's weights do not fit this model or the tokens of `dataset`."""
-    saved = checkpoint.read_config(source)
+    model_before, before = read_knobs(source)
+    saved = asdict(model_before) | asdict(before)
     knobs = asdict(model_config) | {"optimizer": config.optimizer}
     free = {"dropout"}
     if config.init_from != "resume":  # these may differ in what only starts from it
@@ -339,64 +259,73 @@ def check_fits(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, s
         raise UserError(f"{source} was trained with another tokenizer than that of {config.dataset}")
 
 
-def describe(config: TrainConfig, model: GPT, dataset: Dataset) -> dict:
-    """What is true of the whole run: which model on which data."""
-    data = {
-        "corpus_sha256": dataset.meta["corpus_sha256"],
-        "tokenizer_sha256": tokenizers.sha256(dataset.tokenizer),
-    }
-    facts = {"attention": model.config.attention, "dataset": config.dataset, "seed": config.seed}
-    return facts | {"git_sha": git_sha()} | data | describe_model(model)
-
-
-def use_compile(config: TrainConfig, device: torch.device) -> bool:
-    """`auto` compiles on GPUs; on a CPU compiling takes longer than it saves in a run of minutes."""
-    return device.type == "cuda" if config.compile == "auto" else config.compile
-
-
-def claim(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, state: dict) -> None:
-    """Make the run folder this run's, unless it only evaluates."""
-    run_dir, newest = Path(config.out_dir), parallel.all_reduce_max(state["step"])
+def claim(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, step: int) -> None:
+    """Make the run folder this run's."""
+    run_dir, newest = Path(config.out_dir), parallel.all_reduce_max(step)
     with parallel.collective_errors():
-        if state["step"] != newest:
+        if step != newest:
             raise UserError(f"{run_dir} is not the same on all nodes: it must be on storage that they share")
-        if parallel.rank() == 0 and not config.eval_only:
+        if parallel.rank() == 0:
             checkpoint.claim(run_dir, config.init_from == "resume", config.overwrite, parallel.launch())
             checkpoint.write_config(run_dir, model_config, config)
             with checkpoint.writing(run_dir):
                 tokenizers.save(dataset.tokenizer, run_dir)
 
 
-def start_log(
-    config: TrainConfig,
-    model_config: GPTConfig,
-    dataset: Dataset,
-    facts: dict,
-    device: torch.device,
-    dtype: torch.dtype,
-    step: int,
-) -> RunLogger:
-    """The run's log, with the lines that say what is about to be trained."""
-    wandb = None
-    if config.wandb_log:
-        wandb = {"project": config.wandb_project, "name": config.wandb_run_name}
-        wandb["config"] = asdict(model_config) | asdict(config) | facts
-    log = RunLogger(
-        Path(config.out_dir) if parallel.rank() == 0 else None,
-        facts,
-        resume_step=step if config.init_from == "resume" else None,
-        wandb=wandb,
-    )
-    on = f"{parallel.size()} ranks of {device.type}" if parallel.size() > 1 else device.type
+def start_log(config: TrainConfig, model: GPT, dataset: Dataset, hardware: Hardware, step: int) -> RunLogger:
+    """The run's log, begun with what is true of the whole run: which model on which data."""
+    facts = {"attention": model.config.attention, "dataset": config.dataset, "seed": config.seed}
+    facts |= {"git_sha": measure.git_sha(), "corpus_sha256": dataset.meta["corpus_sha256"]}
+    facts |= {"tokenizer_sha256": tokenizers.sha256(dataset.tokenizer)} | measure.describe_model(model)
+    wandb = {"project": config.wandb_project, "name": config.wandb_run_name}
+    wandb["config"] = asdict(model.config) | asdict(config) | facts
+    folder = Path(config.out_dir) if parallel.rank() == 0 else None
+    resumed_at = step if config.init_from == "resume" else None
+    log = RunLogger(folder, facts, resumed_at, wandb if config.wandb_log else None)
+    device, ranks = hardware.device.type, parallel.size()
     log.say(
-        f"{model_config.attention}: {facts['params/total']:,} parameters, "
+        f"{model.config.attention}: {facts['params/total']:,} parameters, "
         f"{facts['kv_cache/bytes_per_token']:,} bytes of cache a token (bf16); "
         f"{config.dataset}: {len(dataset.train):,} tokens; "
-        f"{on}, {str(dtype).removeprefix('torch.')}; run folder {config.out_dir}"
+        f"{f'{ranks} ranks of {device}' if ranks > 1 else device}, "
+        f"{str(hardware.dtype).removeprefix('torch.')}; run folder {config.out_dir}"
     )
-    if use_compile(config, device):
+    if hardware.compile:
         log.say("compiling: the first step and the first evaluation take a minute or so")
     return log
+
+
+class Run:
+    """A run under way: what `train` has set up for the loop, and how far the loop has come."""
+
+    def __init__(self, config, dataset, model, loss_model, optimizers, hardware, share, log, stop, state):
+        self.config: TrainConfig = config
+        self.dataset: Dataset = dataset
+        self.model: GPT = model
+        self.loss_model: nn.Module = loss_model  # LanguageModelLoss(model) as the ranks train it
+        self.optimizers: list[Optimizer] = optimizers
+        self.device, self.dtype = hardware.device, hardware.dtype
+        self.micro_steps, self.rows = share  # of this rank: micro-batches a step, sequences in each of them
+        self.autocast = hardware.autocast()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.log: RunLogger = log
+        self.stop: StopSignal = stop
+        self.state: dict = state  # of the last checkpoint
+        self.step, self.samples = state["step"], state["samples"]  # taken; sequences trained on by all ranks
+        self.started = time.perf_counter() - state["time"]
+        self.block_size = model.config.block_size
+        self.windows = self.block_size, config.batch_size, config.eval_iters  # of an evaluation
+        self.samples_per_step = config.gradient_accumulation_steps * config.batch_size  # of all ranks
+        self.flops_per_token = measure.flops_per_token(model, self.block_size)
+        peak = measure.peak_flops(self.device, self.dtype) if parallel.rank() == 0 else None
+        counts = self.samples_per_step * self.block_size, self.flops_per_token
+        self.speed = measure.Throughput(*counts, peak and parallel.size() * peak)
+        self.speed.restart(self.step)
+        self.saver = checkpoint.Saver(Path(config.out_dir))
+        self.skipped = SkippedSteps(config.max_skipped_steps, state["skipped_steps"], log.say)
+        self.spikes, self.watchdog = LossSpikes(log.say), StallWatchdog(config.data_timeout, log.say)
 
 
 # ---- the loop
@@ -490,7 +419,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def evaluate_and_log(run: Run) -> tuple[bool, bool]:
     """Whether the model was evaluated (a signal ends it early), and whether it is the best so far."""
-    metrics = evaluate(run.loss_model, run.dataset, run.config, run.block_size, run.autocast, run.stop.agreed)
+    metrics = measure.evaluate(run.loss_model, run.dataset, *run.windows, run.autocast, run.stop.agreed)
     evaluated, improved = not run.stop.agreed(), False
     if evaluated:
         improved = metrics["val/loss"] < run.state["best"].get("best/val_loss", math.inf)
@@ -500,23 +429,8 @@ def evaluate_and_log(run: Run) -> tuple[bool, bool]:
         record(run, metrics | run.state["best"])
         run.log.write_summary()
         run.log.say(f"step {run.step}: {quality(metrics)}")
-    run.lap = time.perf_counter(), run.step
+    run.speed.restart(run.step)
     return evaluated, improved
-
-
-def evaluate(
-    loss_model: nn.Module,
-    dataset: Dataset,
-    config: TrainConfig,
-    block_size: int,
-    autocast,
-    until=lambda: False,
-) -> dict[str, float | None]:
-    """Loss in nats a token and bits per byte, over the same validation tokens however many ranks there are."""
-    ranks = parallel.rank(), parallel.size()
-    batches = dataset.val_batches(block_size, config.batch_size, config.eval_iters, *ranks)
-    loss, bytes_per_token = mean_loss(loss_model, batches, autocast, until), dataset.val_bytes_per_token
-    return {"val/loss": loss, "val/bpb": loss / math.log(2) / bytes_per_token if bytes_per_token else None}
 
 
 def record(run: Run, metrics: dict) -> None:
@@ -531,21 +445,17 @@ def log_progress(run: Run, losses: list[Tensor], grad_norm: Tensor, lr: float) -
     train_loss = torch.stack(losses).mean().item() if losses else math.nan
     train_loss = parallel.all_reduce_sum(train_loss)[0] / parallel.size()
     run.spikes.see(run.step, train_loss)
-    now, (lap_time, lap_step) = time.perf_counter(), run.lap
-    tokens_per_step = run.samples_per_step * run.block_size
-    rate = (run.step - lap_step) * tokens_per_step / (now - lap_time)
-    run.lap, peak = (now, run.step), run.peak_flops
     metrics = {
         "train/loss": train_loss,
         "train/grad_norm": grad_norm.item(),
         "train/skipped_steps": run.skipped.total,
         "lr": lr,
-        "train/tokens_per_s": rate,
-        "train/mfu": rate * run.flops_per_token / (parallel.size() * peak) if peak else None,
-        "memory/peak_bytes": peak_memory(run.device),
+        **run.speed.since_restart(run.step),
+        "memory/peak_bytes": measure.peak_memory(run.device),
     }
+    run.speed.restart(run.step)
     record(run, metrics)
-    run.log.progress(run.step, run.config.max_iters, metrics, tokens_per_step)
+    run.log.progress(run.step, run.config.max_iters, metrics, run.speed.tokens_per_step)
 
 
 def save(run: Run, *names: str) -> None:
@@ -581,7 +491,7 @@ def report(run: Run, stopped: bool) -> dict:
         make = partial(GPT, run.model.config)
         final, probed = (checkpoint.build(make, weights).to(run.device, dtype) for dtype in (None, run.dtype))
         metrics = {"final/val_loss": run.state["val/loss"], "final/val_bpb": run.state["val/bpb"]}
-        record(run, metrics | decode_probe(probed, min(run.block_size, 1024) // 2))
+        record(run, metrics | measure.decode_probe(probed, min(run.block_size, 1024) // 2))
         log.write_summary()
         log.close()
         config = run.config

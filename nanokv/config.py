@@ -16,6 +16,7 @@ import operator
 import os
 import reprlib
 import shutil
+import subprocess
 import sys
 import textwrap
 import tokenize
@@ -81,6 +82,19 @@ def only_fields(cls: type[T], values: dict[str, Any], where: str) -> T:
     return from_dict({key: values[key] for key in _hints([cls]) if key in values}, where, cls)[0]
 
 
+def check_range(config, names: str, **bounds: float) -> None:
+    """Raises ValueError if one of these fields (names with spaces between) is out of its bounds.
+
+    The bounds are some of at_least, at_most, above and below.
+    """
+    tests = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
+    for name in names.split():
+        value = getattr(config, name)
+        if not all(tests[bound](value, limit) for bound, limit in bounds.items()):
+            wanted = " and ".join(f"{bound.replace('_', ' ')} {limit}" for bound, limit in bounds.items())
+            raise ValueError(f"{name} must be {wanted}, not {value}")
+
+
 def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
     """Run a command: main(arguments), with faults of the user's as one line on stderr and exit code 2.
 
@@ -99,6 +113,21 @@ def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
     except BrokenPipeError:  # the reader has gone (`| head`); spare Python's flush at exit the same error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE
+
+
+def run_python(command: list[str], **options) -> str | None:
+    """`python COMMAND` in a process of its own, as none of several ranks; options as for subprocess.run.
+
+    Returns what it printed, if `stdout` is a pipe. Raises UserError, with its last line, if it fails.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    options = {"text": True, "stderr": subprocess.PIPE, "env": environment} | options
+    done = subprocess.run([sys.executable, *command], **options)
+    if done.returncode:
+        lines = (done.stderr or done.stdout or "").strip().splitlines() or [f"exit code {done.returncode}"]
+        fault = lines[-1].removeprefix("error: ")
+        raise UserError(fault if done.returncode == 2 else f"{' '.join(command[:2])} failed: {fault}")
+    return done.stdout
 
 
 class _Text(str):

@@ -3,9 +3,12 @@
 import ctypes
 import re
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 
+from nanokv import distributed as parallel
 from nanokv.config import UserError
 
 DEVICES = r"auto|cpu|mps|cuda(:[0-9]{1,2})?"
@@ -41,6 +44,25 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         )
     return torch.bfloat16 if fast else torch.float32
+
+
+class Hardware(NamedTuple):
+    """What this rank computes on."""
+
+    device: torch.device
+    dtype: torch.dtype  # of activations
+    compile: bool
+
+    def autocast(self) -> AbstractContextManager:
+        exact = self.dtype == torch.float32
+        return nullcontext() if exact else torch.autocast(self.device.type, self.dtype)
+
+
+def pick_hardware(device: str, dtype: str, compile: bool | str) -> Hardware:
+    """What the knobs `device`, `dtype` and `compile` stand for on this rank of this machine."""
+    own = parallel.own_device(pick_device(device))
+    # on a CPU compiling takes longer than it saves in a run of minutes
+    return Hardware(own, pick_dtype(dtype, own), own.type == "cuda" if compile == "auto" else compile)
 
 
 def keep_freed_memory() -> None:

@@ -151,9 +151,8 @@ def parallelize(
     loss_model: nn.Module,
     device: torch.device,
     dtype: torch.dtype,
-    *,
-    strategy: str = "ddp",
     compile: bool = False,
+    strategy: str = "ddp",
     activation_checkpointing: bool = False,
 ) -> nn.Module:
     """`loss_model` (a LanguageModelLoss) as the ranks train it, to be called in its place.

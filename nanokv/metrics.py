@@ -5,19 +5,21 @@ A model is whatever has the members of model.GPT, and a config those of GPTConfi
 
 from __future__ import annotations
 
+import math
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nanokv import distributed as parallel
+from nanokv.dataset import Dataset
 from nanokv.generate import decode_one_token, prefill
 
 # Dense peak in FLOP/s in 16 bits, by a word of the device's name (vendors' data sheets, without sparsity).
@@ -110,6 +112,22 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+class Throughput:
+    """How fast training goes: tokens a second, and what share that is of the machine's peak (MFU)."""
+
+    def __init__(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None):
+        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self.peak_flops = peak_flops  # of all ranks
+
+    def restart(self, step: int) -> None:
+        self.since, self.first = time.perf_counter(), step
+
+    def since_restart(self, step: int) -> dict[str, float | None]:
+        rate = (step - self.first) * self.tokens_per_step / (time.perf_counter() - self.since)
+        mfu = rate * self.flops_per_token / self.peak_flops if self.peak_flops else None
+        return {"train/tokens_per_s": rate, "train/mfu": mfu}
+
+
 def git_sha() -> str | None:
     """The commit of this code, with a + if files differ from it; None outside a git checkout."""
     describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
@@ -121,21 +139,24 @@ def git_sha() -> str | None:
 
 
 @torch.no_grad()
-def mean_loss(
+def evaluate(
     loss_model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    dataset: Dataset,
+    block_size: int,
+    batch_size: int,
+    max_batches: int,
     autocast: AbstractContextManager,
     until: Callable[[], bool] = lambda: False,
-) -> float:
-    """Mean of loss_model(x, y) over the targets of x, y (B, T), in nats a token; the same on all ranks.
+) -> dict[str, float | None]:
+    """Mean loss in nats a token and bits per byte, over the same validation tokens on any number of ranks.
 
-    The ranks share the batches. Draws nothing from any random state. Ends early, with what it has, when
-    `until()` says so.
+    max_batches: of all ranks, evenly spaced; 0: the whole validation split. Draws nothing from any random
+    state. Ends early, with what it has, when `until()` says so.
     """
     device = next(loss_model.parameters()).device
     loss_model.eval()
     loss, count = torch.zeros((), device=device), 0
-    for x, y in batches:
+    for x, y in dataset.val_batches(block_size, batch_size, max_batches, parallel.rank(), parallel.size()):
         n = int((y >= 0).sum())
         with autocast:
             mean = loss_model(x.to(device), y.to(device))
@@ -146,7 +167,8 @@ def mean_loss(
             break
     loss_model.train()
     loss, count = parallel.all_reduce_sum(loss.item(), count)
-    return loss / count
+    loss, bytes_per_token = loss / count, dataset.val_bytes_per_token
+    return {"val/loss": loss, "val/bpb": loss / math.log(2) / bytes_per_token if bytes_per_token else None}
 
 
 def decode_probe(
