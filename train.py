@@ -1,8 +1,6 @@
 """Train a GPT: `python train.py config/mla.py --batch_size=32`. `--help` lists every knob.
 
 On many GPUs or machines: `torchrun --standalone --nproc_per_node=8 train.py config/124m/mla.py`.
-
-From top to bottom: the knobs; the set-up of a run; the loop; the report.
 """
 
 from __future__ import annotations
@@ -310,9 +308,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.log: RunLogger = log
-        self.stop: StopSignal = stop
-        self.state: dict = state  # of the last checkpoint
+        self.log, self.stop, self.state = log, stop, state  # what the last checkpoint says of the run
         self.step, self.samples = state["step"], state["samples"]  # taken; sequences trained on by all ranks
         self.started = time.perf_counter() - state["time"]
         self.block_size = model.config.block_size
@@ -479,7 +475,7 @@ def report(run: Run, stopped: bool) -> dict:
         save(run, "last")
     with parallel.collective_errors():
         run.saver.wait()
-    log, signal = run.log, run.stop.signal
+    config, log, signal = run.config, run.log, run.stop.signal
     if stopped:
         log.write_summary()
         log.close()
@@ -494,7 +490,6 @@ def report(run: Run, stopped: bool) -> dict:
         record(run, metrics | measure.decode_probe(probed, min(run.block_size, 1024) // 2))
         log.write_summary()
         log.close()
-        config = run.config
         print(generate_text(final, run.dataset.tokenizer, config.sample_tokens, seed=config.seed))
         print(table(log.summary))
     return log.summary

@@ -16,16 +16,19 @@ from typing import Literal
 import torch
 
 from backends import cpu as native
-from model import GPT
+from model import GPT, GPTConfig
 from nanokv import checkpoint
 from nanokv import tokenizer as tokenizers
 from nanokv.cache import CACHE_FORMATS
-from nanokv.config import UserError, load, parse, pick_device, pick_dtype
+from nanokv.config import UserError, load, parse
 from nanokv.dataset import Dataset, open_dataset
+from nanokv.device import pick_device, pick_dtype
 from nanokv.generate import Stats, decode_one_token, generate, prefill
+from nanokv.metrics import decode_probe
 from nanokv.plots import draw_cache, draw_decode
-from sample import decode_probe, load_run
-from tools.convert import hf_config, hf_state_dict
+from sample import load_run
+from tools.hugging_face import hf_config, hf_state_dict
+from train import TrainConfig
 
 ATTENTION_KNOBS = {"mha": [], "mqa": [], "gqa": ["--n_kv_head=2"], "mla": []}
 
@@ -95,13 +98,15 @@ def cache(argv: list[str]) -> None:
 def cache_rows(run: Path, options: CacheOptions) -> list[dict]:
     """Measure one run, and print it as it goes: a row for each format, under the run's own window and others.
 
-    Differences are to the unquantised cache without a window that the run was not trained with.
+    Differences are to the unquantized cache without a window that the run was not trained with.
     """
     model, tokenizer = load_run(run, options.device, options.dtype, options.which)
-    config = model.config
-    dataset = open_dataset(config.dataset, config.tokenizer)
+    config, knobs = model.config, checkpoint.read_config(checkpoint.find(run)[0])
+    dataset = open_dataset(knobs["dataset"], knobs.get("tokenizer"))
     if tokenizers.sha256(dataset.tokenizer) != tokenizers.sha256(tokenizer):
-        raise UserError(f"{config.dataset} here is not the data that {run} was trained on: another tokenizer")
+        raise UserError(
+            f"{knobs['dataset']} here is not the data that {run} was trained on: another tokenizer"
+        )
     windows = [int(n) for n in options.windows.split(",") if n.strip("0")]
     windows = windows or [config.block_size // 2, config.block_size // 4]
     sinks = [int(n) for n in options.sinks.split(",") if n]
@@ -237,7 +242,7 @@ def decode_models(options: DecodeOptions, device: torch.device) -> Iterator[tupl
                 *ATTENTION_KNOBS.get(name, []),
                 *shape,
             ]
-        config = load([*argv, f"--block_size={room}"])
+        config, _ = load([*argv, f"--block_size={room}"], GPTConfig, TrainConfig)
         torch.manual_seed(0)
         model = GPT(config).eval()
         for p in model.parameters():  # as they are initialised, what a block adds and all logits are zero
