@@ -165,7 +165,8 @@ def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, Trai
     files = [Path(arg).stem for arg in argv if not arg.startswith("-")]
 
     def fill_in(given: dict[str, Any]) -> dict[str, Any]:
-        out_dir = given.get("out_dir") or f"out/{(files or [given.get('attention', GPTConfig.attention)])[0]}"
+        name = files[0] if files else given.get("attention", GPTConfig.attention)
+        out_dir = f"out/{name}" if given.get("out_dir") is None else given["out_dir"]
         values = given | {"out_dir": out_dir}
         if restarted and checkpoint.launched_by(Path(out_dir)) == parallel.launch():
             values["init_from"] = "resume"
@@ -263,11 +264,12 @@ def claim(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, step: 
     with parallel.collective_errors():
         if step != newest:
             raise UserError(f"{run_dir} is not the same on all nodes: it must be on storage that they share")
+        tokenizer = dataset.tokenizer  # raises, if it is lost, before the folder is changed
         if parallel.rank() == 0:
             checkpoint.claim(run_dir, config.init_from == "resume", config.overwrite, parallel.launch())
             checkpoint.write_config(run_dir, model_config, config)
             with checkpoint.writing(run_dir):
-                tokenizers.save(dataset.tokenizer, run_dir)
+                tokenizers.save(tokenizer, run_dir)
 
 
 def start_log(config: TrainConfig, model: GPT, dataset: Dataset, hardware: Hardware, step: int) -> RunLogger:
@@ -329,12 +331,11 @@ class Run:
 
 def training_loop(run: Run) -> bool:
     """Train to the last step, or until a signal ends it; returns whether one did."""
-    config, losses = run.config, []  # the losses of the micro-batches since the last line of the log
+    config, losses = run.config, []  # of the micro-batches since the last line of the log
     while True:
         with parallel.collective_errors():
             run.saver.check()
-        at_end = run.step >= config.max_iters
-        evaluated = improved = False
+        at_end, evaluated, improved = run.step >= config.max_iters, False, False
         if (at_end or run.step % config.eval_interval == 0) and run.state["evaluated"] != run.step:
             evaluated, improved = evaluate_and_log(run)
         due = evaluated and (at_end or config.always_save_checkpoint)
