@@ -151,10 +151,14 @@ static void mix_back(const float *p, long wide, const float *x, long x_row, floa
 }
 
 /* p = softmax(scale p) over the first `seen` of `most` numbers, 0 for the others; returns the logarithm of the sum of
-   exponentials. A row of only -inf has no softmax: NaN, as in torch. */
+   exponentials. As in torch, a row of only -inf gets no weights, and NaN as its gradients. */
 static float softmax(float *p, long seen, long most, float scale) {
     for (long j = seen; j < most; j++) p[j] = -INFINITY;
     float best = largest(p, seen, -INFINITY);
+    if (best == -INFINITY) {
+        for (long j = 0; j < most; j++) p[j] = p[j] == -INFINITY ? 0 : NAN; /* `largest` passes over NaN */
+        return NAN;
+    }
     vec sums = {0};
     for (long j = 0; j < most; j += LANES) {
         vec e = exponential((load(p + j) - best) * scale);
