@@ -1,19 +1,11 @@
-"""A GPT whose attention is one flag: mha, mqa, gqa or mla.
+"""A GPT whose attention is one flag: mha, mqa, gqa or mla. Only the maths, in torch, as the papers write it.
 
-The model is in this file; its cache is in cache.py, and what machines rather compute in another way than one
-writes it, in kernels.py and, for CPUs, in native.c, which native.py and tape.py call.
+Pre-norm blocks of RMSNorm, attention, RMSNorm and SwiGLU, without biases; rotary position embedding, full or
+partial, computed from positions, without a length limit. The KV cache is in nanokv/cache.py; each attention
+class declares what it caches. Parameter names are those of the Hugging Face classes that compute the same
+function (`LlamaForCausalLM`, `Qwen3ForCausalLM`, dense `DeepseekV3ForCausalLM`), less their leading `model.`.
 
-- pre-norm blocks: RMSNorm, attention, RMSNorm, SwiGLU; no biases; embeddings tied or not
-- rotary position embedding (RoPE), full or partial, computed from positions: no table, no length limit
-- GroupedQueryAttention: multi-head, grouped-query and multi-query attention, optional QK-norm
-- MultiHeadLatentAttention: DeepSeek-V2's latent attention with decoupled RoPE, expanded for training
-  and absorbed for decoding
-- KVCache (cache.py): preallocated, laid out by what each attention class declares that it caches
-
-Parameter names are those of the Hugging Face classes that compute the same function (`LlamaForCausalLM`,
-`Qwen3ForCausalLM`, `DeepseekV3ForCausalLM` with dense layers), less their leading `model.`.
-
-Dimensions in comments: B batch, T new tokens, S tokens held by the cache, C n_embd, H n_head, G n_kv_head,
+Dimensions in comments: B batch, T new tokens, S tokens that attention reads, C n_embd, H n_head, G n_kv_head,
 D head width, V vocabulary.
 """
 
@@ -26,25 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backends import cpu as native
-from backends import tape
-from nanokv.cache import CACHE_FORMATS, CacheStep, KVCache, LayerCache, cache_layout, visible
-from nanokv.loss import (
-    Linear,
-    LinearCrossEntropy,
-    NativeCausalAttention,
-    NativeRotation,
-    RMSNorm,
-    linear,
-    swiglu,
-)
+from nanokv.cache import CACHE_FORMATS, KVCache, LayerCache, LayerLayout, Part, kv_bytes_per_token
+
+Rope = tuple[Tensor, Tensor]  # cosines and sines, see `rope_angles`
+Mask = Tensor | None  # (B or 1, 1, T, S), true where a query may look; None: causal, T = S
+Cache = LayerCache | None
 
 
 @dataclass
 class GPTConfig:
-    """Shape of a model. A field left None is resolved by the attention it belongs to.
-
-    Raises ValueError, one line that names the fault and the remedy, if the fields do not fit together.
+    """Shape of a model. A field left None is resolved by the attention it belongs to. Raises ValueError, one
+    line that names the fault and the remedy, if the fields do not fit together.
     """
 
     # model
@@ -79,22 +63,13 @@ class GPTConfig:
     def __post_init__(self):
         if self.attention not in ATTENTIONS:
             raise ValueError(f"unknown attention {self.attention!r}; choose one of {', '.join(ATTENTIONS)}")
-        for name in ("block_size", "n_layer", "n_head", "n_embd", "intermediate_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.vocab_size < 0:
-            raise ValueError(f"vocab_size must be at least 0, not {self.vocab_size}")
-        if not self.rope_theta > 0:
-            raise ValueError(f"rope_theta must be above 0, not {self.rope_theta}")
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps must be above 0, not {self.norm_eps}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if self.window < 0 or self.sink_tokens < 0:
-            raise ValueError("window and sink_tokens count tokens; neither can be below 0")
+        at_least(self, 1, "block_size", "n_layer", "n_head", "n_embd", "intermediate_size")
+        at_least(self, 0, "vocab_size", "window", "sink_tokens")
+        if not (self.rope_theta > 0 and self.norm_eps > 0 and 0 <= self.dropout < 1):
+            raise ValueError("rope_theta and norm_eps must be above 0, dropout at least 0 and below 1")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"window_pattern is made of S and L, as in SSSL, not {self.window_pattern!r}")
-        if self.window == 0 and self.sink_tokens:
+        if self.sink_tokens and not self.window:
             raise ValueError("sink_tokens come besides a window; set window, or remove sink_tokens")
         attention = ATTENTIONS[self.attention]
         for other in ATTENTIONS.values():
@@ -106,101 +81,108 @@ class GPTConfig:
         if self.intermediate_size is None:
             self.intermediate_size = max(8 * self.n_embd // 3 // 64, 1) * 64
 
-    def kv_elements_per_token_layer(self) -> int:
-        """Numbers that one layer caches for one token."""
-        return sum(math.prod(shape) for shape in ATTENTIONS[self.attention].cache_spec(self).values())
-
-    def cache_layout(self, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """What one layer holds of one token in this format: a shape and a dtype for each buffer."""
-        attention = ATTENTIONS[self.attention]
-        exact = attention.unquantised_width(self) if hasattr(attention, "unquantised_width") else 0
-        return cache_layout(attention.cache_spec(self), exact, dtype)
-
     def layer_windows(self) -> list[int]:
         """The window of each layer, in tokens; 0 where it sees all."""
         pattern = self.window_pattern
         return [self.window if pattern[i % len(pattern)] == "S" else 0 for i in range(self.n_layer)]
 
-    def kv_slots(self, window: int, max_len: int, spare: int = 0) -> int:
-        """Tokens that a layer of this window has room for in a cache for max_len tokens."""
-        return min(self.sink_tokens + window + spare, max_len) if window else max_len
+    def kv_layouts(self) -> list[LayerLayout]:
+        parts = ATTENTIONS[self.attention].cached_parts(self)
+        return [LayerLayout(parts, w, self.sink_tokens if w else 0) for w in self.layer_windows()]
 
     def kv_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes that all layers together cache for one token, the scales of int8 and fp8 included."""
-        layout = self.cache_layout(dtype).values()
-        return self.n_layer * sum(math.prod(shape) * part.itemsize for shape, part in layout)
-
-    def kv_bytes(self, max_len: int, dtype: torch.dtype = torch.bfloat16, spare: int = 0) -> int:
-        """Bytes of a cache for one row of max_len tokens: a layer with a window holds no more than that."""
-        slots = sum(self.kv_slots(window, max_len, spare) for window in self.layer_windows())
-        return slots * self.kv_bytes_per_token(dtype) // self.n_layer
-
-    def kv_ratio_to_mha(self) -> float:
-        """Cache of a full context relative to that of multi-head attention of this width without windows,
-        which holds 2 n_embd a token a layer.
-        """
-        held = self.kv_bytes(self.block_size) / (self.kv_bytes_per_token() * self.block_size)
-        return held * self.kv_elements_per_token_layer() / (2 * self.n_embd)
+        return kv_bytes_per_token(self.kv_layouts(), dtype)
 
 
-def rope_angles(positions: Tensor, width: int, theta: float, repeat: int = 1) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, 1, T, width) of RoPE (Su et al. 2021) at `positions` (B, T), in fp32.
+def rope_angles(positions: Tensor, width: int, theta: float, repeat: int = 1) -> Rope:
+    """Cosines and sines, (B, 1, T, width / 2) each, of RoPE (Su et al. 2021) at `positions` (B, T), in fp32.
 
-    The first half of the sines carries the sign of the rotation, see `rotate`. `repeat` RoPEs, each of
-    width / repeat, lie side by side.
+    Pair j turns by position * theta^(-2j / width). With `repeat`, that many RoPEs of width / repeat each.
     """
     width //= repeat
     exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / -max(width, 1)
-    frequency = (theta**exponent).repeat(repeat)
-    angle = positions[:, None, :, None] * frequency  # (B, 1, T, width/2)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    angle = positions[:, None, :, None] * (theta**exponent).repeat(repeat)
+    return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor], lead: int = 0) -> Tensor:
-    """Rotate dimensions of x (B, H, T, D), from `lead` on as many as `rope` is wide, in halves as Llama does.
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turn as many first dimensions of x (B, H, T, D) as `rope` has. A pair is j, half + j, as in Llama."""
+    (cos, sin), half = rope, rope[0].size(-1)
+    x1, x2, rest = x.split((half, half, x.size(-1) - 2 * half), -1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), -1).type_as(x)
 
-    [x1 cos - x2 sin, x2 cos + x1 sin] for the halves x1, x2: the roll swaps them, the signs are in the sines.
+
+def visible(q: Tensor, k: Tensor, window: int, sinks: int) -> Tensor:
+    """The attention mask: whether a query at position q sees a key at position k (-1: no key there).
+
+    Keys up to its own; with a window, the last `window` of these and the first `sinks`. Shapes broadcast.
     """
-    cos, sin = rope
-    width = cos.size(-1)
-    if width == 0:
-        return x
-    if native.handles(x, cos):
-        return NativeRotation.apply(x, cos, sin, lead)
-    if width < x.size(-1):
-        before, x, after = x.split_with_sizes((lead, width, x.size(-1) - lead - width), -1)
-        return torch.cat((before, rotate(x, rope), after), -1)
-    return torch.addcmul(x * cos, x.roll(width // 2, -1), sin).type_as(x)
+    seen = (k >= 0) & (k <= q)
+    return seen & ((k > q - window) | (k < sinks)) if window else seen
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, scale: float, dropout=0.0) -> Tensor:
-    """softmax(scale q k^T) v: q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv) -> (B, H, T, Dv).
-
-    Causal over a first chunk; with a window or over a cache, as its mask says. torch's `is_causal` aligns the
-    mask top-left, so it is right only where queries and keys start together.
+class Linear(nn.Linear):
+    """nn.Linear without bias. row_groups: of a fused matrix, the rows of each kind in turn, such as (16, 48)
+    for each head's key and value. Muon orthogonalizes each kind separately.
     """
-    (B, H, T, D), G, Dv = q.shape, k.size(1), v.size(-1)
-    mask = None if cache is None else cache.step.mask
-    causal = mask is None and (cache is None or cache.step.first)
-    if causal and not dropout and NativeCausalAttention.takes(q, k, v):
-        return NativeCausalAttention.apply(q, k, v, scale)
-    if Dv != D:  # the fused kernels want values as wide as keys
-        width = max(D, Dv)
-        q, k, v = (F.pad(t, (0, width - t.size(-1))) for t in (q, k, v))
-    if causal:
-        y = F.scaled_dot_product_attention(
-            q, k, v, None, dropout, is_causal=True, scale=scale, enable_gqa=G < H
-        )
-    else:  # fold the H/G query heads that share a key head into the query axis instead of repeating the keys
-        mask = None if mask is None else mask.repeat(1, 1, H // G, 1)
-        q = q.reshape(B, G, H // G * T, -1)
-        if mask is None and native.takes(q, k, v):
-            y = native.attend(q, k, v, scale)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
-        y = y.view(B, H, T, -1)
-    return y if Dv == D else y[..., :Dv]
+
+    def __init__(self, width: int, out: int, row_groups: tuple[int, ...] = ()):
+        super().__init__(width, out, bias=False)
+        self.row_groups = row_groups
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether it computes x weight^T and nothing else: no subclass, adapter, bias, hook or patch."""
+    changed = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    return type(linear) is Linear and linear.bias is None and not changed
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attend(nn.Module):
+    """The inner attention, softmax(scale q k^T) v, without parameters.
+
+    It is handed the layer's cache, not what was read from it, so that a kernel in its place can read codes.
+    """
+
+    def __init__(self, scale: float, dropout: float = 0.0):
+        super().__init__()
+        self.scale, self.dropout = scale, dropout
+
+    def forward(self, q: Tensor, k, v, mask: Mask = None, cache: Cache = None, key_factor=None) -> Tensor:
+        """q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv) -> (B, H, T, Dv); H / G heads share a key head.
+
+        k, v: tensors, or names of the cache's parts. key_factor (B, H, S) multiplies the scores of each key.
+        """
+        if isinstance(k, str):
+            k, v = (cache.read(name, like=q) for name in (k, v)) if k != v else [cache.read(k, like=q)] * 2
+        (B, H, T, D), G = q.shape, k.size(1)
+        dropout = self.dropout if self.training else 0.0
+        if key_factor is not None:
+            if mask is None:  # aligned top-left: queries and keys start together
+                mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[None, None]
+            k, v = (t.repeat_interleave(H // G, 1) for t in (k, v))
+            scores = self.scale * key_factor[:, :, None] * (q @ k.mT)  # (B, H, T, S)
+            weights = scores.masked_fill(~mask, -math.inf).float().softmax(-1).type_as(v)
+            return F.dropout(weights, dropout) @ v
+        if mask is None:
+            shared = dict(scale=self.scale, enable_gqa=G < H)
+            return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, **shared)
+        # the heads that share a key become more queries of it, so that no key is repeated in memory
+        q, mask = q.reshape(B, G, H // G * T, D), mask.repeat(1, 1, H // G, 1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
+        return y.view(B, H, T, -1)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -214,21 +196,21 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.rotary_dim = config.rotary_dim
-        self.dropout = config.dropout
-        self.q_proj = Linear(config.n_embd, self.n_head * self.head_dim)
-        self.k_proj = Linear(config.n_embd, self.n_kv_head * self.head_dim)
-        self.v_proj = Linear(config.n_embd, self.n_kv_head * self.head_dim)
-        self.o_proj = Linear(self.n_head * self.head_dim, config.n_embd)
-        self.qk_norm = config.qk_norm
-        if self.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+        self.head_dim, self.qk_norm, self.rope_width = config.head_dim, config.qk_norm, config.rotary_dim
+        self.score_width = (
+            config.n_head * 2 * config.head_dim
+        )  # multiply-adds of a query and a key, all heads
+        self.q_proj = Linear(config.n_embd, config.n_head * config.head_dim)
+        self.k_proj = Linear(config.n_embd, config.n_kv_head * config.head_dim)
+        self.v_proj = Linear(config.n_embd, config.n_kv_head * config.head_dim)
+        self.o_proj = Linear(config.n_head * config.head_dim, config.n_embd)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.attend = Attend(config.head_dim**-0.5, config.dropout)
 
     @staticmethod
-    def resolve(config: GPTConfig) -> None:
-        """Fill in the knobs that were left None; ValueError if they do not fit."""
+    def resolve(config: GPTConfig) -> None:  # fill in the knobs that were left None
         H, G = config.n_head, config.n_kv_head
         expected = {"mha": H, "mqa": 1}.get(config.attention, G)
         if expected is None:
@@ -241,65 +223,53 @@ class GroupedQueryAttention(nn.Module):
         config.head_dim = head_width(config) if config.head_dim is None else config.head_dim
         config.rotary_dim = config.head_dim if config.rotary_dim is None else config.rotary_dim
         config.qk_norm = True if config.qk_norm is None else config.qk_norm
-        if config.head_dim < 1 or not 0 <= config.rotary_dim <= config.head_dim:
-            raise ValueError(f"rotary_dim = {config.rotary_dim} must be in 0..head_dim = {config.head_dim}")
-        if config.rotary_dim % 2:
-            raise ValueError(f"RoPE turns pairs, so rotary_dim must be even, not {config.rotary_dim}")
+        at_least(config, 1, "head_dim")
+        if not 0 <= config.rotary_dim <= config.head_dim or config.rotary_dim % 2:
+            fault = f"rotary_dim = {config.rotary_dim} must be even (RoPE turns pairs)"
+            raise ValueError(f"{fault} and in 0..head_dim = {config.head_dim}")
 
     @staticmethod
-    def cache_spec(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what is cached for one token."""
-        return {name: (config.n_kv_head, config.head_dim) for name in ("k", "v")}
+    def cached_parts(config: GPTConfig) -> dict[str, Part]:
+        return {name: Part(config.n_kv_head, config.head_dim) for name in ("k", "v")}
 
-    @staticmethod
-    def rope_width(config: GPTConfig) -> int:
-        return config.rotary_dim
-
-    @staticmethod
-    def score_width(config: GPTConfig) -> int:
-        """Multiply-adds that one query spends on one key, over all heads."""
-        return config.n_head * 2 * config.head_dim
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x: Tensor, rope: Rope, mask: Mask = None, cache: Cache = None) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q.transpose(1, 2), rope)  # (B, H, T, D)
         k, v = rotate(k.transpose(1, 2), rope), v.transpose(1, 2)  # (B, G, T, D)
         if cache is not None:
-            k, v = cache.append(k=k, v=v)  # (B, G, S, D)
-        dropout = self.dropout if self.training else 0.0
-        y = attend(q, k, v, cache, self.head_dim**-0.5, dropout)  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
-
-    decode = native.grouped_query  # x + forward(norm(x)) of one token a row, in C
-    record = tape.grouped_query  # x + forward(h) as operators of a tape, for training in C
+            k, v = cache.append(k=k, v=v)
+        y = self.attend(q, k, v, mask, cache)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MultiHeadLatentAttention(nn.Module):
     """DeepSeek-V2's multi-head latent attention (arXiv 2405.04434, section 2.1).
 
-    Keys and values of all heads are linear in one normalised latent c of width r; position enters through one
-    rotated key of width dr that the heads share. Only [c | k_rope] is cached: r + dr numbers a token.
+    Keys and values of all heads are linear in one latent c of width r. Only [c | k_rope] is cached, r + dr
+    numbers a token:
 
         score_h = (q_nope_h . W_uk_h c + q_rope_h . k_rope) / sqrt(dn + dr)        out_h = sum p W_uv_h c
 
-    Expanded form: compute W_uk_h c and W_uv_h c of every token, then ordinary attention. Absorbed form: move
-    W_uk_h to the query and W_uv_h behind the sum, so that the heads attend to the cached latents themselves.
+    Expanded form, for training: compute W_uk_h c and W_uv_h c of every token, then ordinary attention.
+    Absorbed form, for decoding: q . (W_uk c) = (W_uk^T q) . c, so W_uk_h moves to the query, and likewise
+    W_uv_h behind the sum; the heads attend to the cached latents themselves.
+
+    Position has a key of its own, k_rope, because RoPE would stand between the two: in q^T R_(t-s) W_uk c the
+    rotation R depends on the distance, so W_uk^T R^T q would be another vector for every cached token. One
+    rope key of width dr is shared by all heads. The latent is normed before it is cached, so that both
+    up-projections read a vector of fixed size, however the residual stream grows during training.
     """
 
-    KNOBS = (
-        *("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank"),
-        "qk_rope_repeat",
-    )
+    KNOBS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
+    KNOBS += ("qk_rope_repeat",)
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.rank, self.q_rank = config.kv_lora_rank, config.q_lora_rank
+        self.n_head, self.rank, self.q_rank = config.n_head, config.kv_lora_rank, config.q_lora_rank
         self.dn, self.dr, self.dv = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        self.scale = (self.dn + self.dr) ** -0.5  # in the absorbed form too, whose keys are wider
+        self.rope_width, self.score_width = self.dr, self.n_head * (self.dn + self.dr + self.dv)
         q_width = self.n_head * (self.dn + self.dr)
         if config.q_lora_rank is None:
             self.q_proj = Linear(config.n_embd, q_width)
@@ -307,14 +277,15 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_a_proj = Linear(config.n_embd, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.norm_eps)
             self.q_b_proj = Linear(config.q_lora_rank, q_width)
-        self.kv_a_proj_with_mqa = Linear(config.n_embd, self.rank + self.dr, parts=(self.rank, self.dr))
+        self.kv_a_proj_with_mqa = Linear(config.n_embd, self.rank + self.dr, row_groups=(self.rank, self.dr))
         self.kv_a_layernorm = RMSNorm(self.rank, config.norm_eps)
-        self.kv_b_proj = Linear(self.rank, self.n_head * (self.dn + self.dv), parts=(self.dn, self.dv))
+        self.kv_b_proj = Linear(self.rank, self.n_head * (self.dn + self.dv), row_groups=(self.dn, self.dv))
         self.o_proj = Linear(self.n_head * self.dv, config.n_embd)
+        # the scale is that of the expanded keys in the absorbed form too, whose keys are wider
+        self.attend = Attend((self.dn + self.dr) ** -0.5, config.dropout)
 
     @staticmethod
     def resolve(config: GPTConfig) -> None:
-        """Fill in the knobs that were left None; ValueError if they do not fit."""
         if config.kv_lora_rank is None:
             config.kv_lora_rank = max(config.n_embd // 4, 1)
         if config.qk_rope_head_dim is None:
@@ -323,102 +294,74 @@ class MultiHeadLatentAttention(nn.Module):
             config.qk_nope_head_dim = head_width(config) - config.qk_rope_head_dim
         if config.v_head_dim is None:
             config.v_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-        for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "q_lora_rank"):
-            if getattr(config, name) is not None and getattr(config, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-        if config.qk_rope_head_dim < 0 or config.qk_rope_head_dim % 2:
-            raise ValueError(
-                f"RoPE turns pairs: qk_rope_head_dim must be even, not {config.qk_rope_head_dim}"
-            )
-        config.qk_rope_repeat = 1 if config.qk_rope_repeat is None else config.qk_rope_repeat
-        if config.qk_rope_repeat < 1 or config.qk_rope_head_dim % (2 * config.qk_rope_repeat):
-            raise ValueError(
-                f"qk_rope_head_dim = {config.qk_rope_head_dim} is no multiple of twice qk_rope_repeat = "
-                f"{config.qk_rope_repeat}"
-            )
+        at_least(config, 1, "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
+        dr, repeat = config.qk_rope_head_dim, 1 if config.qk_rope_repeat is None else config.qk_rope_repeat
+        config.qk_rope_repeat = repeat
+        if dr < 0 or repeat < 1 or dr % (2 * repeat):
+            fault = f"qk_rope_head_dim = {dr} must be even (RoPE turns pairs)"
+            raise ValueError(f"{fault} and a multiple of twice qk_rope_repeat = {repeat}")
 
     @staticmethod
-    def cache_spec(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what is cached for one token."""
-        return {"latent": (config.kv_lora_rank + config.qk_rope_head_dim,)}
+    def cached_parts(config: GPTConfig) -> dict[str, Part]:
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        return {"latent": Part(1, width, exact=config.qk_rope_head_dim)}
 
-    @staticmethod
-    def unquantised_width(config: GPTConfig) -> int:
-        """Last numbers of a cached vector that int8 and fp8 leave as they are: the rope key."""
-        return config.qk_rope_head_dim
-
-    @staticmethod
-    def rope_width(config: GPTConfig) -> int:
-        return config.qk_rope_head_dim
-
-    @staticmethod
-    def score_width(config: GPTConfig) -> int:
-        """Multiply-adds that one query spends on one key, over all heads, in the expanded form."""
-        return config.n_head * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-
-    def prefers_absorbed(self, n: int) -> bool:
-        """Whether n new tokens over a long cache cost fewer multiply-adds absorbed than expanded.
-
-        Per head and cached token: n (2 r + dr) absorbed; n (dn + dr + dv) and, once, r (dn + dv) expanded.
+    def prefers_absorbed(self, T: int) -> bool:
+        """Whether T new tokens cost fewer multiply-adds absorbed than expanded. Per head and cached token:
+        T (2 r + dr) absorbed; T (dn + dr + dv) and, once, r (dn + dv) expanded.
         """
-        return n * (2 * self.rank - self.dn - self.dv) < self.rank * (self.dn + self.dv)
+        if not is_plain(self.kv_b_proj):  # its weight is not all that it computes
+            return False
+        return T * (2 * self.rank - self.dn - self.dv) < self.rank * (self.dn + self.dv)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        B, T, _ = x.shape
+    def forward(self, x: Tensor, rope: Rope, mask: Mask = None, cache: Cache = None) -> Tensor:
         q = self.q_proj(x) if self.q_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = q.view(B, T, self.n_head, self.dn + self.dr).transpose(1, 2)
-        q = rotate(q, rope, self.dn)  # (B, H, T, dn + dr)
-        c, k_rope = self.kv_a_proj_with_mqa(x).split_with_sizes((self.rank, self.dr), -1)
-        c = self.kv_a_layernorm(c)  # (B, T, r)
-        k_rope = rotate(k_rope.unsqueeze(1), rope).squeeze(1)  # (B, T, dr)
+        q = q.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, T, dn + dr)
+        q_nope, q_rope = q.split((self.dn, self.dr), -1)
+        q_rope = rotate(q_rope, rope)
+        c, k_rope = self.kv_a_proj_with_mqa(x)[:, None].split((self.rank, self.dr), -1)
+        c, k_rope = self.kv_a_layernorm(c), rotate(k_rope, rope)  # (B, 1, T, r), (B, 1, T, dr)
         if cache is not None:
-            (latent,) = cache.append(latent=torch.cat((c, k_rope), -1))  # (B, S, r + dr)
-            c, k_rope = latent.split_with_sizes((self.rank, self.dr), -1)
-        if cache is not None and not cache.step.first and self.prefers_absorbed(T):
-            y = self.absorbed(q, latent, cache)
-        else:
-            y = self.expanded(q, c, k_rope, cache)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+            (latent,) = cache.append(latent=torch.cat((c, k_rope), -1))
+            if not cache.first:
+                if self.prefers_absorbed(x.size(1)):
+                    return self.absorbed(q_nope, q_rope, latent, mask, cache)
+                c, k_rope = cache.read(latent, like=x).split((self.rank, self.dr), -1)  # (B, 1, S, ...)
+        return self.expanded(q_nope, q_rope, c, k_rope, mask)
 
-    def expanded(self, q: Tensor, c: Tensor, k_rope: Tensor, cache: LayerCache | None) -> Tensor:
-        """Attention over each head's own keys and values, made from the latents -> (B, H, T, dv)."""
-        kv = self.kv_b_proj(c).unflatten(-1, (self.n_head, self.dn + self.dv)).transpose(1, 2)
+    def expanded(self, q_nope: Tensor, q_rope: Tensor, c: Tensor, k_rope: Tensor, mask: Tensor | None):
+        """Attention over each head's own keys and values, made from the latents -> (B, T, C)."""
+        kv = self.kv_b_proj(c[:, 0]).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         k_nope, v = kv.split((self.dn, self.dv), -1)  # (B, H, S, dn), (B, H, S, dv)
-        k = torch.cat((k_nope, k_rope[:, None].expand(-1, self.n_head, -1, -1)), -1)
-        return attend(q, k, v, cache, self.scale, self.dropout if self.training else 0.0)
+        k = torch.cat((k_nope, k_rope.expand(-1, self.n_head, -1, -1)), -1)
+        y = self.attend(torch.cat((q_nope, q_rope), -1), k, v, mask)  # (B, H, T, dv)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def absorbed(self, q: Tensor, latent: Tensor, cache: LayerCache) -> Tensor:
-        """The same attention over the latents themselves, as multi-query attention: the heads share one key
-        [c | k_rope], and one value, of which the first r columns, c, count. One read serves both.
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: str, mask: Tensor | None, cache: LayerCache):
+        """The same as multi-query attention over the latents -> (B, T, C). One read serves as the key
+        [c | k_rope] and as the value, of which the first r columns, c, count.
         """
-        (B, H, T, _), latent = q.shape, latent.unsqueeze(1)
-        q_nope, q_rope = q.split_with_sizes((self.dn, self.dr), -1)
-        w_uk, w_uv = self.kv_b_proj.weight.view(H, -1, self.rank).split((self.dn, self.dv), 1)
-        q = torch.bmm(q_nope.transpose(0, 1).flatten(1, 2), w_uk).view(H, B, T, -1).transpose(0, 1)
-        y = attend(torch.cat((q, q_rope), -1), latent, latent, cache, self.scale)  # (B, H, T, r + dr)
-        y = y[..., : self.rank].transpose(0, 1).flatten(1, 2)  # (H, B T, r)
-        return torch.bmm(y, w_uv.mT).view(H, B, T, -1).transpose(0, 1)
-
-    decode = native.multi_head_latent  # x + forward(norm(x)) of one token a row, in C
-    record = tape.multi_head_latent  # x + forward(h) as operators of a tape, for training in C
+        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (self.n_head, -1)).split((self.dn, self.dv), 1)
+        q_latent = torch.einsum("bhtn,hnr->bhtr", q_nope, w_uk)
+        y = self.attend(torch.cat((q_latent, q_rope), -1), latent, latent, mask, cache)  # (B, H, T, r + dr)
+        return self.o_proj(torch.einsum("bhtr,hvr->bthv", y[..., : self.rank], w_uv).flatten(2))
 
 
-# A new attention is a class with the same members, and an entry here.
-ATTENTIONS = {
-    "mha": GroupedQueryAttention,
-    "mqa": GroupedQueryAttention,
-    "gqa": GroupedQueryAttention,
-    "mla": MultiHeadLatentAttention,
-}
+# A new attention is a class with the same members, and an entry here: see docs/add_an_attention.md.
+ATTENTIONS = {"mha": GroupedQueryAttention, "mqa": GroupedQueryAttention, "gqa": GroupedQueryAttention}
+ATTENTIONS["mla"] = MultiHeadLatentAttention
+
+
+def at_least(config: GPTConfig, low: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) is not None and getattr(config, name) < low:
+            raise ValueError(f"{name} must be at least {low}, not {getattr(config, name)}")
 
 
 def head_width(config: GPTConfig) -> int:
-    """n_embd / n_head, the usual width of a head; ValueError if it is not whole."""
     if config.n_embd % config.n_head:
-        raise ValueError(
-            f"n_embd = {config.n_embd} is not divisible by n_head = {config.n_head}; change one, or set the "
-            "widths of a head yourself"
-        )
+        fault = f"n_embd = {config.n_embd} is not divisible by n_head = {config.n_head}"
+        raise ValueError(f"{fault}; change one, or set the widths of a head yourself")
     return config.n_embd // config.n_head
 
 
@@ -432,10 +375,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-
-    decode = native.mlp  # x + forward(norm(x)) of one token a row, in C
-    record = tape.mlp  # x + forward(h) as operators of a tape, for training in C
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -447,32 +387,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        one_token = cache is not None and x.size(1) == 1 and not self.training
-        if one_token and native.takes(x, self.input_layernorm.weight):
-            return self.decode(x, rope, cache)
-        x = x + self.drop(self.self_attn(self.input_layernorm(x), rope, cache))
-        return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
-
-    def decode(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache) -> Tensor:
-        """`forward` by native.c, so far as it has the attention, the cache's format and the MLP."""
-        attention, norm = self.self_attn, self.input_layernorm
-        if cache.is_plain() and has_own_decode(attention):
-            x = attention.decode(x, norm, rope, cache)
-        else:
-            x = x + attention(norm(x), rope, cache)
-        mlp, norm = self.mlp, self.post_attention_layernorm
-        return mlp.decode(x, norm) if has_own_decode(mlp) else x + mlp(norm(x))
-
-    record = tape.block  # forward as operators of a tape, for training in C
-
-    def drop(self, branch: Tensor) -> Tensor:
-        return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
-
-
-def has_own_decode(module: nn.Module) -> bool:
-    """Whether its class defines `decode`: an inherited one would not know what the subclass changed."""
-    return "decode" in vars(type(module))
+    def forward(self, x: Tensor, rope: Rope, mask: Mask = None, cache: Cache = None) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        x = x + F.dropout(y, self.dropout, self.training)
+        y = self.mlp(self.post_attention_layernorm(x))
+        return x + F.dropout(y, self.dropout, self.training)
 
 
 class GPT(nn.Module):
@@ -492,11 +411,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Each block starts as the identity: matrices that write to the residual stream are zero.
-
-        The others keep the variance of what they read (std 1/sqrt(fan-in)), the low-rank factors of MLA
-        included: each reads a normalised vector, so no factor needs a scale of its own. A head that is the
-        embedding would see in every token that token itself, so the last norm starts it at a whisper.
+        """Each block starts as the identity: matrices that write to the residual stream are zero. The others
+        keep the variance of what they read (std 1/sqrt(fan-in)), the low-rank factors of MLA included.
         """
         tied, std = self.config.tie_embeddings, 0.02
         for name, p in self.named_parameters():
@@ -506,96 +422,49 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=std if tied else 1.0)
             elif p.ndim == 2:
                 nn.init.normal_(p, std=p.size(1) ** -0.5)
-        if tied:  # a token's own logit starts at std * C * norm = 0.5
+        if tied:  # the head would find in every token that token itself: its logit starts at std * C * norm
             nn.init.constant_(self.norm.weight, 0.5 / (std * self.config.n_embd))
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None, lengths: list[int] | None = None) -> Tensor:
-        """Token ids (B, T) -> final hidden states (B, T, C), appending to `cache` if one is given.
-
-        Only the first lengths[b] tokens of row b are appended; the rest is padding. None: all.
-        """
-        config = self.config
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) -> final hidden states (B, T, C), appending to `cache` if one is given."""
+        config, windows, masks = self.config, self.config.layer_windows(), {}
         if cache is None:
-            positions = torch.arange(idx.size(1), device=idx.device)[None]
-            layers = {0: None}  # plain causal attention
-            if config.window:
-                mask = visible(positions.mT, positions, config.window, config.sink_tokens)[None, None]
-                layers[config.window] = LayerCache(CacheStep(mask=mask), {})
-            layers = [layers[window] for window in config.layer_windows()]
+            positions, caches = torch.arange(idx.size(1), device=idx.device)[None], [None] * len(windows)
         elif len(idx) != cache.batch_size:
             raise ValueError(f"a batch of {len(idx)} rows does not fit a cache for {cache.batch_size}")
         else:
-            positions, layers = cache.advance(idx.size(1), lengths), cache.layers
-        width, repeat = ATTENTIONS[config.attention].rope_width(config), config.qk_rope_repeat or 1
+            positions, caches = cache.advance(idx.size(1)), cache.layers  # (B, T)
+        for window, layer in dict(zip(windows, caches, strict=True)).items():  # layers of one window share it
+            if window or not (layer is None or layer.first):  # else plain causal attention, without a mask
+                q, k = (positions, positions) if layer is None else layer.positions
+                masks[window] = visible(q[:, None, :, None], k[:, None, None], window, config.sink_tokens)
+        width, repeat = self.layers[0].self_attn.rope_width, config.qk_rope_repeat or 1
         rope = rope_angles(positions, width, config.rope_theta, repeat)
         x = F.dropout(self.embed_tokens(idx), config.dropout, self.training)  # (B, T, C)
-        in_c = None if any(layers) else tape.tape_of(self, x, rope)
-        if in_c is not None:
-            return in_c.run(x, rope)
-        for layer, layer_cache in zip(self.layers, layers, strict=True):
-            x = layer(x, rope, layer_cache)
+        for layer, window, layer_cache in zip(self.layers, windows, caches, strict=True):
+            x = layer(x, rope, masks.get(window), layer_cache)
         return self.norm(x)
-
-    @property
-    def head_weight(self) -> Tensor:
-        return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V)."""
-        return linear(hidden, self.head_weight)
+        tied = self.config.tie_embeddings
+        return F.linear(hidden, self.embed_tokens.weight) if tied else self.lm_head(hidden)
 
-    def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        cache: KVCache | None = None,
-        lengths: list[int] | None = None,
-        want_logits: bool = True,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Token ids (B, T) -> logits (B, T, V) and, given targets (B, T), their mean cross-entropy in nats.
-
-        Targets of -1 do not count. want_logits=False: None instead, where the loss is cheaper without. With
-        a cache, the T tokens follow those which it holds; with `lengths`, row b's tokens from lengths[b] on
-        are padding, which the cache leaves out.
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None):
+        """Token ids (B, T) -> logits (B, T, V) and, given targets (B, T), their mean cross-entropy in nats,
+        else None. Targets of -1 do not count. With a cache, the T tokens follow those that it holds.
         """
-        hidden = self.hidden(idx, cache, lengths)
-        if not want_logits and LinearCrossEntropy.takes(hidden, self.head_weight):
-            weight = self.head_weight if torch.is_grad_enabled() else self.head_weight.detach()
-            return None, LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten())
-        logits = self.head(hidden)
+        logits = self.head(self.hidden(idx, cache))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def new_cache(
-        self, batch_size: int, max_len: int, dtype: torch.dtype | None = None, spare: int = 0
-    ) -> KVCache:
-        """An empty cache for batch_size rows of up to max_len tokens; dtype: that of the model's weights.
-
-        spare: how many tokens a `rewind` may go back in a layer whose window is full. Raises ValueError for a
-        dtype that is no format of a cache.
+    def new_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None, spare: int = 0):
+        """An empty cache for batch_size rows of up to max_len tokens; dtype: None is that of the weights.
+        spare: how far a `rewind` may go back where a window is full. ValueError if dtype is no cache format.
         """
         weight = self.embed_tokens.weight
         dtype = dtype or weight.dtype
         if dtype not in (*CACHE_FORMATS.values(), torch.float64):
             raise ValueError(f"a cache holds {', '.join(CACHE_FORMATS)} (e4m3) numbers, not {dtype}")
-        return KVCache(self.config, batch_size, max_len, dtype, weight.device, spare)
-
-    def n_params(self, embedding: bool = True) -> int:
-        """Number of parameters; without `embedding`, less the token embedding and the output head."""
-        names = () if embedding else ("embed_tokens.weight", "lm_head.weight")
-        return sum(p.numel() for name, p in self.named_parameters() if name not in names)
-
-    def flops_per_token(self, context: int) -> int:
-        """Floating-point operations to train on one token, forward and backward, at a context length.
-
-        PaLM's convention (arXiv 2204.02311, appendix B): 6 a parameter that multiplies, and 6 for each
-        multiply-add with each position of the context, the causal half not deducted.
-        """
-        config = self.config
-        matmul = sum(p.numel() for p in self.parameters() if p.ndim == 2)
-        if not config.tie_embeddings:
-            matmul -= self.embed_tokens.weight.numel()  # a look-up
-        seen = sum(config.kv_slots(window, context) for window in config.layer_windows())
-        scores = ATTENTIONS[config.attention].score_width(config) * seen
-        return 6 * (matmul + scores)
+        return KVCache(self.config.kv_layouts(), batch_size, max_len, dtype, weight.device, spare)

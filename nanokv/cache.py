@@ -1,14 +1,19 @@
-"""The KV cache of every attention: what is stored of each token, in which format, and where.
+"""The KV cache of every attention: what a layer holds of a token, in which format, and where.
 
-An attention declares what it caches (`cache_spec`); formats from fp32 to int8 and fp8, windows held as rings,
-rows of different lengths and rewinding follow from that, the same for all.
+An attention declares the named parts that it caches (`LayerLayout`). Footprint, formats from fp32 to int8 and
+fp8, windows held as rings, rows of different lengths and rewinding follow from that, the same for all.
 
-Dimensions in comments: B batch, T new tokens, S tokens held by the cache.
+Each forward pass is planned once, with tensors on the device (`Plan`), so that a decode step has static
+shapes and can be compiled or captured. The host keeps a copy of the rows' lengths, to check bounds without
+waiting for the device.
+
+Dimensions in comments: B batch, T new tokens, S tokens that attention reads.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,36 +28,72 @@ CACHE_FORMATS = {
     "int8": torch.int8,
     "fp8": torch.float8_e4m3fn,
 }
-QUANTISED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+QUANTIZED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 GROUP = 128  # numbers of one vector that share a scale, at most
 
 
-def cache_layout(
-    spec: dict[str, tuple[int, ...]], exact: int, dtype: torch.dtype
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """What one layer holds of one token that `spec` declares: a shape and a dtype for each buffer.
+@dataclass(frozen=True)
+class Part:
+    """One vector per head that a layer caches for each token."""
 
-    int8 and fp8 have a bf16 scale for each head's vector, and for each 128 numbers of a wider one. The last
-    `exact` numbers of a vector stay in bf16.
-    """
-    layout = {}
-    for name, (*heads, width) in spec.items():
-        if dtype not in QUANTISED:
-            layout[name] = (*heads, width), dtype
-            continue
-        layout[name] = (*heads, width - exact), dtype
-        layout[f"{name}_scale"] = (*heads, math.ceil((width - exact) / GROUP)), torch.bfloat16
-        if exact:
-            layout[f"{name}_exact"] = (*heads, exact), torch.bfloat16
-    return layout
+    heads: int
+    width: int
+    exact: int = 0  # the last numbers of the vector, which int8 and fp8 keep in bf16 (MLA's rope key)
 
 
-def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class LayerLayout:
+    """What one layer holds of each token, and of which: all, or the first `sinks` and the last `window`."""
+
+    parts: dict[str, Part]
+    window: int = 0  # 0: all tokens
+    sinks: int = 0
+
+    def elements(self) -> int:
+        """Numbers cached for one token."""
+        return sum(part.heads * part.width for part in self.parts.values())
+
+    def buffers(self, dtype: torch.dtype) -> dict[str, tuple[int, int, torch.dtype]]:
+        """Heads, width and dtype of each buffer that holds these parts in a format.
+
+        int8 and fp8 have a bf16 scale for each head's vector, and for each 128 numbers of a wider one.
+        """
+        buffers = {}
+        for name, part in self.parts.items():
+            if dtype not in QUANTIZED:
+                buffers[name] = part.heads, part.width, dtype
+                continue
+            coded = part.width - part.exact
+            buffers[name] = part.heads, coded, dtype
+            buffers[f"{name}_scale"] = part.heads, math.ceil(coded / GROUP), torch.bfloat16
+            if part.exact:
+                buffers[f"{name}_exact"] = part.heads, part.exact, torch.bfloat16
+        return buffers
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        return sum(heads * width * of.itemsize for heads, width, of in self.buffers(dtype).values())
+
+    def slots(self, max_len: int, spare: int = 0) -> int:
+        """Tokens that the layer has room for in a cache of max_len tokens."""
+        return min(self.sinks + self.window + spare, max_len) if self.window else max_len
+
+
+def kv_bytes_per_token(layouts: Sequence[LayerLayout], dtype: torch.dtype) -> int:
+    """Bytes that all layers together cache for one token, scales included."""
+    return sum(layout.bytes_per_token(dtype) for layout in layouts)
+
+
+def kv_bytes(layouts: Sequence[LayerLayout], max_len: int, dtype: torch.dtype, spare: int = 0) -> int:
+    """Bytes of a cache for one row of max_len tokens; a layer with a window holds no more than that."""
+    return sum(layout.slots(max_len, spare) * layout.bytes_per_token(dtype) for layout in layouts)
+
+
+def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x (..., D) -> codes (..., D) in dtype and bf16 scales (..., ceil(D / GROUP)), x = codes * scales.
 
     Symmetric: a scale takes the largest magnitude of its group to the largest code.
     """
-    width, largest = min(x.size(-1), GROUP), QUANTISED[dtype]
+    width, largest = min(x.size(-1), GROUP), QUANTIZED[dtype]
     groups = F.pad(x.float(), (0, -x.size(-1) % width)).unflatten(-1, (-1, width))
     scale = (groups.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-30).bfloat16()
     codes = groups / scale.float()
@@ -61,227 +102,269 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return codes.flatten(-2)[..., : x.size(-1)], scale.squeeze(-1)
 
 
-def dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `quantise`, up to rounding, in dtype."""
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `quantize`, up to rounding, in dtype."""
     if scale.size(-1) > 1:
         scale = scale.repeat_interleave(GROUP, -1)[..., : codes.size(-1)]
     return codes.to(dtype).mul_(scale.to(dtype))
 
 
-def visible(q: Tensor, k: Tensor, window: int, sinks: int) -> Tensor:
-    """Whether a query at position q sees a key at position k: the one mask, of training and of every cache.
+class Plan:
+    """Where the new tokens of one forward pass go in the layers of one window, and what their queries see.
 
-    Shapes broadcast. Negative positions hold no key.
-    """
-    seen = (k >= 0) & (k <= q)
-    return seen & ((k > q - window) | (k < sinks)) if window else seen
-
-
-@dataclass
-class CacheStep:
-    """Where the T tokens of one forward pass go in the layers of one window; worked out once for all of them.
-
-    Such a layer holds `slots` tokens: position p is in slot p up to the last slot, from which on the slots
-    behind the sinks are a ring, in which p overwrites p - ring.
+    Such a layer has `slots` slots. Position p is in slot p until the slots are full; from then on the slots
+    behind the sinks are a ring, in which p overwrites p - ring. All tensors are on the cache's device.
     """
 
-    window: int = 0  # 0: none, and slots for all tokens
-    sinks: int = 0
-    slots: int = 0
-    # of one forward pass
-    positions: Tensor | None = None  # (B or 1, T)
-    first: bool = True  # all rows were empty: attention is over the new tokens alone
-    uniform: bool = True  # all rows are equally long
-    start: int | None = 0  # slot of the first new token where all go side by side, else:
-    at: tuple[Tensor, ...] = ()  # (row, new token, slot) of each one to be stored, (n,) each
-    joined: bool = False  # a chunk in a ring: read before storing, which overwrites what its first tokens see
-    end: int = 0  # slots to read
-    mask: Tensor | None = None  # (B or 1, 1, T, S), true where a query may look; None: everywhere, but
-    # causally if first
+    def __init__(self, window: int, sinks: int, slots: int):
+        self.window, self.sinks, self.slots = window, sinks, slots
+        self.ring = max(slots - sinks, 1)
+        self.first = True  # the rows were empty: attention is over the new tokens alone
+        self.chunk_in_ring = False  # read before storing, which overwrites what the first new tokens see
+        self.end = 0  # slots to read, from the first
+        self.queries: Tensor | None = None  # (B, T) positions of the new tokens, for the mask
+        self.keys: Tensor | None = None  # (B, S) positions of what is read; -1: an empty slot
+        self.slot: Tensor | None = None  # (B, T) where each new token goes
+        self.source: Tensor | None = None  # (B, T) which new token goes there; None: each its own
+        self.kept: Tensor | None = None  # (B, 1) false for rows in which no new token counts
 
-    @property
-    def ring(self) -> int:
-        return max(self.slots - self.sinks, 1)
+    def slot_of(self, position: Tensor) -> Tensor:
+        past = (position - self.sinks).clamp(min=0)
+        return torch.where(position < self.slots, position, self.sinks + past % self.ring)
 
-    def slot(self, p: int | Tensor) -> int | Tensor:
-        """The slot of position p: itself, less the rounds that it has gone on the ring."""
-        return p - (p >= self.sinks) * ((p - self.sinks) // self.ring * self.ring)
-
-    def held(self, lengths: Tensor) -> Tensor:
-        """Positions (B, slots) that the slots hold in rows of these lengths (B, 1); -1: none."""
-        slots, last = torch.arange(self.slots, device=lengths.device), lengths - 1
-        wrapped = last - (last - slots) % self.ring  # the latest position in each slot of the ring
-        positions = torch.where((lengths <= self.slots) | (slots < self.sinks), slots, wrapped)
+    def held(self, lengths: Tensor, end: int) -> Tensor:
+        """Positions (B, end) that the first slots hold in rows of these lengths (B, 1); -1: none."""
+        slots, last = torch.arange(end, device=lengths.device), lengths - 1
+        latest = last - (last - slots) % self.ring  # the last position that a slot of the ring took
+        positions = torch.where((lengths <= self.slots) | (slots < self.sinks), slots, latest)
         return torch.where(positions < lengths, positions, -1)
 
-    def plan(self, old: list[int], counts: list[int], n: int, device) -> None:
-        """Plan n tokens on top of rows of old[b] tokens, of which the first counts[b] are to be stored."""
-        new = [a + b for a, b in zip(old, counts, strict=True)]
-        begin, end = max(old), max(new)
-        self.first, self.uniform = begin == 0, min(old) == begin
-        rows = old[:1] if self.uniform else old
-        self.positions = torch.tensor(rows, device=device)[:, None] + torch.arange(n, device=device)
-        self.joined = self.window > 0 and n > 1 and not self.first
-        self.end, self.start, self.mask = min(end, self.slots), None, None
-        if self.uniform and (begin + n <= self.slots or n == 1 == min(counts)):
-            self.start = self.slot(begin)
+    def make(self, old: Tensor, counts: Tensor | None, T: int, first: bool, longest: int) -> Tensor:
+        """Plan T tokens for rows of old (B,) tokens, of which the first counts (B,) count (None: all).
+
+        longest: no row is longer afterwards. Returns the tokens' positions (B, T).
+        """
+        old, t = old[:, None], torch.arange(T, device=old.device)
+        positions = old + t  # (B, T)
+        new = old + (T if counts is None else counts[:, None])  # (B, 1)
+        self.first, self.chunk_in_ring = first, self.window > 0 and T > 1 and not first
+        self.end, self.source, self.kept = min(longest, self.slots), None, None
+        if counts is not None or (self.window and self.ring < T):
+            stored = (positions < new) & ((positions < self.sinks) | (positions >= new - self.ring))
+            # a token that is not stored writes what the row's last one writes, or leaves an idle row as it is
+            self.source = torch.where(stored, t, (new - old - 1).clamp(min=0))
+            self.kept = new > old
+        self.slot = self.slot_of(positions if self.source is None else old + self.source)
+        self.queries = positions
+        if first:
+            self.keys = positions
+        elif self.chunk_in_ring:
+            self.keys = torch.cat((self.held(old, self.end), positions), 1)
         else:
-            t, lengths = torch.arange(n), torch.tensor(new)[:, None]
-            p = torch.tensor(old)[:, None] + t  # (B, n)
-            stored = (p < lengths) & ((p < self.sinks) | (p >= lengths - self.ring))
-            row, column = stored.nonzero(as_tuple=True)
-            self.at = tuple(index.to(device) for index in (row, column, self.slot(p)[row, column]))
-        q = self.positions[:, None, :, None]  # (B or 1, 1, n, 1)
-        if self.first:
-            if self.window:
-                self.mask = visible(q, q.mT, self.window, self.sinks)
-        elif self.joined:
-            held = self.held(torch.tensor(rows, device=device)[:, None])
-            keys = torch.cat((held.expand(len(rows), -1), self.positions), 1)
-            self.mask = visible(q, keys[:, None, None], self.window, self.sinks)
-        elif not self.uniform or n > 1 or (self.window and end > self.sinks + self.window < self.slots):
-            distinct = new if not self.uniform or min(new) < max(new) else new[:1]
-            lengths = torch.tensor([max(length, 1) for length in distinct], device=device)[:, None]
-            keys = self.held(lengths)[:, None, None, : self.end]  # (B or 1, 1, 1, S)
             # padding looks where its row's last token does: a query without any key would give NaN
-            self.mask = visible(torch.minimum(q, lengths[..., None, None] - 1), keys, self.window, self.sinks)
+            last = new.clamp(min=1)
+            self.queries, self.keys = torch.minimum(positions, last - 1), self.held(last, self.end)
+        return positions
 
 
 class LayerCache:
-    """One layer's share of a `KVCache`: a buffer (B, *heads, slots, width) for each part of `cache_layout`.
+    """One layer's share of a `KVCache`: a buffer (B, heads, slots, width) for each entry of the layout."""
 
-    Without buffers it stores nothing, and is the mask of a pass without a cache.
-    """
+    def __init__(self, plan: Plan, buffers: dict[str, Tensor]):
+        self.plan, self.buffers = plan, buffers
+        self.quantized = any(buffer.dtype in QUANTIZED for buffer in buffers.values())
+        self.joined: dict[str, Tensor] = {}  # of a chunk in a ring: old and new tokens, until they are read
 
-    def __init__(self, step: CacheStep, buffers: dict[str, Tensor]):
-        self.step, self.buffers = step, buffers
-        self.quantised = any(buffer.dtype in QUANTISED for buffer in buffers.values())
+    @property
+    def first(self) -> bool:
+        """Whether the new tokens are the first of their rows, so that they see nothing but each other."""
+        return self.plan.first
 
-    def is_plain(self) -> bool:
-        """Whether the rows' new tokens go in one slot, in fp32, and see all slots up to the end."""
-        step, buffers = self.step, self.buffers.values()
-        return (
-            bool(buffers)
-            and step.start is not None
-            and step.mask is None
-            and all(buffer.dtype == torch.float32 for buffer in buffers)
-        )
+    @property
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Positions of the queries (B, T), and of the keys (B, S) that attention reads, -1 for none."""
+        return self.plan.queries, self.plan.keys
 
-    def append(self, **new: Tensor) -> list[Tensor]:
-        """Store T new tokens of each row, (B, *heads, T, width), and return what attention is to read.
+    def append(self, **new: Tensor) -> list[Tensor | str]:
+        """Store the new tokens of each part, (B, heads, T, width), quantized here and once.
 
-        That is the new values themselves in the first chunk, else what is stored of all S tokens; of these a
-        row may see the ones that `step.mask` allows. Each token is quantised here, once.
+        Returns what attention is to read of each part: the new values themselves in a first chunk, else the
+        part's name, by which `read` gives all tokens.
         """
-        step, values = self.step, list(new.values())
-        if not self.buffers:
-            return values
-        parts = {}
         for name, value in new.items():
-            parts |= self.encode(name, value.detach())
-        if step.joined:
-            old = [self.decode(self.buffers, name, value) for name, value in new.items()]
-            now = [self.decode(parts, name, value) for name, value in new.items()]
-            values = [torch.cat(pair, -2) for pair in zip(old, now, strict=True)]
-        for name, part in parts.items():
-            if step.start is not None:
-                self.buffers[name].narrow(-2, step.start, part.size(-2)).copy_(part)
-            else:
-                row, column, slot = step.at
-                buffer = self.buffers[name].movedim(-2, 1)  # (B, slots, *heads, width)
-                buffer[row, slot] = part.movedim(-2, 1)[row, column].to(buffer.dtype)
-        if step.first or step.joined:
-            return values
-        held = {name: buffer.narrow(-2, 0, step.end) for name, buffer in self.buffers.items()}
-        return [self.decode(held, name, value) for name, value in new.items()]
+            encoded = self.encode(name, value.detach())
+            if self.plan.chunk_in_ring:
+                tokens = self.held(value, name), self.decode(encoded, name, value)
+                self.joined[name] = torch.cat(tokens, -2)
+            for key, part in encoded.items():
+                self.store(self.buffers[key], part)
+        return list(new.values()) if self.first else list(new)
+
+    def read(self, name: str, like: Tensor) -> Tensor:
+        """All S tokens of a part that the plan's keys name, (B, heads, S, width) in the dtype of `like`."""
+        return self.joined.pop(name) if self.plan.chunk_in_ring else self.held(like, name)
+
+    def held(self, like: Tensor, name: str) -> Tensor:
+        """What the buffers hold of a part."""
+        read = {key: buffer.narrow(-2, 0, self.plan.end) for key, buffer in self.buffers.items()}
+        return self.decode(read, name, like)
+
+    def store(self, buffer: Tensor, part: Tensor) -> None:
+        """Put part (B, heads, T, width) into the planned slots of buffer (B, heads, slots, width)."""
+        plan, rows = self.plan, torch.arange(len(buffer), device=buffer.device)[:, None]
+        if buffer.dtype.itemsize == 1:  # codes: torch has no `where` for fp8
+            buffer, part = buffer.view(torch.uint8), part.view(torch.uint8)
+        buffer, part = buffer.transpose(1, 2), part.transpose(1, 2)  # (B, slots or T, heads, width)
+        if plan.source is not None:
+            part = torch.where(
+                plan.kept[..., None, None], part[rows, plan.source].to(buffer.dtype), buffer[rows, plan.slot]
+            )
+        buffer[rows, plan.slot] = part.to(buffer.dtype)
 
     def encode(self, name: str, value: Tensor) -> dict[str, Tensor]:
-        """value (..., width) as the parts that are stored of it."""
-        if not self.quantised:
+        """value (..., width) as what is stored of it, by the names of the buffers."""
+        if not self.quantized:
             return {name: value}
         dtype, width = self.buffers[name].dtype, self.buffers[name].size(-1)
-        codes, scale = quantise(value[..., :width], dtype)
+        codes, scale = quantize(value[..., :width], dtype)
         parts = {name: codes, f"{name}_scale": scale}
         return parts | ({f"{name}_exact": value[..., width:]} if width < value.size(-1) else {})
 
     def decode(self, parts: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
         """The inverse of `encode`, in the dtype of `like`."""
-        if not self.quantised:
+        if not self.quantized:
             return parts[name].to(like.dtype)
-        value = dequantise(parts[name], parts[f"{name}_scale"], like.dtype)
+        value = dequantize(parts[name], parts[f"{name}_scale"], like.dtype)
         exact = parts.get(f"{name}_exact")
         return value if exact is None else torch.cat((value, exact.to(like.dtype)), -1)
 
 
 class KVCache:
-    """Preallocated cache of all layers, laid out as their attention class declares in `cache_spec`.
+    """Preallocated cache of all layers, laid out as their attention declares.
 
-    Each row b of the batch holds its own `lengths[b]` tokens, so prompts of different lengths share a batch:
-    pad them on the right and say how many tokens count. Memory is allocated once; `nbytes` is what was
-    allocated. A layer with a window holds sink_tokens + window tokens and `spare` more, as far back as
-    `rewind` is to reach. `endless`: rows may grow past max_len, as every layer has a window, and no sink at a
-    distance for which training has no example. `config` is the model's GPTConfig.
+    Row b of the batch holds its own lengths[b] tokens, so prompts of different lengths share a batch: pad
+    them on the right and say with `expect` how many tokens of the next chunk count. Memory is allocated once;
+    `nbytes` is what was allocated. A layer with a window holds sinks + window tokens and `spare` more, as far
+    back as `rewind` is to reach. `endless`: rows may grow past max_len, since every layer has a window and
+    none has sinks, which would be at a distance for which training has no example.
     """
 
-    def __init__(self, config, batch_size: int, max_len: int, dtype: torch.dtype, device, spare: int = 0):
-        self.batch_size, self.max_len, self.device, self.spare = batch_size, max_len, device, spare
-        self.lengths = [0] * batch_size
-        self.lost = [0] * batch_size  # behind the sinks, the positions below this are overwritten
-        windows, sinks, layout = config.layer_windows(), config.sink_tokens, config.cache_layout(dtype)
-        self.steps = {w: CacheStep(w, sinks, config.kv_slots(w, max_len, spare)) for w in windows}
-        self.endless = sinks == 0 and all(w and step.slots >= w for w, step in self.steps.items())
+    def __init__(
+        self,
+        layouts: Sequence[LayerLayout],
+        batch_size: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        spare: int = 0,
+    ):
+        self.layouts, self.batch_size, self.max_len, self.spare = list(layouts), batch_size, max_len, spare
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)  # (B,) tokens in each row
+        self.host_copy: list[int] | None = [0] * batch_size  # of lengths; None: a compiled step changed them
+        self.peaks = [0] * batch_size  # how long each row has been, before it was rewound
+        self.first = True  # no row holds a token
+        self.counts: Tensor | None = None  # of the next chunk, see `expect`
+        self.plans = {
+            (layout.window, layout.sinks): Plan(layout.window, layout.sinks, layout.slots(max_len, spare))
+            for layout in layouts
+        }
+        plans = [self.plans[layout.window, layout.sinks] for layout in layouts]
+        self.endless = all(plan.window and not plan.sinks and plan.slots >= plan.window for plan in plans)
         self.layers = []
-        for window in windows:
-            step, buffers = self.steps[window], {}
-            for name, ((*heads, width), part) in layout.items():
-                shape = (batch_size, *heads, step.slots, width)
-                buffers[name] = torch.zeros(shape, dtype=part, device=device)
-            self.layers.append(LayerCache(step, buffers))
+        for layout, plan in zip(layouts, plans, strict=True):
+            buffers = {
+                name: torch.zeros(batch_size, heads, plan.slots, width, dtype=part, device=device)
+                for name, (heads, width, part) in layout.buffers(dtype).items()
+            }
+            self.layers.append(LayerCache(plan, buffers))
+
+    @property
+    def device(self) -> torch.device:
+        return self.lengths.device
 
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers.values())
 
-    def advance(self, n: int, counts: list[int] | None = None) -> Tensor:
-        """Make room for n tokens in every row; returns their positions (B or 1, n).
+    def host_lengths(self) -> list[int]:
+        """The lengths as Python integers; waits for the device only after a compiled step."""
+        if self.host_copy is None:
+            self.host_copy = self.lengths.tolist()
+        return self.host_copy
 
-        counts[b] of them are stored and the rest is padding; None: all. Raises ValueError if they do not fit.
+    def expect(self, counts: Sequence[int]) -> None:
+        """Of the next chunk only the first counts[b] tokens of row b count; the rest is padding."""
+        if len(counts) != self.batch_size or min(counts) < 0:
+            raise ValueError(f"{self.batch_size} rows need a count of tokens each, not {list(counts)}")
+        self.counts = torch.tensor(counts, dtype=torch.int64)
+
+    def reserve(self, T: int) -> None:
+        """The host's part of `advance`: check that T more tokens fit, and count them.
+
+        Whoever runs a compiled or captured step calls this before it. Raises ValueError if they do not fit.
         """
-        old, counts = self.lengths, [n] * self.batch_size if counts is None else counts
-        if len(counts) != self.batch_size or not all(0 <= count <= n for count in counts):
-            raise ValueError(f"of {n} tokens in each of {self.batch_size} rows, {counts} cannot be stored")
+        old, counts = self.host_lengths(), [T] * self.batch_size
+        if self.counts is not None:
+            counts = self.counts.tolist()
+            if max(counts) > T:
+                raise ValueError(f"rows of {counts} tokens do not fit a chunk of {T}")
         new = [a + b for a, b in zip(old, counts, strict=True)]
         if max(new) > self.max_len and not self.endless:
-            raise ValueError(f"cache of {self.max_len} tokens is too short for {max(old)} + {n} tokens")
-        for step in self.steps.values():
-            step.plan(old, counts, n, self.device)
-            self.lost = [max(lost, length - step.ring) for lost, length in zip(self.lost, new, strict=True)]
-        self.lengths = new
-        return step.positions
+            raise ValueError(f"cache of {self.max_len} tokens is too short for {max(old)} + {T} tokens")
+        self.host_copy = new
 
-    def rewind(self, lengths: list[int]) -> None:
+    def advance(self, T: int) -> Tensor:
+        """Make room for T tokens in every row, and plan where they go; returns their positions (B, T).
+
+        Raises ValueError if they do not fit. In a compiled step nothing is checked, see `reserve`.
+        """
+        if torch.compiler.is_compiling():
+            self.host_copy, longest = None, max(plan.slots for plan in self.plans.values())
+        else:
+            try:
+                self.reserve(T)
+            except ValueError:
+                self.counts = None
+                raise
+            longest = max(self.host_lengths())
+        counts = None if self.counts is None else self.counts.to(self.device)
+        for plan in self.plans.values():
+            positions = plan.make(self.lengths, counts, T, self.first, longest)
+        self.lengths += T if counts is None else counts
+        self.first, self.counts = False, None
+        return positions
+
+    def rewind(self, lengths: Sequence[int]) -> None:
         """Forget all but the first lengths[b] tokens of each row b.
 
         Raises ValueError if a row holds fewer, or if what its next token is to see has left a window.
         """
+        held = self.host_lengths()
         if len(lengths) != self.batch_size or any(
-            not 0 <= n <= held for n, held in zip(lengths, self.lengths, strict=True)
+            not 0 <= n <= m for n, m in zip(lengths, held, strict=True)
         ):
-            raise ValueError(f"cannot rewind rows of {self.lengths} tokens to {lengths}")
-        for window, step in self.steps.items():
-            for n, lost in zip(lengths, self.lost, strict=True):
-                if window and max(n + 1 - window, step.sinks) < min(n, lost):
+            raise ValueError(f"cannot rewind rows of {held} tokens to {list(lengths)}")
+        peaks = [max(pair) for pair in zip(self.peaks, held, strict=True)]
+        for plan in self.plans.values():
+            for n, peak in zip(lengths, peaks, strict=True):
+                lost = peak - plan.ring  # behind the sinks, the positions below this are overwritten
+                if plan.window and max(n + 1 - plan.window, plan.sinks) < min(n, lost):
                     raise ValueError(
-                        f"cannot rewind rows of {self.lengths} tokens to {lengths}: their window of {window} "
-                        "moved on; make the cache with more spare, or pass padded rows with their lengths"
+                        f"cannot rewind rows of {held} tokens to {list(lengths)}: their window of "
+                        f"{plan.window} moved on; make the cache with more spare"
                     )
-        self.lengths = list(lengths)
-        self.lost = [min(lost, n) for lost, n in zip(self.lost, lengths, strict=True)]
+            if plan.window:
+                peaks = [min(peak, n + plan.ring) for peak, n in zip(peaks, lengths, strict=True)]
+        self.peaks, self.host_copy, self.first = peaks, list(lengths), max(lengths) == 0
+        self.lengths.copy_(torch.tensor(self.host_copy))
 
-    def replace_rows(self, rows: list[int], other: KVCache) -> None:
+    def replace_rows(self, rows: Sequence[int], other: KVCache) -> None:
         """Put the rows of `other`, a cache like this one but no longer, in place of `rows`."""
         for layer, source in zip(self.layers, other.layers, strict=True):
             for name, buffer in source.buffers.items():
                 layer.buffers[name].narrow(-2, 0, buffer.size(-2))[rows] = buffer
-        for row, length, lost in zip(rows, other.lengths, other.lost, strict=True):
-            self.lengths[row], self.lost[row] = length, lost
+        mine, theirs = self.host_lengths(), other.host_lengths()
+        for row, length, peak in zip(rows, theirs, other.peaks, strict=True):
+            mine[row], self.peaks[row] = length, peak
+        self.lengths[rows] = other.lengths
+        self.first = max(mine) == 0

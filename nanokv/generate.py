@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model import GPT
+from torch import nn
 from nanokv.cache import KVCache
 
 PREFILL_CHUNK = 2048  # tokens of a prompt that go through the model at once; bounds the memory of a long one
@@ -38,7 +38,7 @@ class Stats:
 
 
 @torch.inference_mode()
-def prefill(model: GPT, prompts: Sequence[list[int]], cache: KVCache) -> Tensor:
+def prefill(model: nn.Module, prompts: Sequence[list[int]], cache: KVCache) -> Tensor:
     """Run prompts, of any lengths, through an empty cache; fp32 logits (B, V) after each one's last token."""
     lengths, weight = [len(prompt) for prompt in prompts], model.embed_tokens.weight
     longest = max(lengths)
@@ -48,14 +48,16 @@ def prefill(model: GPT, prompts: Sequence[list[int]], cache: KVCache) -> Tensor:
     for start in range(0, longest, PREFILL_CHUNK):
         chunk = idx[:, start : start + PREFILL_CHUNK]
         counts = [min(max(n - start, 0), chunk.size(1)) for n in lengths]
-        hidden = model.hidden(chunk, cache, counts)  # (B, chunk, C)
+        if min(counts) < chunk.size(1):
+            cache.expect(counts)
+        hidden = model.hidden(chunk, cache)  # (B, chunk, C)
         rows = [i for i, n in enumerate(lengths) if start < n <= start + PREFILL_CHUNK]
         last[rows] = hidden[rows, [lengths[i] - 1 - start for i in rows]]
     return model.head(last).float()
 
 
 @torch.inference_mode()
-def decode_one_token(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
+def decode_one_token(model: nn.Module, tokens: Tensor, cache: KVCache) -> Tensor:
     """The next token of each row (B,) -> fp32 logits (B, V) after it."""
     return model.head(model.hidden(tokens[:, None], cache)[:, -1]).float()
 
@@ -110,13 +112,13 @@ def uniforms(seed: int, rows: int, device) -> Iterator[Tensor]:
         yield from torch.stack([torch.rand(256, generator=g) for g in generators], 1).to(device)
 
 
-def make_room(model: GPT, cache: KVCache, held: list[list[int]], dtype: torch.dtype | None) -> None:
+def make_room(model: nn.Module, cache: KVCache, held: list[list[int]], dtype: torch.dtype | None) -> None:
     """Cut the rows that fill their cache, unless it is endless, to the last block_size // 2 tokens they hold.
 
     Positions start at 0 again, so these tokens are computed anew, in a cache of their own: the other rows are
     left as they are.
     """
-    full = [i for i, n in enumerate(cache.lengths) if n == cache.max_len]
+    full = [i for i, n in enumerate(cache.host_lengths()) if n == cache.max_len]
     if not full or cache.endless:
         return
     keep = cache.max_len // 2
@@ -129,7 +131,7 @@ def make_room(model: GPT, cache: KVCache, held: list[list[int]], dtype: torch.dt
 
 @torch.inference_mode()
 def generate(
-    model: GPT,
+    model: nn.Module,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
@@ -196,7 +198,7 @@ def generate(
 
 
 def decode(
-    model: GPT, cache: KVCache, held: list[list[int]], uniform: Iterator[Tensor], draw: Callable, dtype
+    model: nn.Module, cache: KVCache, held: list[list[int]], uniform: Iterator[Tensor], draw: Callable, dtype
 ) -> Iterator[list[list[int]]]:
     """After each pass of the model, the one token that each row draws. `held`: the tokens in each row."""
     logits = prefill(model, held, cache)
@@ -211,7 +213,7 @@ def decode(
 
 
 def speculate(
-    model: GPT,
+    model: nn.Module,
     cache: KVCache,
     held: list[list[int]],
     uniform: Iterator[Tensor],
@@ -231,14 +233,14 @@ def speculate(
         numbers += [next(uniform) for _ in range(len(guesses) + 1 - len(numbers))]
         drawn = draw(logits, torch.cat(numbers[: len(guesses) + 1])).tolist()
         right = agreeing(guesses, drawn)
-        cache.rewind([cache.lengths[0] - len(guesses) + right])
+        cache.rewind([cache.host_lengths()[0] - len(guesses) + right])
         held[0] += guesses[:right]
         del numbers[: right + 1]
         stats.guessed, stats.right = stats.guessed + len(guesses), stats.right + right
         yield [[token] for token in drawn[: right + 1]]
         make_room(model, cache, held, dtype)
         last = drawn[right]
-        room = draft.ahead if cache.endless else cache.max_len - cache.lengths[0] - 1
+        room = draft.ahead if cache.endless else cache.max_len - cache.host_lengths()[0] - 1
         numbers += [next(uniform) for _ in range(draft.ahead - len(numbers))]
         guesses = draft.guess([*held[0], last], min(room, draft.ahead), numbers, draw)
         idx = torch.tensor([[last, *guesses]], device=cache.device)
@@ -275,7 +277,7 @@ class DraftModel:
 
     ahead = DRAFTED
 
-    def __init__(self, model: GPT):
+    def __init__(self, model: nn.Module):
         self.model = model
         self.cache = model.new_cache(1, max(model.config.block_size, 4 * self.ahead), spare=self.ahead)
         self.held: list[int] = []  # tokens in the cache, the guesses included
@@ -306,7 +308,7 @@ class DraftModel:
         return guesses
 
 
-def generate_lists(model: GPT, prompts: Sequence[Sequence[int]], *args, **options) -> list[list[int]]:
+def generate_lists(model: nn.Module, prompts: Sequence[Sequence[int]], *args, **options) -> list[list[int]]:
     """The new tokens of each row; arguments as for `generate`."""
     rows = [[] for _ in prompts]
     for tokens in generate(model, prompts, *args, **options):
