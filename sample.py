@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from backends import accelerate
 from model import GPT, GPTConfig
 from nanokv import checkpoint
 from nanokv import tokenizer as tokenizers
@@ -89,7 +90,7 @@ def load_run(
     tokenizer = tokenizers.load(run_dir)
     if tokenizer.n_vocab > config.vocab_size:
         raise UserError(f"the tokenizer in {run_dir} is not this run's: it has more ids than the model")
-    return model.to(device, pick_dtype(dtype, device)), tokenizer
+    return accelerate(model.to(device, pick_dtype(dtype, device))), tokenizer
 
 
 def read_prompts(start: str, split_lines: bool) -> list[str]:

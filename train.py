@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from backends import accelerate, describe
 from model import GPT, GPTConfig
 from nanokv import checkpoint
 from nanokv import distributed as parallel
@@ -136,9 +137,9 @@ def train(argv: list[str]) -> dict:
         model_config.vocab_size = dataset.fit(model_config.block_size, model_config.vocab_size)
         model = new_model(model_config, config.seed, hardware.device)
         state, optimizer_state = load_start(config, model, dataset)
-    # accelerate(model) goes here; what it has to say goes to `start_log`
-    strategy = config.parallel, config.activation_checkpointing
-    loss_model = parallel.parallelize(LanguageModelLoss(model), *hardware, *strategy)
+        loss_model = accelerate(LanguageModelLoss(model), hardware.dtype)
+    backend = describe(loss_model)
+    loss_model = parallel.parallelize(loss_model, *hardware, config.parallel, config.activation_checkpointing)
     optimizers = new_optimizers(config, model, optimizer_state)
     if config.eval_only:
         windows = model_config.block_size, config.batch_size, config.eval_iters
@@ -147,7 +148,7 @@ def train(argv: list[str]) -> dict:
             print(quality(metrics))
         return metrics
     claim(config, model_config, dataset, state["step"])
-    stop, log = StopSignal(), start_log(config, model, dataset, hardware, state["step"])
+    stop, log = StopSignal(), start_log(config, model, dataset, hardware, backend, state["step"])
     run = Run(config, dataset, model, loss_model, optimizers, hardware, share, log, stop, state)
     stopped = training_loop(run)
     return report(run, stopped)
@@ -272,7 +273,9 @@ def claim(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, step: 
                 tokenizers.save(tokenizer, run_dir)
 
 
-def start_log(config: TrainConfig, model: GPT, dataset: Dataset, hardware: Hardware, step: int) -> RunLogger:
+def start_log(
+    config: TrainConfig, model: GPT, dataset: Dataset, hardware: Hardware, backend: str, step: int
+) -> RunLogger:
     """The run's log, begun with what is true of the whole run: which model on which data."""
     facts = {"attention": model.config.attention, "dataset": config.dataset, "seed": config.seed}
     facts |= {"git_sha": measure.git_sha(), "corpus_sha256": dataset.meta["corpus_sha256"]}
@@ -290,6 +293,7 @@ def start_log(config: TrainConfig, model: GPT, dataset: Dataset, hardware: Hardw
         f"{f'{ranks} ranks of {device}' if ranks > 1 else device}, "
         f"{str(hardware.dtype).removeprefix('torch.')}; run folder {config.out_dir}"
     )
+    log.say(backend)
     if hardware.compile:
         log.say("compiling: the first step and the first evaluation take a minute or so")
     return log
@@ -486,7 +490,9 @@ def report(run: Run, stopped: bool) -> dict:
     weights = parallel.full_state_dict(run.model.state_dict())
     if parallel.rank() == 0:
         make = partial(GPT, run.model.config)
-        final, probed = (checkpoint.build(make, weights).to(run.device, dtype) for dtype in (None, run.dtype))
+        final, probed = (
+            accelerate(checkpoint.build(make, weights).to(run.device, of)) for of in (None, run.dtype)
+        )
         metrics = {"final/val_loss": run.state["val/loss"], "final/val_bpb": run.state["val/bpb"]}
         record(run, metrics | measure.decode_probe(probed, min(run.block_size, 1024) // 2))
         log.write_summary()

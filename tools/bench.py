@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from backends import accelerate
 from model import GPT, GPTConfig
 from nanokv import checkpoint
 from nanokv import distributed as parallel
@@ -195,7 +196,9 @@ def train_on_ranks(options: TrainOptions) -> None:
             config = step_config(side, block_size, options)
             torch.manual_seed(0)
             model = GPT(config).to(device)
-            run = parallel.parallelize(LanguageModelLoss(model), device, dtype, options.compile)
+            run = parallel.parallelize(
+                accelerate(LanguageModelLoss(model), dtype), device, dtype, options.compile
+            )
             optimizers = make_optimizers(model, optimizer=options.optimizer)
             _, rows = parallel.share(1, max(options.tokens // block_size, 1))
             idx = torch.randint(options.vocab_size, (rows, block_size + 1), device=device)
@@ -293,6 +296,7 @@ def step(argv: list[str]) -> None:
         clip = partial(parallel.clip_grad_norm, list(model.parameters()))
         flops = flops_per_token(model, block_size)
     loss_model = NanoGPTLoss(model) if side == "nanoGPT" else LanguageModelLoss(model)
+    loss_model = accelerate(loss_model, dtype)
     run = torch.compile(loss_model) if options.compile else loss_model
     idx = torch.randint(
         options.vocab_size, (max(options.tokens // block_size, 1), block_size + 1), device=device

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from backends import accelerate
 from model import GPT, GPTConfig
 from nanokv import checkpoint
 from nanokv import tokenizer as tokenizers
@@ -247,7 +248,7 @@ def decode_models(options: DecodeOptions, device: torch.device) -> Iterator[tupl
         for p in model.parameters():  # as they are initialised, what a block adds and all logits are zero
             if p.ndim == 2:
                 torch.nn.init.normal_(p, std=p.size(1) ** -0.5)
-        yield Path(name).stem, model.to(device, dtype)
+        yield Path(name).stem, accelerate(model.to(device, dtype))
 
 
 def decode_row(model: GPT, batch: int, context: int, bandwidth: float, options: DecodeOptions) -> dict:
