@@ -23,7 +23,7 @@ from nanokv import tokenizer as tokenizers
 from nanokv.cache import CACHE_FORMATS
 from nanokv.config import UserError, cli, only_fields, parse
 from nanokv.device import pick_device, pick_dtype
-from nanokv.generate import DraftModel, Lookup, Stats, check_sampling, generate
+from nanokv.generate import DraftModel, PromptLookup, Stats, check_sampling, generate
 from nanokv.text import TextStream, encode_prompt, stop_ids
 
 SEPARATOR = "---------------"
@@ -152,7 +152,11 @@ def report(stats: Stats, config: GPTConfig, dtype: torch.dtype, rows: int) -> st
         f"decode {stats.decode_tokens:,} tokens, {decode_rate:,.0f} tokens/s; batch of {rows}\n"
         f"kv cache ({config.attention}, {str(dtype).removeprefix('torch.')}) {per_token:,} bytes a token, "
         f"{stats.cache_bytes:,} bytes allocated"
-        + (f"\ndraft: {stats.right:,} of {stats.guessed:,} guesses were right" if stats.guessed else "")
+        + (
+            f"\ndraft: {stats.accepted:,} of {stats.drafted:,} drafted tokens accepted"
+            if stats.drafted
+            else ""
+        )
     )
 
 
@@ -189,7 +193,7 @@ def print_all(options: Options, model: GPT, tokenizer: tokenizers.Tokenizer, pro
                 n_vocab=tokenizer.n_vocab,
                 cache_dtype=cache_dtype,
                 stats=stats,
-                draft=Lookup() if options.draft == "lookup" else drafter and DraftModel(drafter),
+                draft=PromptLookup() if options.draft == "lookup" else drafter and DraftModel(drafter),
             )
             if first:
                 print(SEPARATOR)
