@@ -12,6 +12,7 @@ import torch
 from equivalence import CASES, assert_close, cached_logits, check_ragged, force_form, small_model, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_py
 from backends import accelerate, cpu_decode, cpu_library, pure, torch_private
@@ -158,7 +159,8 @@ def replaced_parameter(model):
 
 
 def assigned(model):
-    state = {name: value * 1.5 for name, value in model.state_dict().items()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["layers.0.input_layernorm.weight"] *= 2
     model.load_state_dict(state, assign=True)
 
 
@@ -442,7 +444,7 @@ def test_modes_and_transforms_are_left_to_the_model(knobs, steps):
 
     with torch.autocast("cpu", torch.bfloat16):
         assert step().dtype == torch.bfloat16
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         step()
     assert counter.get_total_flops() > 0
     handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
