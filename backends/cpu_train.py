@@ -41,6 +41,8 @@ def unpatched(name: str, function: Callable) -> bool:
 
 def differentiable(pure: Callable, ctx, inputs: tuple, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of `pure`, whose inputs these are, for whoever wants gradients of gradients."""
+    # views, since one input may be made of another, and no path from one to another counts here
+    inputs = [t.view_as(t) if isinstance(t, Tensor) else t for t in inputs]
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
     grads = iter(torch.autograd.grad(pure(*inputs), wanted, grad, create_graph=True))
     return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
