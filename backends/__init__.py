@@ -34,16 +34,17 @@ def pieces() -> list[Piece]:
     return [Piece(*piece) for piece in (*cpu_train.PIECES, *cpu_decode.PIECES)]
 
 
-def accelerate(module: nn.Module) -> nn.Module:
+def accelerate(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Swap in the faster classes, in place, as NANOKV_BACKEND says: `auto` (the fastest), `none`, `cpu` or
     `cuda`. Returns the module. Only modules whose type is exactly one that a backend knows are swapped.
+    dtype: of activations, where autocast makes it another than that of the weights.
 
     Raises UserError for another value of NANOKV_BACKEND.
     """
     choice = os.environ.get("NANOKV_BACKEND") or "auto"
     if choice not in CHOICES:
         raise UserError(f"NANOKV_BACKEND must be one of {', '.join(CHOICES)}, not {choice!r}")
-    _notes[module] = why_not(module, choice)
+    _notes[module] = why_not(module, choice, dtype)
     if not _notes[module]:
         swaps = {piece.pure: piece.fast for piece in pieces() if not is_edited(piece)}
         for part in module.modules():
@@ -51,7 +52,7 @@ def accelerate(module: nn.Module) -> nn.Module:
     return module
 
 
-def why_not(module: nn.Module, choice: str) -> str:
+def why_not(module: nn.Module, choice: str, dtype: torch.dtype | None) -> str:
     """Why no class can be swapped; empty if some can."""
     if choice == "none":
         return "none: torch"
@@ -60,7 +61,8 @@ def why_not(module: nn.Module, choice: str) -> str:
     weights = list(module.parameters())
     if not all(w.is_cpu for w in weights):
         return f"{weights[0].device.type}: torch"
-    if weights and not any(w.dtype == torch.float32 for w in weights):
+    dtypes = {dtype} if dtype else {w.dtype for w in weights} or {torch.float32}
+    if torch.float32 not in dtypes:
         return "cpu: torch (C computes in fp32 only)"
     from backends import cpu_library
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import ATTENTIONS, GPT, GPTConfig
+from nanokv.cache import kv_bytes
 
 VOCAB = 61
 
@@ -40,6 +41,7 @@ CASES = {
     for attention in ATTENTIONS
     for variant, knobs in VARIANTS.get(attention, {"": {}}).items()
 }
+BASE = {attention: CASES[attention] for attention in ATTENTIONS}  # one of each
 every_case = pytest.mark.parametrize("knobs", CASES.values(), ids=CASES.keys())
 
 
@@ -91,7 +93,7 @@ def check_chunks(model: GPT, chunks: list[int], cache_dtype=None, tolerance: flo
     idx = tokens(2, sum(chunks), seed=len(chunks))
     cache = model.new_cache(2, idx.size(1), dtype=cache_dtype)
     assert_close(cached_logits(model, idx, chunks, cache), model(idx)[0], tolerance)
-    assert cache.lengths == [idx.size(1)] * 2
+    assert cache.lengths.tolist() == cache.host_lengths() == [idx.size(1)] * 2
 
 
 @torch.no_grad()
@@ -103,9 +105,10 @@ def check_ragged(
     prompts, rest = tokens(B, longest, seed=1), tokens(B, sum(chunks), seed=2)
     cache = model.new_cache(B, longest + sum(chunks), dtype=cache_dtype)
     if longest:
-        prefill = model(prompts, cache=cache, lengths=lengths)[0]
+        cache.expect(lengths)
+        prefill = model(prompts, cache=cache)[0]
     continued = cached_logits(model, rest, chunks, cache)
-    assert cache.lengths == [n + sum(chunks) for n in lengths]
+    assert cache.lengths.tolist() == cache.host_lengths() == [n + sum(chunks) for n in lengths]
     for b, n in enumerate(lengths):
         alone = model(torch.cat((prompts[b : b + 1, :n], rest[b : b + 1]), 1))[0][0]
         assert_close(continued[b], alone[n:], tolerance)
@@ -126,15 +129,13 @@ class Allocations(TorchDispatchMode):
 
 def check_footprint(model: GPT, dtype: torch.dtype, batch_size: int = 3, max_len: int = 7) -> None:
     """Formula = declaration = bytes allocated, and decoding allocates no other buffers."""
-    config = model.config
-    attention = ATTENTIONS[config.attention]
-    exact = attention.unquantised_width(config) if hasattr(attention, "unquantised_width") else 0
-    declared = 0  # bytes of a token in a layer
-    for *heads, width in attention.cache_spec(config).values():
+    config, declared = model.config, 0  # declared: bytes of a token in a layer
+    for part in ATTENTIONS[config.attention].cached_parts(config).values():
+        coded = part.width - part.exact
         if dtype.itemsize > 1:
-            declared += math.prod(heads) * width * dtype.itemsize
+            declared += part.heads * part.width * dtype.itemsize
         else:  # a byte a number and a scale of two for each 128; rope keys of two bytes a number
-            declared += math.prod(heads) * (width - exact + 2 * math.ceil((width - exact) / 128) + 2 * exact)
+            declared += part.heads * (coded + 2 * math.ceil(coded / 128) + 2 * part.exact)
     assert config.kv_bytes_per_token(dtype) == config.n_layer * declared
     slots = 0
     for i in range(config.n_layer):
@@ -142,11 +143,12 @@ def check_footprint(model: GPT, dtype: torch.dtype, batch_size: int = 3, max_len
         slots += max_len if full else min(config.sink_tokens + config.window, max_len)
     with Allocations() as allocations:
         cache = model.new_cache(batch_size, max_len, dtype=dtype)
-    assert allocations.total == cache.nbytes == declared * batch_size * slots
-    assert config.kv_bytes(max_len, dtype) == declared * slots
+    lengths = cache.lengths.nbytes
+    assert allocations.total - lengths == cache.nbytes == declared * batch_size * slots
+    assert kv_bytes(config.kv_layouts(), max_len, dtype) == declared * slots
     buffers = [buffer for layer in cache.layers for buffer in layer.buffers.values()]
     assert dtype in {buffer.dtype for buffer in buffers}
     addresses = [buffer.data_ptr() for buffer in buffers]
     cached_logits(model, tokens(batch_size, max_len), [max_len - 2, 1, 1], cache)
     assert [buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers.values()] == addresses
-    assert cache.nbytes == allocations.total
+    assert cache.nbytes == allocations.total - lengths

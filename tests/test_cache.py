@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from equivalence import (
+    BASE,
     CASES,
     VOCAB,
     assert_close,
@@ -22,14 +23,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import ATTENTIONS, GPTConfig
-from nanokv.cache import CACHE_FORMATS, KVCache, dequantise, quantise
+from nanokv.cache import CACHE_FORMATS, KVCache, dequantize, kv_bytes, quantize
+from nanokv.metrics import kv_elements_per_token_layer, kv_ratio_to_mha
 
 MLA = {name: knobs for name, knobs in CASES.items() if knobs["attention"] == "mla"}
 mla_cases = pytest.mark.parametrize("knobs", MLA.values(), ids=MLA.keys())
 CHUNKS = {"token-by-token": [1] * 20, "uneven": [3, 1, 7, 2, 1, 6], "prefill-then-decode": [17, 1, 1, 1]}
 # Tolerance on logits whose standard deviation is 1, where the cache rounds keys and values.
 ROUNDED = {torch.bfloat16: 0.15, torch.float16: 0.02, torch.int8: 0.3, torch.float8_e4m3fn: 1.0}
-BASE = {attention: CASES[attention] for attention in ATTENTIONS}
 every_attention = pytest.mark.parametrize("knobs", BASE.values(), ids=BASE.keys())
 WINDOWS = [
     {"window": 1},
@@ -81,7 +82,7 @@ def test_a_cache_in_any_format_stays_near_full_precision(knobs, dtype):
 
 @every_attention
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-def test_forms_and_rows_agree_in_what_a_quantised_cache_holds(knobs, dtype):
+def test_forms_and_rows_agree_in_what_a_quantized_cache_holds(knobs, dtype):
     """Codes are the same however they are read: what is left is a rare number at the edge of two codes."""
     model, idx = small_model(**knobs), tokens(3, 24)
     logits = [
@@ -94,6 +95,52 @@ def test_forms_and_rows_agree_in_what_a_quantised_cache_holds(knobs, dtype):
     rows = [cached_logits(model, row[None], [8, 16], model.new_cache(1, 24, dtype)) for row in idx]
     for other in (*logits[1:], torch.cat(rows)):
         assert (other - logits[0]).abs().mean() < 1e-4
+
+
+class Reference:
+    """A layer's cache as a list: what each format makes of a token, by its definition, one after another."""
+
+    def __init__(self, layer, layout, dtype):
+        self.layer, self.layout, self.dtype, self.kept = layer, layout, dtype, {}
+
+    first = property(lambda self: self.layer.first)
+    positions = property(lambda self: self.layer.positions)
+
+    def append(self, **new):
+        for name, value in new.items():
+            exact = self.layout.parts[name].exact
+            coded = value[..., : value.size(-1) - exact]
+            rounded = value.to(self.dtype).float() if self.dtype.itemsize > 1 else self.round(coded)
+            if self.dtype.itemsize == 1:
+                rounded = torch.cat((rounded, value[..., coded.size(-1) :].bfloat16().float()), -1)
+            self.kept[name] = torch.cat((self.kept.get(name, rounded[..., :0, :]), rounded), -2)
+        return list(new.values()) if self.first else list(new)
+
+    def round(self, x):
+        """Each 128 numbers by a bf16 scale that takes the largest to the largest code."""
+        groups = []
+        for group in x.split(128, -1):
+            largest = 127.0 if self.dtype == torch.int8 else 448.0
+            scale = (group.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-30).bfloat16().float()
+            codes = (group / scale).clamp(-largest, largest)
+            groups.append(
+                (codes.round() if self.dtype == torch.int8 else codes.to(self.dtype).float()) * scale
+            )
+        return torch.cat(groups, -1)
+
+    def read(self, name, like):
+        return self.kept[name]
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, *ROUNDED], ids=str)
+def test_a_cache_in_any_format_is_what_the_format_makes_of_each_token(knobs, dtype):
+    model, idx, chunks = small_model(**knobs), tokens(2, 20), [9, 1, 1, 5, *[1] * 4]
+    logits = cached_logits(model, idx, chunks, model.new_cache(2, 20, dtype))
+    cache = model.new_cache(2, 20, dtype)
+    pairs = zip(cache.layers, cache.layouts, strict=True)
+    cache.layers = [Reference(layer, layout, dtype) for layer, layout in pairs]
+    assert_close(logits, cached_logits(model, idx, chunks, cache))
 
 
 @every_attention
@@ -149,7 +196,7 @@ def test_rewind_in_a_window(knobs):
     assert_close(model(torch.stack((idx[0, 27:29], idx[1, 26:28])), cache=cache)[0][1], full[1, 26:28])
     with pytest.raises(ValueError, match="window of 4 moved on") as fault:
         cache.rewind([10, 26])
-    assert "\n" not in str(fault.value) and cache.lengths == [29, 28]
+    assert "\n" not in str(fault.value) and cache.host_lengths() == [29, 28]
     cache.rewind([0, 1])  # nothing, and a sink: always there
     assert_close(model(torch.stack((idx[0, :1], idx[1, 1:2])), cache=cache)[0][0], full[0, :1])
 
@@ -157,7 +204,7 @@ def test_rewind_in_a_window(knobs):
 def test_a_window_slides_past_the_length_of_its_cache():
     model, idx = small_model(window=4), tokens(2, 40)
     cache = model.new_cache(2, 6)
-    assert cache.endless and cache.nbytes == 2 * model.config.kv_bytes(10**6, torch.float32)
+    assert cache.endless and cache.nbytes == 2 * kv_bytes(model.config.kv_layouts(), 10**6, torch.float32)
     assert_close(cached_logits(model, idx, [7, 1, 1, 20, *[1] * 11], cache), model(idx)[0])
     for knobs in ({"window": 7}, {"window": 4, "window_pattern": "SL"}, {}):
         model = small_model(**knobs)
@@ -165,21 +212,21 @@ def test_a_window_slides_past_the_length_of_its_cache():
             cached_logits(model, idx, [7, 33], model.new_cache(2, 6))
 
 
-def test_quantised_codes_and_scales():
+def test_quantized_codes_and_scales():
     x = torch.randn(3, 5, 300) * torch.logspace(-3, 3, 5)[:, None]
     x[0, 0] = 0
     for dtype, step in ((torch.int8, 1 / 127), (torch.float8_e4m3fn, 1 / 14)):
-        codes, scale = quantise(x, dtype)
+        codes, scale = quantize(x, dtype)
         assert codes.shape == x.shape and codes.dtype == dtype and scale.shape == (3, 5, 3)
-        back = dequantise(codes, scale, torch.float32)
+        back = dequantize(codes, scale, torch.float32)
         largest = torch.cat([part.abs().amax(-1, True).expand_as(part) for part in x.split(128, -1)], -1)
         assert ((back - x).abs() <= largest * step * 0.51).all()
         if dtype == torch.int8:  # the spacing of codes is the scale
             assert (
                 (back - x).abs().amax(-1) > 0.2 * step * largest.amax(-1) * (largest.amax(-1) > 0)
             ).sum() > 9
-        again, scale_again = quantise(back, dtype)
-        assert_close(dequantise(again, scale_again, torch.float32), back, largest.max().item() * step)
+        again, scale_again = quantize(back, dtype)
+        assert_close(dequantize(again, scale_again, torch.float32), back, largest.max().item() * step)
 
 
 @every_case
@@ -222,7 +269,7 @@ def test_rewind_then_continue_equals_fresh(knobs):
     cache.rewind([0, 0])
     assert_close(cached_logits(model, idx, [5, 7], cache), model(idx)[0])
     cache.rewind([4, 4])
-    assert cache.lengths == [4, 4]
+    assert cache.host_lengths() == [4, 4]
     assert_close(cached_logits(model, idx[:, 4:], [1, 7], cache), model(idx)[0][:, 4:])
     cache.rewind([10, 3])
     last = cached_logits(model, torch.stack((idx[0, 10:12], idx[1, 3:5])), [1, 1], cache)
@@ -236,7 +283,7 @@ def test_cache_refuses_what_does_not_fit():
     model(tokens(2, 6), cache=cache)
     with pytest.raises(ValueError, match="too short"):
         model(tokens(2, 3), cache=cache)
-    assert cache.lengths == [6, 6]
+    assert cache.host_lengths() == [6, 6]
     cache.rewind([6, 1])
     with pytest.raises(ValueError, match="too short"):
         model(tokens(2, 3), cache=cache)
@@ -244,7 +291,7 @@ def test_cache_refuses_what_does_not_fit():
     for lengths in ([9, 3], [8, 4], [-1, 3], [3], [3, 3, 3]):
         with pytest.raises(ValueError):
             cache.rewind(lengths)
-    assert cache.lengths == [8, 3]
+    assert cache.host_lengths() == [8, 3]
 
 
 @every_case
@@ -280,15 +327,15 @@ def test_formula_declaration_and_allocation_agree(knobs, dtype):
 )
 def test_elements_per_token(knobs, elements):
     config = small_config(**knobs)
-    assert config.kv_elements_per_token_layer() == elements
+    assert kv_elements_per_token_layer(config) == elements
     assert config.kv_bytes_per_token(torch.float32) == 2 * 4 * elements
-    assert config.kv_ratio_to_mha() == elements / 64
+    assert kv_ratio_to_mha(config) == elements / 64
     knobs |= {
         "window": 10,
         "sink_tokens": 2,
         "window_pattern": "SL",
     }  # one layer of two holds 12 of 64 tokens
-    assert small_config(**knobs).kv_ratio_to_mha() == elements / 64 * (12 + 64) / 128
+    assert kv_ratio_to_mha(small_config(**knobs)) == elements / 64 * (12 + 64) / 128
 
 
 def test_published_footprints():
@@ -306,10 +353,10 @@ def test_published_footprints():
     )
     for config, published in ((mha, 2_621_440), (deepseek_v3, 70_272)):
         assert config.kv_bytes_per_token(torch.bfloat16) == published
-        assert KVCache(config, 2, 1000, torch.bfloat16, "meta").nbytes == published * 2000
+        assert KVCache(config.kv_layouts(), 2, 1000, torch.bfloat16, "meta").nbytes == published * 2000
 
 
-def test_published_quantised_footprint():
+def test_published_quantized_footprint():
     """FlashMLA's fp8 cache takes 656 bytes: 512 codes, 64 numbers of rope key in bf16, 4 scales in fp32."""
     config = GPTConfig(
         attention="mla", n_layer=1, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128

@@ -116,7 +116,7 @@ def test_memory_stays_flat_past_the_contexts_end(model, monkeypatch):
     next(steps)
     before = storage()
     for _ in steps:
-        assert max(made[0].lengths) <= made[0].max_len == BLOCK
+        assert max(made[0].host_lengths()) <= made[0].max_len == BLOCK
     assert storage() == before
     assert max(cache.max_len for cache in made[1:]) == BLOCK // 2
 

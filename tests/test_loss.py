@@ -1,31 +1,36 @@
-"""What the model computes with, against its definition."""
+"""nanokv/loss.py: the loss that training takes is the model's own, whole or some rows at a time."""
 
 import pytest
 import torch
 from equivalence import CASES, VOCAB, assert_close, small_model, tokens
 
-from backends import cpu as native
-from nanokv.loss import LinearCrossEntropy
+from nanokv import loss as losses
+from nanokv.loss import LanguageModelLoss
 
 
-@pytest.mark.parametrize("in_c", [False, True])
+@pytest.mark.parametrize("rows", [7, 60, 1000])
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_loss_in_slices_is_the_loss(tied, in_c, monkeypatch):
-    if not in_c:
-        monkeypatch.setattr(native, "library", lambda: None)
+def test_the_loss_in_slices_is_the_loss(tied, rows, monkeypatch):
     model = small_model(**CASES["mha"], tie_embeddings=tied).train()
     x, y = tokens(3, 20), tokens(3, 20, seed=1)
     y[0, :7] = y[2, 19] = -1
-    logits, loss = model(x, y)
+    loss = model(x, y)[1]
     loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    monkeypatch.setattr(LinearCrossEntropy, "LOGITS", 7 * VOCAB)  # 60 rows, 7 at a time
-    nothing, sliced = model(x, y, want_logits=False)
+    monkeypatch.setattr(losses, "LOGITS", rows * VOCAB)  # of 60 rows
+    sliced = LanguageModelLoss(model)(x, y)
     (3 * sliced).backward()
-    assert nothing is None
     assert_close(sliced, loss, 1e-6)
     for name, p in model.named_parameters():
         assert_close(p.grad / 3, expected[name], 1e-6)
     with torch.no_grad():
-        assert_close(model(x, y, want_logits=False)[1], loss, 1e-6)
+        assert_close(LanguageModelLoss(model)(x, y), loss, 1e-6)
+
+
+def test_hooks_on_the_head_are_in_the_loss(monkeypatch):
+    model, x, y = small_model(), tokens(2, 10), tokens(2, 10, seed=1)
+    model.lm_head.register_forward_hook(lambda module, args, out: 2 * out)
+    for rows in (3, 1000):
+        monkeypatch.setattr(losses, "LOGITS", rows * VOCAB)
+        assert_close(LanguageModelLoss(model)(x, y), model(x, y)[1], 1e-6)

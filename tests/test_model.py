@@ -18,14 +18,8 @@ from equivalence import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import (
-    ATTENTIONS,
-    GPT,
-    attend,
-    rope_angles,
-    rotate,
-)
-from nanokv.cache import KVCache
+from model import ATTENTIONS, GPT, Attend, Linear, rope_angles, rotate, visible
+from nanokv.metrics import flops_per_token, n_params
 
 # The parts: attention, RoPE, latents
 
@@ -43,15 +37,28 @@ def naive_attention(q, k, v, start, scale):
 
 @pytest.mark.parametrize("n", [1, 4], ids=["one-query", "chunk"])
 @pytest.mark.parametrize("v_width", [3, 8, 11])
-def test_attend_over_a_cache_is_not_causal_from_the_top_left(n, v_width):
+@pytest.mark.parametrize("factor", [False, True], ids=["", "key-factor"])
+def test_attend_over_a_cache_is_not_causal_from_the_top_left(n, v_width, factor):
     H, G, D, start = 4, 2, 8, 5
     q, k, v = torch.randn(1, H, n, D), torch.randn(1, G, start + n, D), torch.randn(1, G, start + n, v_width)
-    cache = KVCache(small_config(), 1, 16, torch.float32, None)
-    cache.advance(start)
-    cache.advance(n)
-    y = attend(q, k, v, cache.layers[0], D**-0.5)
+    positions = torch.arange(start + n)
+    mask = visible(positions[None, None, start:, None], positions[None, None, None], 0, 0)
     wide_k, wide_v = k[0].repeat_interleave(H // G, 0), v[0].repeat_interleave(H // G, 0)
+    key_factor = torch.rand(1, H, start + n) + 0.5 if factor else None
+    y = Attend(D**-0.5)(q, k, v, mask, key_factor=key_factor)
+    wide_k = wide_k * key_factor[0, ..., None] if factor else wide_k
     assert_close(y[0], naive_attention(q[0], wide_k, wide_v, start, D**-0.5), 1e-6)
+
+
+@pytest.mark.parametrize("factor", [False, True], ids=["", "key-factor"])
+def test_attend_without_a_mask_is_causal(factor):
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    key_factor = torch.rand(2, 4, 6) + 0.5 if factor else None
+    y = Attend(0.3)(q, k, v, key_factor=key_factor)
+    for b in range(2):
+        wide_k, wide_v = k[b].repeat_interleave(2, 0), v[b].repeat_interleave(2, 0)
+        wide_k = wide_k * key_factor[b, ..., None] if factor else wide_k
+        assert_close(y[b], naive_attention(q[b], wide_k, wide_v, 0, 0.3), 1e-6)
 
 
 def test_absorbed_scale_is_that_of_the_expanded_keys():
@@ -76,7 +83,7 @@ def test_mla_caches_the_normalised_latent_and_the_rotated_key():
         c = c / (c.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * a.kv_a_layernorm.weight
         k_rope = complex_rotation(k_rope[0], config.rope_theta)
     assert list(cache.layers[0].buffers) == ["latent"]
-    assert_close(cache.layers[0].buffers["latent"][0], torch.cat((c[0], k_rope), -1))
+    assert_close(cache.layers[0].buffers["latent"][0, 0], torch.cat((c[0], k_rope), -1))
 
 
 def complex_rotation(x, theta):
@@ -112,7 +119,10 @@ def test_order_is_seen_through_rope_alone(knobs, ordered):
 # Training
 
 
-@every_case
+EQUAL_WIDTHS = {name: knobs for name, knobs in CASES.items() if "v_head_dim" not in knobs}
+
+
+@pytest.mark.parametrize("knobs", EQUAL_WIDTHS.values(), ids=EQUAL_WIDTHS.keys())
 @pytest.mark.parametrize("window", [{}, {"window": 5}], ids=["full", "window"])
 def test_training_runs_in_fused_attention(knobs, window):
     model, idx = small_model(**knobs, **window).train(), tokens(2, 16)
@@ -171,6 +181,29 @@ def test_dropout_is_for_training_only():
         assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
+class Doubled(Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("change", ["subclass", "bias", "hook", "patch"])
+def test_absorption_reads_no_weight_that_is_not_all_of_a_projection(change):
+    model, idx = small_model(attention="mla"), tokens(2, 12)
+    for layer in model.layers:
+        projection = layer.self_attn.kv_b_proj
+        if change == "subclass":
+            projection.__class__ = type(
+                "Doubled", (Linear,), {"forward": lambda self, x: 2 * Linear.forward(self, x)}
+            )
+        elif change == "bias":
+            projection.bias = torch.nn.Parameter(torch.randn(len(projection.weight)))
+        elif change == "hook":
+            projection.register_forward_hook(lambda module, args, out: out + 1)
+        else:
+            projection.forward = lambda x, weight=projection.weight: (x @ weight.mT).relu()
+    assert_close(cached_logits(model, idx, [5, *[1] * 7]), model(idx)[0])
+
+
 # Accounting
 
 
@@ -190,11 +223,8 @@ def test_dropout_is_for_training_only():
 def test_parameter_count(knobs, attention, tie):
     model = GPT(small_config(**knobs, intermediate_size=50, tie_embeddings=tie))
     blocks = 2 * (attention + 3 * 32 * 50 + 2 * 32) + 32
-    assert model.n_params(embedding=False) == blocks
-    assert model.n_params() == blocks + (1 if tie else 2) * VOCAB * 32
-
-
-EQUAL_WIDTHS = {name: knobs for name, knobs in CASES.items() if "v_head_dim" not in knobs}
+    assert n_params(model, embedding=False) == blocks
+    assert n_params(model) == blocks + (1 if tie else 2) * VOCAB * 32
 
 
 @pytest.mark.parametrize("knobs", EQUAL_WIDTHS.values(), ids=EQUAL_WIDTHS.keys())
@@ -202,12 +232,12 @@ def test_flops_per_token_are_those_of_the_operators(knobs):
     model, idx = small_model(**knobs), tokens(2, 16)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(idx, idx)[1].backward()
-    assert model.flops_per_token(16) * idx.numel() == counter.get_total_flops()
+    assert flops_per_token(model, 16) * idx.numel() == counter.get_total_flops()
 
 
 def test_flops_do_not_count_padding_of_values():
     model = small_model(attention="mla", qk_nope_head_dim=10, qk_rope_head_dim=4, v_head_dim=6)
-    assert model.flops_per_token(100) - model.flops_per_token(0) == 6 * 2 * 4 * (10 + 4 + 6) * 100
+    assert flops_per_token(model, 100) - flops_per_token(model, 0) == 6 * 2 * 4 * (10 + 4 + 6) * 100
 
 
 @pytest.mark.parametrize(
