@@ -1,4 +1,4 @@
-"""Decoding on a CPU: one call of cpu_decode.c for each new token of a model, instead of some hundred operators.
+"""Decoding on a CPU: one call of cpu_decode.c for each new token of a model, instead of a hundred operators.
 
 `CpuGPT` stands in for model.GPT. A `Step` has what the C function needs of one model and one cache: addresses
 of weights and buffers, and widths. It is made at the first decode step over that cache, and used as long as
