@@ -5,78 +5,119 @@ On many GPUs or machines: `torchrun --standalone --nproc_per_node=8 train.py con
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
-import resource
-import signal
-import subprocess
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
+from backends import accelerate, describe
 from model import GPT, GPTConfig
 from nanokv import checkpoint
 from nanokv import distributed as parallel
+from nanokv import metrics as measure
 from nanokv import tokenizer as tokenizers
 from nanokv.checkpoint import Checkpoint
-from nanokv.config import Config, UserError, cli, load, pick_device, pick_dtype
+from nanokv.config import UserError, check_range, cli, from_dict, load
 from nanokv.dataset import Dataset, open_dataset
-from nanokv.optim import load_state_tensors, make_optimizers, state_tensors
-from nanokv.run_logger import Log
-from nanokv.watchdogs import LossSpikes, SkippedSteps, Stalls
-from sample import decode_probe, generate_text, inference_model
+from nanokv.device import Hardware, check_device_name, keep_freed_memory, pick_hardware
+from nanokv.loss import LanguageModelLoss
+from nanokv.optim import Optimizer, load_state_tensors, make_optimizers, state_tensors
+from nanokv.run_logger import RunLogger, quality, table
+from nanokv.text import generate_text
+from nanokv.watchdogs import LossSpikes, SkippedSteps, StallWatchdog, StopSignal
 
-# Dense peak in FLOP/s in 16 bits, by a word of the device's name (vendors' data sheets, without sparsity).
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "4090": 165e12,
-    "3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
+USAGE = "python train.py [config.py] [--key=value ...]"
+
+
+@dataclass
+class TrainConfig:
+    """The knobs of a run, besides those of its model (GPTConfig). Raises ValueError, one line, if they do not
+    fit together.
+    """
+
+    # The comment beside a field is what --help prints; a comment above one that has its own is a section.
+
+    # the run
+    out_dir: str | None = None  # run folder; None: out/<config file's name>, or out/<attention>
+    overwrite: bool = False  # start afresh in a folder that holds a run, which is then lost
+    init_from: str = "scratch"  # 'scratch', 'resume' (go on from out_dir), or a run folder to start from
+    eval_interval: int = 250  # steps between evaluations
+    eval_iters: int = 0  # val batches an evaluation, evenly spaced; 0: the whole val split
+    eval_only: bool = False  # evaluate once and exit
+    log_interval: int = 10  # steps between log lines
+    always_save_checkpoint: bool = True  # write last/ at every evaluation, not only when the run ends
+    save_interval: int = 0  # write last/ every so many steps too; 0: only at evaluations
+    seed: int = 1337  # of the initial weights, dropout and the order of the data
+    # Weights & Biases
+    wandb_log: bool = False  # also log to W&B; falls back to offline without a key or a network
+    wandb_project: str = "nanokv"  # the W&B project
+    wandb_run_name: str | None = None  # name of the run in W&B; None: the name of out_dir
+    # data
+    dataset: str = "stdlib"  # a folder in data/, or the path of a prepared folder
+    tokenizer: str | None = None  # byte, char, bpe, gpt2, or a run folder; None: the data set's own
+    gradient_accumulation_steps: int = 1  # micro-batches a step, on all ranks together
+    batch_size: int = 16  # sequences of block_size tokens in a micro-batch; ranks share them if it must be
+    data_timeout: float = 30.0  # seconds that a micro-batch may take to read before a line says so
+    # optimizer
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the hidden matrices, with AdamW for the rest
+    learning_rate: float = 1e-3  # AdamW's peak learning rate; an untied embedding has ten times that
+    muon_lr: float = 0.02  # Muon's peak learning rate; it follows the same schedule
+    muon_momentum: float = 0.95  # Muon's momentum; 0.9 suits runs of a few hundred steps
+    max_iters: int = 2000  # steps to train
+    weight_decay: float = 0.1  # decoupled weight decay, on matrices only
+    beta1: float = 0.9  # AdamW's decay of the mean of gradients
+    beta2: float = 0.95  # AdamW's decay of the mean of squared gradients
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    max_skipped_steps: int = 20  # end the run when so many steps in a row have a gradient that is not finite
+    # learning rate schedule
+    decay_lr: bool = True  # False: constant after the warm-up
+    schedule: Literal["cosine", "wsd"] = "wsd"  # wsd: warm up, stay, then decay in a straight line
+    warmup_iters: int = 100  # steps of linear warm-up
+    lr_decay_iters: int | None = None  # the step at which min_lr is reached; None: max_iters
+    min_lr: float | None = None  # AdamW's last learning rate, Muon's in proportion; None: a tenth
+    cooldown: float = 0.4  # wsd: the share of lr_decay_iters that decays
+    # machine
+    device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: the best there is
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; weights stay float32
+    compile: bool | Literal["auto"] = "auto"  # torch.compile the model; auto: where it saves time
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # what each rank holds: ddp: the model, fsdp: its share of it
+    activation_checkpointing: bool = False  # compute blocks again in the backward pass, to save memory
+    # after the last step
+    sample_tokens: int = 200  # tokens of the sample to print; 0: no sample
+
+    def __post_init__(self):
+        if self.lr_decay_iters is None:
+            self.lr_decay_iters = self.max_iters
+        if self.min_lr is None:
+            self.min_lr = self.learning_rate / 10
+        check_range(self, "eval_iters seed learning_rate muon_lr min_lr weight_decay grad_clip", at_least=0)
+        check_range(self, "warmup_iters save_interval sample_tokens", at_least=0)
+        check_range(self, "eval_interval log_interval max_iters lr_decay_iters max_skipped_steps", at_least=1)
+        check_range(self, "gradient_accumulation_steps batch_size", at_least=1)
+        check_range(self, "beta1 beta2 muon_momentum", at_least=0, below=1)
+        check_range(self, "cooldown", at_least=0, at_most=1)
+        check_range(self, "data_timeout", above=0)
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower it")
+        check_device_name(self.device)
+        for name in ("out_dir", "wandb_run_name", "wandb_project", "dataset", "tokenizer", "init_from"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} must not be empty")
 
 
 def main(argv: list[str]) -> None:
-    with parallel.joined():
-        restarted = parallel.restarted()
-        with parallel.together():
-            config = configure(argv, restarted)
-        train(config)
+    with parallel.process_group():
+        train(argv or ["config/mla.py"])
 
 
-def configure(argv: list[str], restarted: bool = False) -> Config:
-    """The run that a command line asks for; if it is `restarted`, to go on from its own last checkpoint."""
-    config = load(argv)
-    if restarted and checkpoint.launched_by(Path(config.out_dir)) == parallel.launch():
-        config.init_from = "resume"
-        argv = [*argv, "--init_from=resume"]
-    if config.init_from == "resume":  # what the run was started with is the default of what it goes on with
-        base = asdict(checkpoint.read_config(Path(config.out_dir)))
-        if base["lr_decay_iters"] == base["max_iters"]:
-            del base["lr_decay_iters"]  # follows max_iters, which may grow now
-        if base["min_lr"] == base["learning_rate"] / 10:
-            del base["min_lr"]  # follows learning_rate
-        config = load(argv, base)
-    elif config.init_from != "scratch":  # the model is by default that of the run that it starts from
-        source = checkpoint.read_config(Path(config.init_from))
-        config = load(argv, {field.name: getattr(source, field.name) for field in fields(GPTConfig)})
-    return config
-
-
-def train(config: Config) -> dict:
-    """Train as `config` says; returns the run's summary.
+def train(argv: list[str]) -> dict:
+    """Train as the command line says; returns the run's summary.
 
     Raises UserError for whatever is wrong with the configuration, the data or the run folder, before anything
     in the folder is changed; later, with the last checkpoint in place, for faults of disk and data, and
@@ -84,265 +125,282 @@ def train(config: Config) -> dict:
     or SIGUSR1 ends the run. As one of several ranks it trains on its share of each step; only the first
     writes and prints.
     """
-    # ---- on what, and where
-    run_dir, resume, first_rank = Path(config.out_dir), config.init_from == "resume", parallel.rank() == 0
-    with parallel.together():
+    restarted = parallel.restarted()
+    with parallel.collective_errors():
+        model_config, config = configure(argv, restarted)
         if parallel.size() > 1 and parallel.local_rank() == 0:
             open_dataset(config.dataset, config.tokenizer)  # prepares one that is missing, once a node
-    with parallel.together():
-        device = parallel.own_device(pick_device(config.device))
-        dtype = pick_dtype(config.dtype, device)
-        micro_steps, rows = parallel.share(config.gradient_accumulation_steps, config.batch_size)
-        if parallel.size() > 1 and config.parallel == "fsdp" and dtype == torch.float16:
-            raise UserError("float16 needs gradients scaled, which fsdp does not do; use --dtype=bfloat16")
+    with parallel.collective_errors():
+        hardware = pick_hardware(config.device, config.dtype, config.compile)
+        share = parallel.share(config.gradient_accumulation_steps, config.batch_size)
         dataset = open_dataset(config.dataset, config.tokenizer)
-        dataset.check_block_size(config.block_size)
-        fit_vocabulary(config, dataset)
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-    # ---- model and optimizers, new or as an earlier run left them
-    if device.type == "cpu":
-        keep_freed_memory()
-    torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, where a matrix product is left in fp32
-    with torch.device(device):
-        model = GPT(config)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    facts = describe(config, model, dataset)
-    state = {"step": 0, "samples": 0, "time": 0.0, "evaluated": None, "best": {}, "skipped_steps": 0}
-    optimizer_state = {}
-    with parallel.together():
-        if resume:
-            check_fits(config, dataset, run_dir, resume)
-            saved = checkpoint.load_newest(run_dir)
-            state |= saved.state
-            if state["corpus_sha256"] != facts["corpus_sha256"]:
-                raise UserError(
-                    f"{run_dir} cannot resume: {config.dataset} is other data than it was trained on"
-                )
-            if state["step"] >= config.max_iters and checkpoint.is_finished(run_dir):
-                raise UserError(f"{run_dir} is complete at step {state['step']}; raise --max_iters to go on")
-            load_weights(model, saved.model, run_dir)
-            optimizer_state = saved.optimizer
-            scaler.load_state_dict(state["scaler"])
-            del saved
-        elif config.init_from != "scratch":
-            source = Path(config.init_from)
-            if not source.is_dir():
-                raise UserError(f"init_from is scratch, resume or a run folder, not {config.init_from}")
-            check_fits(config, dataset, source, resume)
-            load_weights(model, checkpoint.load_weights(source, checkpoint.best_or_last(source)), source)
-    newest = parallel.highest(state["step"])
-    with parallel.together():
-        if state["step"] != newest:
-            raise UserError(f"{run_dir} is not the same on all nodes: it must be on storage that they share")
-    compile = use_compile(config, device)
-    wrapped = parallel.wrap(model, config, device, dtype, compile)
-    params = list(model.parameters())  # as the ranks hold them
-    optimizers = make_optimizers(model, config)
-    load_state_tensors(model, optimizers, optimizer_state)
-    del optimizer_state
+        model_config.vocab_size = dataset.fit(model_config.block_size, model_config.vocab_size)
+        model = new_model(model_config, config.seed, hardware.device)
+        state, optimizer_state = load_start(config, model, dataset)
+        loss_model = accelerate(LanguageModelLoss(model), hardware.dtype)
+    backend = describe(loss_model)
+    loss_model = parallel.parallelize(loss_model, *hardware, config.parallel, config.activation_checkpointing)
+    optimizers = new_optimizers(config, model, optimizer_state)
     if config.eval_only:
-        metrics = evaluate(wrapped, dataset, config, autocast)
-        if first_rank:
+        windows = model_config.block_size, config.batch_size, config.eval_iters
+        metrics = measure.evaluate(loss_model, dataset, *windows, hardware.autocast())
+        if parallel.rank() == 0:
             print(quality(metrics))
         return metrics
-    with parallel.together():
-        if first_rank:
-            checkpoint.claim(run_dir, resume, config.overwrite, parallel.launch())
-            checkpoint.write_config(run_dir, config)
-            with checkpoint.writing(run_dir):
-                tokenizers.save(dataset.tokenizer, run_dir)
-    log = Log(run_dir if first_rank else None, config, facts, state["step"] if resume else None)
-    on = f"{parallel.size()} ranks of {device.type}" if parallel.size() > 1 else device.type
-    log.say(
-        f"{config.attention}: {facts['params/total']:,} parameters, "
-        f"{facts['kv_cache/bytes_per_token']:,} bytes of cache a token (bf16); "
-        f"{config.dataset}: {len(dataset.train):,} tokens; "
-        f"{on}, {str(dtype).removeprefix('torch.')}; run folder {run_dir}"
-    )
-    stop = StopSignal()
-    if compile:
-        log.say("compiling: the first step and the first evaluation take a minute or so")
-
-    # ---- the loop
-    samples_per_step = config.gradient_accumulation_steps * config.batch_size  # on all ranks
-    tokens_per_step = samples_per_step * config.block_size
-    flops_per_token = model.flops_per_token(config.block_size)
-    peak_flops = peak_flops_of(device, dtype) if first_rank else None
-    saver = checkpoint.Saver(run_dir)
-    skipped = SkippedSteps(config.max_skipped_steps, state["skipped_steps"], log.say)
-    spikes, stalls = LossSpikes(log.say), Stalls(config.data_timeout, log.say)
-    step, samples, losses = state["step"], state["samples"], []
-    started = time.perf_counter() - state["time"]
-    lap_time, lap_step = time.perf_counter(), step
-
-    def record(metrics: dict) -> None:
-        tokens = samples * config.block_size
-        seconds = time.perf_counter() - started
-        log({"step": step, "tokens": tokens, "time": seconds, "flops": tokens * flops_per_token} | metrics)
-
-    def save(*names: str) -> None:
-        state.update(step=step, samples=samples, time=time.perf_counter() - started)
-        state.update(corpus_sha256=facts["corpus_sha256"], scaler=scaler.state_dict())
-        state.update(skipped_steps=skipped.total)
-        weights = parallel.whole(model.state_dict())
-        optimizer = parallel.whole(state_tensors(model, optimizers))
-        with parallel.together():
-            if first_rank:
-                saver.save(names, Checkpoint(weights, optimizer, state))
-
-    while True:
-        with parallel.together():
-            saver.check()
-        evaluated = improved = False
-        at_end = step >= config.max_iters
-        if (at_end or step % config.eval_interval == 0) and state["evaluated"] != step:
-            metrics = evaluate(wrapped, dataset, config, autocast, stop)
-            evaluated = not stop.agreed()
-            if evaluated:
-                state |= {"evaluated": step} | metrics
-                improved = metrics["val/loss"] < state["best"].get("best/val_loss", math.inf)
-                if improved:
-                    state["best"] = {"best/val_loss": metrics["val/loss"], "best/val_bpb": metrics["val/bpb"]}
-                record(metrics | state["best"])
-                log.write_summary()
-                log.say(f"step {step}: {quality(metrics)}")
-            lap_time, lap_step = time.perf_counter(), step
-        due = evaluated and (at_end or config.always_save_checkpoint)
-        if config.save_interval and step % config.save_interval == 0 and step != state["step"]:
-            due = True  # and not what was saved last, or resumed from
-        if improved or due:
-            save(*["best"] * improved, *["last"] * due)
-        stopped = stop.agreed()
-        if at_end or stopped:
-            break
-
-        factor = learning_rate(step, config)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-        for micro_step in range(micro_steps):
-            first = samples + (micro_step * parallel.size() + parallel.rank()) * rows
-            with stalls:
-                x, y = dataset.train_batch(first, rows, config.block_size, config.seed)
-            torch.manual_seed((config.seed * 0x9E3779B1 + first) % 2**63)  # for dropout: no state to keep
-            parallel.sync_gradients(wrapped, micro_step == micro_steps - 1)
-            with autocast:
-                loss = wrapped(x.to(device), y.to(device), want_logits=False)[1]
-            loss = loss * (1 + 0 * loss.detach())  # one that is not finite makes its gradient so
-            scaler.scale(loss / micro_steps).backward()
-            losses.append(loss.detach())
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        max_norm = config.grad_clip if config.grad_clip > 0 else math.inf
-        grad_norm = parallel.clip_grad_norm(params, max_norm)
-        sound = skipped.step(step + 1, grad_norm.item())  # waits for the device, as the decision is the CPU's
-        for optimizer in optimizers:
-            if sound:
-                scaler.step(optimizer)
-            optimizer.zero_grad()
-        scaler.update()
-        if not sound:
-            del losses[-micro_steps:]
-        step, samples, stop.at_once = step + 1, samples + samples_per_step, False
-
-        if step % config.log_interval == 0 or step == config.max_iters:
-            train_loss = torch.stack(losses).mean().item() if losses else math.nan
-            train_loss = parallel.total(train_loss)[0] / parallel.size()
-            spikes.see(step, train_loss)
-            now = time.perf_counter()
-            rate = (step - lap_step) * tokens_per_step / (now - lap_time)
-            lap_time, lap_step, losses = now, step, []
-            metrics = {
-                "train/loss": train_loss,
-                "train/grad_norm": grad_norm.item(),
-                "train/skipped_steps": skipped.total,
-                "lr": config.learning_rate * factor,
-                "train/tokens_per_s": rate,
-                "train/mfu": rate * flops_per_token / (parallel.size() * peak_flops) if peak_flops else None,
-                "memory/peak_bytes": peak_memory(device),
-            }
-            record(metrics)
-            log.progress(step, config.max_iters, metrics, tokens_per_step)
-
-    stalls.close()
-    if stopped:
-        save("last")
-        with parallel.together():
-            saver.wait()
-        log.write_summary()
-        log.close()
-        log.say(f"{stop.signal.name}: stopped at step {step}, saved; --init_from=resume goes on from here")
-        sys.exit(128 + stop.signal)
-    with parallel.together():
-        saver.wait()
-    stop.restore()
-
-    # ---- what came of it: a decode probe, a sample, quality and cache side by side
-    weights = parallel.whole(model.state_dict())
-    if first_rank:
-        final = inference_model(config, weights).to(device)
-        metrics = {"final/val_loss": state["val/loss"], "final/val_bpb": state["val/bpb"]}
-        record(metrics | decode_probe(final, min(config.block_size, 1024) // 2, dtype=dtype))
-        log.write_summary()
-        log.close()
-        print(generate_text(final, dataset.tokenizer, config.sample_tokens, seed=config.seed))
-        print(table(log.summary))
-    return log.summary
+    claim(config, model_config, dataset, state["step"])
+    stop, log = StopSignal(), start_log(config, model, dataset, hardware, backend, state["step"])
+    run = Run(config, dataset, model, loss_model, optimizers, hardware, share, log, stop, state)
+    stopped = training_loop(run)
+    return report(run, stopped)
 
 
-def fit_vocabulary(config: Config, dataset: Dataset) -> None:
-    """Take the vocabulary's size from the data, unless the config asks for a larger (padded) one."""
-    config.vocab_size = config.vocab_size or dataset.vocab_size
-    if config.vocab_size < dataset.vocab_size:
-        raise UserError(
-            f"vocab_size = {config.vocab_size} is less than the {dataset.vocab_size} token ids of "
-            f"{config.dataset}; remove it or raise it"
-        )
+# ---- set up
 
 
-def check_fits(config: Config, dataset: Dataset, run_dir: Path, resume: bool) -> None:
-    """Raises UserError if a run's weights do not fit the model of `config` or the tokens of `dataset`."""
-    saved = checkpoint.read_config(run_dir)
-    knobs = {field.name for field in fields(GPTConfig)} - {"dropout"} | {"optimizer"}
-    free = {"block_size", "optimizer", "window", "window_pattern", "sink_tokens"}  # for what starts from it
-    for knob in sorted(knobs if resume else knobs - free):
-        ours, theirs = getattr(config, knob), getattr(saved, knob)
-        if ours != theirs:
-            raise UserError(
-                f"{knob} = {ours} does not fit the checkpoint in {run_dir}, which has {knob} = {theirs}; "
-                "remove it, or train from scratch in another --out_dir"
-            )
-    if tokenizers.sha256(tokenizers.load(run_dir)) != tokenizers.sha256(dataset.tokenizer):
-        raise UserError(f"{run_dir} was trained with another tokenizer than that of {config.dataset}")
+def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, TrainConfig]:
+    """The knobs that a command line asks for; if `restarted`, those to go on from the last checkpoint.
+
+    What it does not give is as in the run that init_from names, if there is one, and resolves the names: to
+    out/<config file's name> or out/<attention>.
+    """
+    files = [Path(arg).stem for arg in argv if not arg.startswith("-")]
+
+    def fill_in(given: dict[str, Any]) -> dict[str, Any]:
+        name = files[0] if files else given.get("attention", GPTConfig.attention)
+        out_dir = f"out/{name}" if given.get("out_dir") is None else given["out_dir"]
+        values = given | {"out_dir": out_dir}
+        if restarted and checkpoint.launched_by(Path(out_dir)) == parallel.launch():
+            values["init_from"] = "resume"
+        if values.get("init_from", "scratch") == "scratch":
+            return values
+        resume = values["init_from"] == "resume"
+        model_config, config = read_knobs(Path(out_dir if resume else values["init_from"]))
+        if not resume:
+            return asdict(model_config) | values
+        before = asdict(model_config) | asdict(config)
+        if before["lr_decay_iters"] == before["max_iters"]:
+            del before["lr_decay_iters"]  # follows max_iters, which may grow now
+        if before["min_lr"] == before["learning_rate"] / 10:
+            del before["min_lr"]  # follows learning_rate
+        return before | values
+
+    model_config, config = load(argv, GPTConfig, TrainConfig, usage=USAGE, fill_in=fill_in)
+    if parallel.size() > 1 and config.parallel == "fsdp" and config.dtype == "float16":
+        raise UserError("float16 needs gradients scaled, which fsdp does not do; use --dtype=bfloat16")
+    config.wandb_run_name = config.wandb_run_name or Path(config.out_dir).name
+    return model_config, config
 
 
-def load_weights(model: GPT, weights: dict[str, torch.Tensor], run_dir: Path) -> None:
+def read_knobs(run_dir: Path) -> tuple[GPTConfig, TrainConfig]:
+    """The knobs of a run. Raises UserError if the folder is no run, or its config is damaged."""
+    return from_dict(checkpoint.read_config(run_dir), str(run_dir / "config.json"), GPTConfig, TrainConfig)
+
+
+def new_model(model_config: GPTConfig, seed: int, device: torch.device) -> GPT:
+    if device.type == "cpu":
+        keep_freed_memory()
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, where a matrix product is left in fp32
+    with torch.device(device):
+        return GPT(model_config)
+
+
+def new_optimizers(config: TrainConfig, model: GPT, state: dict[str, Tensor]) -> list[Optimizer]:
+    """The optimizers of the parameters as the ranks hold them, with the state of an earlier run."""
+    names = "optimizer learning_rate muon_lr muon_momentum weight_decay beta1 beta2"
+    optimizers = make_optimizers(model, **{name: getattr(config, name) for name in names.split()})
+    load_state_tensors(model, optimizers, state)
+    return optimizers
+
+
+def load_start(config: TrainConfig, model: GPT, dataset: Dataset) -> tuple[dict, dict[str, Tensor]]:
+    """Load the weights that init_from asks for into `model`.
+
+    Returns the state of the run and that of its optimizers: those of the last checkpoint, or new ones.
+    """
+    state = {"step": 0, "samples": 0, "time": 0.0, "evaluated": None, "best": {}, "skipped_steps": 0}
+    state["scaler"] = {}
+    if config.init_from == "scratch":
+        return state, {}
+    resume = config.init_from == "resume"
+    source = Path(config.out_dir if resume else config.init_from)
+    check_fits(config, model.config, dataset, source)
+    if resume:
+        saved = checkpoint.load_newest(source)
+        weights, optimizer_state, state = saved.model, saved.optimizer, state | saved.state
+        if state["corpus_sha256"] != dataset.meta["corpus_sha256"]:
+            raise UserError(f"{source} cannot resume: {config.dataset} is other data than it was trained on")
+        if state["step"] >= config.max_iters and checkpoint.is_finished(source):
+            raise UserError(f"{source} is complete at step {state['step']}; raise --max_iters to go on")
+    else:
+        weights, optimizer_state = checkpoint.load_weights(source, checkpoint.best_or_last(source)), {}
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
-        raise UserError(f"the weights in {run_dir} do not fit its config.json; one of them is damaged") from e
+        raise UserError(f"the weights in {source} do not fit its config.json; one of them is damaged") from e
+    return state, optimizer_state
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed instead of returning it to the kernel, to be faulted in again every step.
+def check_fits(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, source: Path) -> None:
+    """Raises UserError if a run's weights do not fit this model or the tokens of `dataset`."""
+    model_before, before = read_knobs(source)
+    saved = asdict(model_before) | asdict(before)
+    knobs = asdict(model_config) | {"optimizer": config.optimizer}
+    free = {"dropout"}
+    if config.init_from != "resume":  # these may differ in what only starts from it
+        free |= {"block_size", "optimizer", "window", "window_pattern", "sink_tokens"}
+    for knob in sorted(knobs.keys() - free):
+        if knobs[knob] != saved[knob]:
+            raise UserError(
+                f"{knob} = {knobs[knob]} does not fit the checkpoint in {source}, which has {knob} = "
+                f"{saved[knob]}; remove it, or train from scratch in another --out_dir"
+            )
+    if tokenizers.sha256(tokenizers.load(source)) != tokenizers.sha256(dataset.tokenizer):
+        raise UserError(f"{source} was trained with another tokenizer than that of {config.dataset}")
 
-    Without it a step on a CPU is some 5 to 10 % slower. Does nothing where there is no glibc.
+
+def claim(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, step: int) -> None:
+    """Make the run folder this run's."""
+    run_dir, newest = Path(config.out_dir), parallel.all_reduce_max(step)
+    with parallel.collective_errors():
+        if step != newest:
+            raise UserError(f"{run_dir} is not the same on all nodes: it must be on storage that they share")
+        tokenizer = dataset.tokenizer  # raises, if it is lost, before the folder is changed
+        if parallel.rank() == 0:
+            checkpoint.claim(run_dir, config.init_from == "resume", config.overwrite, parallel.launch())
+            checkpoint.write_config(run_dir, model_config, config)
+            with checkpoint.writing(run_dir):
+                tokenizers.save(tokenizer, run_dir)
+
+
+def start_log(
+    config: TrainConfig, model: GPT, dataset: Dataset, hardware: Hardware, backend: str, step: int
+) -> RunLogger:
+    """The run's log, begun with what is true of the whole run: which model on which data."""
+    facts = {"attention": model.config.attention, "dataset": config.dataset, "seed": config.seed}
+    facts |= {"git_sha": measure.git_sha(), "corpus_sha256": dataset.meta["corpus_sha256"]}
+    facts |= {"tokenizer_sha256": tokenizers.sha256(dataset.tokenizer)} | measure.describe_model(model)
+    wandb = {"project": config.wandb_project, "name": config.wandb_run_name}
+    wandb["config"] = asdict(model.config) | asdict(config) | facts
+    folder = Path(config.out_dir) if parallel.rank() == 0 else None
+    resumed_at = step if config.init_from == "resume" else None
+    log = RunLogger(folder, facts, resumed_at, wandb if config.wandb_log else None)
+    device, ranks = hardware.device.type, parallel.size()
+    log.say(
+        f"{model.config.attention}: {facts['params/total']:,} parameters, "
+        f"{facts['kv_cache/bytes_per_token']:,} bytes of cache a token (bf16); "
+        f"{config.dataset}: {len(dataset.train):,} tokens; "
+        f"{f'{ranks} ranks of {device}' if ranks > 1 else device}, "
+        f"{str(hardware.dtype).removeprefix('torch.')}; run folder {config.out_dir}"
+    )
+    log.say(backend)
+    if hardware.compile:
+        log.say("compiling: the first step and the first evaluation take a minute or so")
+    return log
+
+
+class Run:
+    """A run under way: what `train` has set up for the loop, and how far the loop has come."""
+
+    def __init__(self, config, dataset, model, loss_model, optimizers, hardware, share, log, stop, state):
+        self.config: TrainConfig = config
+        self.dataset: Dataset = dataset
+        self.model: GPT = model
+        self.loss_model: nn.Module = loss_model  # LanguageModelLoss(model) as the ranks train it
+        self.optimizers: list[Optimizer] = optimizers
+        self.device, self.dtype = hardware.device, hardware.dtype
+        self.micro_steps, self.rows = share  # of this rank: micro-batches a step, sequences in each of them
+        self.autocast = hardware.autocast()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.log, self.stop, self.state = log, stop, state  # what the last checkpoint says of the run
+        self.step, self.samples = state["step"], state["samples"]  # taken; sequences trained on by all ranks
+        self.started = time.perf_counter() - state["time"]
+        self.block_size = model.config.block_size
+        self.windows = self.block_size, config.batch_size, config.eval_iters  # of an evaluation
+        self.samples_per_step = config.gradient_accumulation_steps * config.batch_size  # of all ranks
+        self.flops_per_token = measure.flops_per_token(model, self.block_size)
+        peak = measure.peak_flops(self.device, self.dtype) if parallel.rank() == 0 else None
+        counts = self.samples_per_step * self.block_size, self.flops_per_token
+        self.speed = measure.Throughput(*counts, peak and parallel.size() * peak)
+        self.speed.restart(self.step)
+        self.saver = checkpoint.Saver(Path(config.out_dir))
+        self.skipped = SkippedSteps(config.max_skipped_steps, state["skipped_steps"], log.say)
+        self.spikes, self.watchdog = LossSpikes(log.say), StallWatchdog(config.data_timeout, log.say)
+
+
+# ---- the loop
+
+
+def training_loop(run: Run) -> bool:
+    """Train to the last step, or until a signal ends it; returns whether one did."""
+    config, losses = run.config, []  # of the micro-batches since the last line of the log
+    while True:
+        with parallel.collective_errors():
+            run.saver.check()
+        at_end, evaluated, improved = run.step >= config.max_iters, False, False
+        if (at_end or run.step % config.eval_interval == 0) and run.state["evaluated"] != run.step:
+            evaluated, improved = evaluate_and_log(run)
+        due = evaluated and (at_end or config.always_save_checkpoint)
+        if config.save_interval and run.step % config.save_interval == 0 and run.step != run.state["step"]:
+            due = True  # and not what was saved last, or resumed from
+        if improved or due:
+            save(run, *["best"] * improved, *["last"] * due)
+        stopped = run.stop.agreed()
+        if at_end or stopped:
+            run.watchdog.close()
+            return stopped
+
+        factor = learning_rate(run.step, config)
+        for micro_step in range(run.micro_steps):
+            x, y = batch(run, micro_step)  # (rows, block_size) each
+            parallel.sync_gradients(run.loss_model, micro_step == run.micro_steps - 1)
+            with run.autocast:
+                loss = run.loss_model(x, y)
+            loss = loss * (1 + 0 * loss.detach())  # one that is not finite makes its gradient so
+            run.scaler.scale(loss / run.micro_steps).backward()
+            losses.append(loss.detach())
+        grad_norm, finite = optimizer_step(run, factor)
+        if not finite:
+            del losses[-run.micro_steps :]
+        run.step, run.samples, run.stop.at_once = run.step + 1, run.samples + run.samples_per_step, False
+        if run.step % config.log_interval == 0 or run.step == config.max_iters:
+            log_progress(run, losses, grad_norm, config.learning_rate * factor)
+            losses.clear()
+
+
+def batch(run: Run, micro_step: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (rows, block_size) of this rank; dropout draws from a state that they name."""
+    seed, first = run.config.seed, (micro_step * parallel.size() + parallel.rank()) * run.rows
+    first += run.samples
+    with run.watchdog:
+        x, y = run.dataset.train_batch(first, run.rows, run.block_size, seed)
+    torch.manual_seed((seed * 0x9E3779B1 + first) % 2**63)  # so that no random state need be kept
+    return x.to(run.device), y.to(run.device)
+
+
+def optimizer_step(run: Run, factor: float) -> tuple[Tensor, bool]:
+    """Step with all learning rates times `factor`, unless the gradient is not finite.
+
+    Returns the gradient's norm () before clipping, and whether it was finite.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        mallopt(m_mmap_threshold, 1 << 30)
-        mallopt(m_trim_threshold, 2**31 - 1)
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    max_norm = run.config.grad_clip if run.config.grad_clip > 0 else math.inf
+    grad_norm = parallel.clip_grad_norm(list(run.model.parameters()), max_norm)
+    finite = run.skipped.step(run.step + 1, grad_norm.item())  # waits for the device: the CPU decides
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        if finite:
+            run.scaler.step(optimizer)
+        optimizer.zero_grad()
+    run.scaler.update()
+    return grad_norm, finite
 
 
-def use_compile(config: Config, device: torch.device) -> bool:
-    """`auto` compiles on GPUs; on a CPU compiling takes longer than it saves in a run of minutes."""
-    return device.type == "cuda" if config.compile == "auto" else config.compile
-
-
-def learning_rate(step: int, config: Config) -> float:
+def learning_rate(step: int, config: TrainConfig) -> float:
     """The factor on every learning rate at `step`: linear warm-up, then cosine decay, or stable and a linear
     decay over the last `cooldown` share of the steps (warm-up/stable/decay); down to min_lr / learning_rate.
     """
@@ -360,142 +418,88 @@ def learning_rate(step: int, config: Config) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * ratio))
 
 
-@torch.no_grad()
-def evaluate(model, dataset: Dataset, config: Config, autocast, stop: StopSignal | None = None) -> dict:
-    """Mean loss in nats a token and bits per byte, over the same validation tokens whoever asks.
-
-    The ranks share the batches, and have the same result. Draws nothing from any random state. Ends early,
-    with what it has, when a signal came.
-    """
-    device = next(model.parameters()).device
-    model.eval()
-    loss, count = torch.zeros((), device=device), 0
-    for x, y in dataset.val_batches(
-        config.block_size, config.batch_size, config.eval_iters, parallel.rank(), parallel.size()
-    ):
-        n = int((y >= 0).sum())
-        with autocast:
-            mean = model(x.to(device), y.to(device), want_logits=False)[1]
-        if n:  # the mean over none is not a number
-            loss += mean * n
-            count += n
-        if stop is not None and stop.agreed():
-            break
-    model.train()
-    loss, count = parallel.total(loss.item(), count)
-    loss /= count
-    bytes_per_token = dataset.val_bytes_per_token
-    return {"val/loss": loss, "val/bpb": loss / math.log(2) / bytes_per_token if bytes_per_token else None}
+def evaluate_and_log(run: Run) -> tuple[bool, bool]:
+    """Whether the model was evaluated (a signal ends it early), and whether it is the best so far."""
+    metrics = measure.evaluate(run.loss_model, run.dataset, *run.windows, run.autocast, run.stop.agreed)
+    evaluated, improved = not run.stop.agreed(), False
+    if evaluated:
+        improved = metrics["val/loss"] < run.state["best"].get("best/val_loss", math.inf)
+        run.state |= {"evaluated": run.step} | metrics
+        if improved:
+            run.state["best"] = {"best/val_loss": metrics["val/loss"], "best/val_bpb": metrics["val/bpb"]}
+        record(run, metrics | run.state["best"])
+        run.log.write_summary()
+        run.log.say(f"step {run.step}: {quality(metrics)}")
+    run.speed.restart(run.step)
+    return evaluated, improved
 
 
-def quality(metrics: dict) -> str:
-    bits = "" if metrics["val/bpb"] is None else f", {metrics['val/bpb']:.4f} bits per byte"
-    return f"val loss {metrics['val/loss']:.4f}{bits}"
+def record(run: Run, metrics: dict) -> None:
+    """Log metrics, with what they are plotted against."""
+    tokens, seconds = run.samples * run.block_size, time.perf_counter() - run.started
+    against = {"step": run.step, "tokens": tokens, "time": seconds, "flops": tokens * run.flops_per_token}
+    run.log(against | metrics)
 
 
-class StopSignal:
-    """Remembers the first SIGINT, SIGTERM or SIGUSR1 on any rank, so that all end the loop at a whole step.
-
-    A second one kills, but not under torchrun, which passes on what has reached the workers already. Until
-    the first step is taken there is nothing to save, and the first signal ends the run `at_once`: that step
-    may be minutes of compiling.
-    """
-
-    def __init__(self):
-        self.at_once = True
-        self.signal: signal.Signals | None = None
-        caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        self.before = {number: signal.signal(number, self.catch) for number in caught}
-
-    def catch(self, number, frame) -> None:
-        self.signal = self.signal or signal.Signals(number)
-        if parallel.launch() is None:
-            self.restore()
-        if self.at_once:
-            print(f"{self.signal.name}: stopped before the first step, nothing to save", flush=True)
-            (os._exit if parallel.size() > 1 else sys.exit)(128 + number)  # without a word to waiting ranks
-
-    def agreed(self) -> bool:
-        """Whether a rank was told to stop. All of them must ask, at the same place."""
-        number = parallel.highest(self.signal or 0)
-        if number:
-            self.signal = signal.Signals(number)
-        return number > 0
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def describe(config: Config, model: GPT, dataset: Dataset) -> dict:
-    """What is true of the whole run: which model on which data, and what its cache takes."""
-    return {
-        "attention": config.attention,
-        "dataset": config.dataset,
-        "seed": config.seed,
-        "git_sha": git_sha(),
-        "corpus_sha256": dataset.meta["corpus_sha256"],
-        "tokenizer_sha256": tokenizers.sha256(dataset.tokenizer),
-        "params/total": model.n_params(),
-        "params/non_embedding": model.n_params(embedding=False),
-        "kv_cache/elements_per_token_layer": config.kv_elements_per_token_layer(),
-        "kv_cache/bytes_per_token": config.kv_bytes(config.block_size, torch.bfloat16) // config.block_size,
-        "kv_cache/ratio_to_mha": config.kv_ratio_to_mha(),
+def log_progress(run: Run, losses: list[Tensor], grad_norm: Tensor, lr: float) -> None:
+    """Log the mean of `losses` and the speed since the last line of the log or the last evaluation."""
+    train_loss = torch.stack(losses).mean().item() if losses else math.nan
+    train_loss = parallel.all_reduce_sum(train_loss)[0] / parallel.size()
+    run.spikes.see(run.step, train_loss)
+    metrics = {
+        "train/loss": train_loss,
+        "train/grad_norm": grad_norm.item(),
+        "train/skipped_steps": run.skipped.total,
+        "lr": lr,
+        **run.speed.since_restart(run.step),
+        "memory/peak_bytes": measure.peak_memory(run.device),
     }
+    run.speed.restart(run.step)
+    record(run, metrics)
+    run.log.progress(run.step, run.config.max_iters, metrics, run.speed.tokens_per_step)
 
 
-def git_sha() -> str | None:
-    """The commit of this code, with a + if files differ from it; None outside a git checkout."""
-    describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    command = ["git", "-C", str(Path(__file__).parent), *describe]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def save(run: Run, *names: str) -> None:
+    """Write checkpoints under these names, in the background."""
+    run.state.update(step=run.step, samples=run.samples, time=time.perf_counter() - run.started)
+    run.state.update(skipped_steps=run.skipped.total, scaler=run.scaler.state_dict())
+    run.state.update(corpus_sha256=run.dataset.meta["corpus_sha256"])
+    weights = parallel.full_state_dict(run.model.state_dict())
+    optimizer = parallel.full_state_dict(state_tensors(run.model, run.optimizers))
+    with parallel.collective_errors():
+        if parallel.rank() == 0:
+            run.saver.save(names, Checkpoint(weights, optimizer, run.state))
 
 
-def peak_flops_of(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Peak FLOP/s: of a GPU from its data sheet (None if unknown), of a CPU by timing a matrix product."""
-    if device.type == "cuda":
-        words = torch.cuda.get_device_name(device).replace("-", " ").split()
-        peak = next((flops for model, flops in PEAK_FLOPS.items() if model in words), None)
-        if peak and dtype == torch.float32:  # as TF32, which Ampere brought
-            peak = peak / 2 if torch.cuda.get_device_capability(device) >= (8, 0) else None
-        return peak
-    if device.type != "cpu":
-        return None
-    a = torch.ones(1024, 1024, dtype=dtype)
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - begin)
-    return 2 * 1024**3 / min(seconds)
+# ---- report
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most bytes held at once so far: on a GPU by torch's allocator, elsewhere by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def table(summary: dict) -> str:
-    """Quality and cache side by side, a run's result in two lines."""
-    bits = {"val bits/byte": "final/val_bpb", "best bits/byte": "best/val_bpb"}  # None where data is no text
-    columns = {
-        "attention": summary["attention"],
-        "parameters": f"{summary['params/total']:,}",
-        "val loss": f"{summary['final/val_loss']:.4f}",
-        **{name: f"{summary[key]:.4f}" for name, key in bits.items() if summary[key] is not None},
-        "cache bytes/token (bf16)": f"{summary['kv_cache/bytes_per_token']:,}",
-        "of MHA": f"{summary['kv_cache/ratio_to_mha']:.1%}",
-        "decode tokens/s": f"{summary['decode/tokens_per_s']:,.0f}",
-    }
-    widths = [max(len(name), len(value)) for name, value in columns.items()]
-    rows = (columns.keys(), ["-" * width for width in widths], columns.values())
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+def report(run: Run, stopped: bool) -> dict:
+    """End the run: print a sample, quality and cache side by side; or, if it was stopped, save and exit."""
+    if stopped:
+        save(run, "last")
+    with parallel.collective_errors():
+        run.saver.wait()
+    config, log, signal = run.config, run.log, run.stop.signal
+    if stopped:
+        log.write_summary()
+        log.close()
+        log.say(f"{signal.name}: stopped at step {run.step}, saved; --init_from=resume goes on from here")
+        sys.exit(128 + signal)
+    run.stop.restore()
+    weights = parallel.full_state_dict(run.model.state_dict())
+    if parallel.rank() == 0:
+        make = partial(GPT, run.model.config)
+        final, probed = (
+            accelerate(checkpoint.build(make, weights).to(run.device, of)) for of in (None, run.dtype)
+        )
+        metrics = {"final/val_loss": run.state["val/loss"], "final/val_bpb": run.state["val/bpb"]}
+        record(run, metrics | measure.decode_probe(probed, min(run.block_size, 1024) // 2))
+        log.write_summary()
+        log.close()
+        print(generate_text(final, run.dataset.tokenizer, config.sample_tokens, seed=config.seed))
+        print(table(log.summary))
+    return log.summary
 
 
 if __name__ == "__main__":

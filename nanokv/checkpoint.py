@@ -22,7 +22,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -32,9 +32,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from nanokv.config import Config, UserError, from_dict
+from nanokv.config import UserError
 
 CHECKPOINTS = tuple(name + suffix for name in ("last", "best") for suffix in ("", ".new", ".old"))
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "wandb_id", "launch_id", *CHECKPOINTS)
@@ -140,12 +141,16 @@ def is_finished(run_dir: Path) -> bool:
     return isinstance(summary, dict) and "final/val_loss" in summary
 
 
-def write_config(run_dir: Path, config: Config) -> None:
-    write_json(run_dir / "config.json", asdict(config))
+def write_config(run_dir: Path, *configs) -> None:
+    """The knobs of several dataclasses, as one flat config.json."""
+    write_json(run_dir / "config.json", {k: v for config in configs for k, v in asdict(config).items()})
 
 
-def read_config(run_dir: Path) -> Config:
-    """Raises UserError if the folder is no run, or its config is damaged."""
+def read_config(run_dir: Path) -> dict:
+    """Every knob of a run, as it was written: check it with `config.from_dict` or `config.only_fields`.
+
+    Raises UserError if the folder is no run, or its config is damaged.
+    """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is not a run folder: no such folder")
     if not (run_dir / "config.json").exists():
@@ -153,7 +158,7 @@ def read_config(run_dir: Path) -> Config:
     values = read_json(run_dir / "config.json")
     if not isinstance(values, dict):
         raise UserError(f"{run_dir / 'config.json'} is damaged: it is no JSON object")
-    return from_dict(Config, values, str(run_dir / "config.json"))
+    return values
 
 
 class Saver:
@@ -280,6 +285,17 @@ def load(run_dir: Path, name: str) -> Checkpoint:
     return Checkpoint(weights, optimizer, state)
 
 
+def find(path: str | Path, which: str = "best") -> tuple[Path, str]:
+    """Run folder and name of the checkpoint that `path` stands for: a run folder, or best/ or last/ in it.
+
+    `which` counts for the former, and falls back to last where there is no best.
+    """
+    path = Path(path)
+    if path.absolute().name in ("best", "last") and not (path / "config.json").exists():
+        return path.absolute().parent, path.absolute().name
+    return path, best_or_last(path) if which == "best" else which
+
+
 def best_or_last(run_dir: Path) -> str:
     """The name of the checkpoint to use of a run: last where there is no best."""
     return (
@@ -292,6 +308,30 @@ def best_or_last(run_dir: Path) -> str:
 def load_weights(run_dir: Path, name: str) -> dict[str, Tensor]:
     """The weights alone, a third of a checkpoint. Raises UserError if they are missing or damaged."""
     return _read_tensors(_verified(run_dir, name, PARTS[:1]) / PARTS[0])
+
+
+class NotInitialized(TorchFunctionMode):
+    """Skips torch.nn.init, which on meta tensors would first import torch's compiler: two seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        skipped = getattr(func, "__module__", None) == "torch.nn.init"
+        return None if skipped else func(*args, **(kwargs or {}))
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    """The module that `make` makes, of names and shapes alone, without memory."""
+    with torch.device("meta"), NotInitialized():
+        return make()
+
+
+def build(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
+    """The module that `make` makes, in eval mode; its parameters are `weights` themselves, not copies.
+
+    Raises RuntimeError if their names or shapes do not fit.
+    """
+    model = on_meta(make)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
 
 
 def _verified(run_dir: Path, name: str, parts: tuple[str, ...]) -> Path:

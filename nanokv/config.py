@@ -1,9 +1,11 @@
-"""Every knob of a run, typed, in one flat dataclass; and the loader that all commands share.
+"""The loader that all commands share: a command line and a config file as instances of dataclasses.
 
     python train.py config/mla.py --batch_size=32
 
-A config file is data: assignments of constants and of arithmetic on numbers, parsed and never executed.
-File and command line pass the same checks, and whatever is wrong becomes a one-line UserError.
+The fields of several dataclasses are one flat set of knobs. A config file is data: assignments of constants
+and of arithmetic on numbers, parsed and never executed. File and command line pass the same checks, and
+whatever is wrong becomes a one-line UserError. The loader knows no dataclass of its own and does not import
+torch, so that commands which need neither start at once.
 """
 
 import ast
@@ -12,182 +14,85 @@ import inspect
 import io
 import operator
 import os
-import re
 import reprlib
 import shutil
+import subprocess
 import sys
 import textwrap
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import torch
-
-from model import GPTConfig
-
 T = TypeVar("T")
-DEVICES = r"auto|cpu|mps|cuda(:[0-9]{1,2})?"
 
 
 class UserError(ValueError):
     """The user's fault, not the program's: one line that names the fault and the remedy."""
 
 
-@dataclass
-class Config(GPTConfig):
-    """A training run."""
+def load(
+    argv: list[str],
+    *classes: type,
+    usage: str = "",
+    fill_in: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> tuple:
+    """`[config.py] [--key=value ...]` as an instance of each dataclass, typed by their annotations.
 
-    # The comment beside a field is what --help prints; a comment above one that has its own is a section.
-
-    # the run
-    out_dir: str | None = None  # run folder; None: out/<config file's name>, or out/<attention>
-    overwrite: bool = False  # start afresh in a folder that holds a run, which is then lost
-    init_from: str = "scratch"  # 'scratch', 'resume' (go on from out_dir), or a run folder to start from
-    eval_interval: int = 250  # steps between evaluations
-    eval_iters: int = 0  # val batches an evaluation, evenly spaced; 0: the whole val split
-    eval_only: bool = False  # evaluate once and exit
-    log_interval: int = 10  # steps between log lines
-    always_save_checkpoint: bool = True  # write last/ at every evaluation, not only when the run ends
-    save_interval: int = 0  # write last/ every so many steps too; 0: only at evaluations
-    seed: int = 1337  # of the initial weights, dropout and the order of the data
-    # Weights & Biases
-    wandb_log: bool = False  # also log to W&B; falls back to offline without a key or a network
-    wandb_project: str = "nanokv"  # the W&B project
-    wandb_run_name: str | None = None  # name of the run in W&B; None: the name of out_dir
-    # data
-    dataset: str = "stdlib"  # a folder in data/, or the path of a prepared folder
-    tokenizer: str | None = None  # byte, char, bpe, gpt2, or a run folder; None: the data set's own
-    gradient_accumulation_steps: int = 1  # micro-batches a step, on all ranks together
-    batch_size: int = 16  # sequences of block_size tokens in a micro-batch; ranks share them if it must be
-    data_timeout: float = 30.0  # seconds that a micro-batch may take to read before a line says so
-    # optimizer
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the hidden matrices, with AdamW for the rest
-    learning_rate: float = 1e-3  # AdamW's peak learning rate; an untied embedding has ten times that
-    muon_lr: float = 0.02  # Muon's peak learning rate; it follows the same schedule
-    muon_momentum: float = 0.95  # Muon's momentum; 0.9 suits runs of a few hundred steps
-    max_iters: int = 2000  # steps to train
-    weight_decay: float = 0.1  # decoupled weight decay, on matrices only
-    beta1: float = 0.9  # AdamW's decay of the mean of gradients
-    beta2: float = 0.95  # AdamW's decay of the mean of squared gradients
-    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
-    max_skipped_steps: int = 20  # end the run when so many steps in a row have a gradient that is not finite
-    # learning rate schedule
-    decay_lr: bool = True  # False: constant after the warm-up
-    schedule: Literal["cosine", "wsd"] = "wsd"  # wsd: warm up, stay, then decay in a straight line
-    warmup_iters: int = 100  # steps of linear warm-up
-    lr_decay_iters: int | None = None  # the step at which min_lr is reached; None: max_iters
-    min_lr: float | None = None  # AdamW's last learning rate, Muon's in proportion; None: a tenth
-    cooldown: float = 0.4  # wsd: the share of lr_decay_iters that decays
-    # machine
-    device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; weights stay float32
-    compile: bool | Literal["auto"] = "auto"  # torch.compile the model; auto: where it saves time
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # what each rank holds: ddp: the model, fsdp: its share of it
-    activation_checkpointing: bool = False  # compute blocks again in the backward pass, to save memory
-    # after the last step
-    sample_tokens: int = 200  # tokens of the sample to print; 0: no sample
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.lr_decay_iters is None:
-            self.lr_decay_iters = self.max_iters
-        if self.min_lr is None:
-            self.min_lr = self.learning_rate / 10
-        at_least = {
-            0: "vocab_size eval_iters seed learning_rate muon_lr min_lr weight_decay grad_clip warmup_iters "
-            "sample_tokens save_interval",
-            1: "eval_interval log_interval gradient_accumulation_steps batch_size max_iters lr_decay_iters "
-            "max_skipped_steps",
-        }
-        for low, names in at_least.items():
-            for name in names.split():
-                if getattr(self, name) < low:
-                    raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
-        for name in ("beta1", "beta2", "muon_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
-        if not 0 <= self.cooldown <= 1:
-            raise ValueError(f"cooldown is a share, from 0 to 1, not {self.cooldown}")
-        if self.data_timeout <= 0:
-            raise ValueError(f"data_timeout must be above 0, not {self.data_timeout}")
-        if self.min_lr > self.learning_rate:
-            raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower it")
-        if not re.fullmatch(DEVICES, self.device):
-            raise ValueError(f"unknown device {self.device!r}; it is auto, cpu, cuda, cuda:N or mps")
-        for name in ("out_dir", "wandb_run_name", "wandb_project", "dataset", "tokenizer", "init_from"):
-            if getattr(self, name) == "":
-                raise ValueError(f"{name} must not be empty")
-
-
-def load(argv: list[str], base: dict[str, Any] | None = None) -> Config:
-    """`[config.py] [--key=value ...]` as a Config with its names resolved: out_dir and wandb_run_name.
-
-    `base` holds values to start from instead of the defaults, such as those of a run that goes on.
-    """
-    config = parse(Config, argv, "python train.py [config.py] [--key=value ...]", base)
-    files = [Path(arg).stem for arg in argv if not arg.startswith("-")]
-    out_dir = config.out_dir or f"out/{(files or [config.attention])[0]}"
-    return replace(config, out_dir=out_dir, wandb_run_name=config.wandb_run_name or Path(out_dir).name)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that a `device` knob names. Raises UserError if this machine has no such device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(DEVICES, name):
-        raise UserError(f"unknown device {name!r}; it is auto, cpu, cuda, cuda:N or mps")
-    device = torch.device(name)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("this machine or this build of PyTorch has no device mps; use --device=auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"this machine or this build of PyTorch has no device {name}; use --device=auto")
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that a `dtype` knob names; auto: bfloat16 where the hardware computes in it, else float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # AVX512-BF16 or AMX; without them bfloat16 is emulated, slower than float32
-        fast = device.type == "cpu" and (
-            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        )
-    return torch.bfloat16 if fast else torch.float32
-
-
-def parse(cls: type[T], argv: list[str], usage: str = "", base: dict[str, Any] | None = None) -> T:
-    """`[config.py] [--key=value ...]` as an instance of the dataclass cls, typed by its annotations.
-
-    A bare `--key` sets a bool. The command line overrides the file, the file overrides `base`, and the last
-    of two equal keys counts. `--help` prints `usage` and every field of cls, and exits. Raises UserError.
+    A bare `--key` sets a bool. The command line overrides the file, and the last of two equal keys counts.
+    `fill_in` is told the values that were given and returns those to use, such as with those of the run that
+    goes on; defaults are for the rest. `--help` prints `usage` and every field, and exits. Raises UserError.
     """
     if "--help" in argv or "-h" in argv:
-        print(describe(cls, usage))
+        print(describe(classes, usage))
         raise SystemExit(0)
     files = [arg for arg in argv if not arg.startswith("-")]
     if len(files) > 1:
         raise UserError(f"unexpected argument {files[1]!r}; write --key=value, after one config file at most")
-    settings = [(key, value, "base") for key, value in (base or {}).items()]
-    settings += [setting for file in files for setting in read_file(file)]
+    settings, hints = [setting for file in files for setting in read_file(file)], _hints(classes)
     for arg in argv:
         if not arg.startswith("-"):
             continue
         key, equals, text = arg.removeprefix("--").partition("=")
-        if not equals and bool not in _members(get_type_hints(cls).get(key, bool)):
+        if not equals and bool not in _members(hints.get(key, bool)):
             raise UserError(f"--{key} needs a value: --{key}=...")
         settings.append((key, _Text(text if equals else "True"), "command line"))
-    return _build(cls, settings)
+    given = _check(settings, hints)
+    return _build(classes, fill_in(given) if fill_in else given)
 
 
-def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """The inverse of dataclasses.asdict, with the checks of `parse`; `where` (a file) is named in faults."""
-    return _build(cls, [(key, value, where) for key, value in values.items()])
+def parse(cls: type[T], argv: list[str], usage: str = "") -> T:
+    """`load` for a single dataclass."""
+    return load(argv, cls, usage=usage)[0]
+
+
+def from_dict(values: dict[str, Any], where: str, *classes: type) -> tuple:
+    """An instance of each dataclass from one flat dict, with the checks of `load`.
+
+    Raises UserError, which names `where` (a file), also for a key that none of the dataclasses has.
+    """
+    return _build(classes, _check([(key, value, where) for key, value in values.items()], _hints(classes)))
+
+
+def only_fields(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """`from_dict` for a single dataclass, which ignores the keys that it does not have."""
+    return from_dict({key: values[key] for key in _hints([cls]) if key in values}, where, cls)[0]
+
+
+def check_range(config, names: str, **bounds: float) -> None:
+    """Raises ValueError if one of these fields (names with spaces between) is out of its bounds.
+
+    The bounds are some of at_least, at_most, above and below.
+    """
+    tests = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
+    for name in names.split():
+        value = getattr(config, name)
+        if not all(tests[bound](value, limit) for bound, limit in bounds.items()):
+            wanted = " and ".join(f"{bound.replace('_', ' ')} {limit}" for bound, limit in bounds.items())
+            raise ValueError(f"{name} must be {wanted}, not {value}")
 
 
 def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
@@ -210,18 +115,38 @@ def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
         sys.exit(141)  # 128 + SIGPIPE
 
 
+def run_python(command: list[str], **options) -> str | None:
+    """`python COMMAND` in a process of its own, as none of several ranks; options as for subprocess.run.
+
+    Returns what it printed, if `stdout` is a pipe. Raises UserError, with its last line, if it fails.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    options = {"text": True, "stderr": subprocess.PIPE, "env": environment} | options
+    done = subprocess.run([sys.executable, *command], **options)
+    if done.returncode:
+        lines = (done.stderr or done.stdout or "").strip().splitlines() or [f"exit code {done.returncode}"]
+        fault = lines[-1].removeprefix("error: ")
+        raise UserError(fault if done.returncode == 2 else f"{' '.join(command[:2])} failed: {fault}")
+    return done.stdout
+
+
 class _Text(str):
     """A value as typed on the command line, whose type is still open."""
 
 
-def _build(cls: type[T], settings: Iterable[tuple[str, Any, str]]) -> T:
-    """cls from (key, value, where it was set), each one checked."""
-    hints = get_type_hints(cls)
-    names = [field.name for field in fields(cls)]
+def _hints(classes: Iterable[type]) -> dict[str, Any]:
+    """The type hint of each field."""
+    return {field.name: get_type_hints(cls)[field.name] for cls in classes for field in fields(cls)}
+
+
+def _check(settings: Iterable[tuple[str, Any, str]], hints: dict[str, Any]) -> dict[str, Any]:
+    """The typed values of (key, value, where it was set)."""
     values = {}
     for key, value, where in settings:
-        if key not in names:
-            raise UserError(f"{where}: unknown key {key!r}{_did_you_mean(key, names) or '; see --help'}")
+        if key not in hints:
+            raise UserError(
+                f"{where}: unknown key {key!r}{_did_you_mean(key, list(hints)) or '; see --help'}"
+            )
         for reading in (_literal(value), str(value)) if isinstance(value, _Text) else (value,):
             try:
                 values[key] = _fit(reading, hints[key])
@@ -234,13 +159,22 @@ def _build(cls: type[T], settings: Iterable[tuple[str, Any, str]]) -> T:
                 f"{where}: {key} should be {_type_name(hints[key])}, not {reprlib.repr(value)}"
                 + _did_you_mean(value, choices)
             )
-    for field in fields(cls):
-        if field.name not in values and field.default is MISSING:
-            raise UserError(f"--{field.name}=... is required")
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return values
+
+
+def _build(classes: Iterable[type], values: dict[str, Any]) -> tuple:
+    """An instance of each class from the values of all."""
+    instances = []
+    for cls in classes:
+        own = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        for field in fields(cls):
+            if field.name not in own and field.default is MISSING:
+                raise UserError(f"--{field.name}=... is required")
+        try:
+            instances.append(cls(**own))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    return tuple(instances)
 
 
 def _fit(value: Any, hint: Any) -> Any:
@@ -382,11 +316,12 @@ def _not_allowed(node: ast.AST) -> str:
     )
 
 
-def describe(cls: type, usage: str = "") -> str:
+def describe(classes: Iterable[type], usage: str = "") -> str:
     """The manual that --help prints: usage, then every field with its default, comment and type."""
-    hints, comments = get_type_hints(cls), _comments(cls)
-    knobs = {field.name: f"  --{field.name}" for field in fields(cls)}
-    for field in fields(cls):
+    hints, every = _hints(classes), [field for cls in classes for field in fields(cls)]
+    comments = {name: comment for cls in classes for name, comment in _comments(cls).items()}
+    knobs = {field.name: f"  --{field.name}" for field in every}
+    for field in every:
         knobs[field.name] += "=..." if field.default is MISSING else f"={field.default}"
     column = max(map(len, knobs.values())) + 2
     width = max(shutil.get_terminal_size((110, 24)).columns, column + 30)

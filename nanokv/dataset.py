@@ -6,7 +6,6 @@ Reads three layouts: our own (meta.json, train*.bin, val*.bin); llm.c's and modd
 
 import difflib
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -22,11 +21,12 @@ import torch
 from torch import Tensor
 
 from nanokv import tokenizer as tokenizers
-from nanokv.config import UserError
+from nanokv.config import UserError, run_python
 
 ROOT = Path(__file__).resolve().parents[1] / "data"
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4
 _ONE, _HALF = np.uint64(1), np.uint64(32)
+PREPARED_ON_FIRST_USE = ("mqar", "shakespeare_char", "stdlib")  # they are small
 CHUNK = 1 << 20  # tokens that are read at a time to check or count them
 CHECK_ALL_BELOW = 100_000_000  # a split of more tokens is checked in this many tokens, spread over it
 
@@ -133,6 +133,19 @@ class Dataset:
                     f"the {split} split of {self.dir} has {len(shards)} tokens, fewer than block_size + 1 = "
                     f"{block_size + 1}: lower --block_size or prepare a larger set"
                 )
+
+    def fit(self, block_size: int, vocab_size: int) -> int:
+        """The vocabulary of a model that is trained on this set: its own size, or `vocab_size` if not 0.
+
+        Raises UserError if that is less than there are token ids, or windows of `block_size` do not fit.
+        """
+        self.check_block_size(block_size)
+        if 0 < vocab_size < self.vocab_size:
+            raise UserError(
+                f"vocab_size = {vocab_size} is less than the {self.vocab_size} token ids of {self.dir}; "
+                "remove it or raise it"
+            )
+        return vocab_size or self.vocab_size
 
     @cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
@@ -313,13 +326,13 @@ def _foreign(folder: Path) -> bool:
 
 
 def _prepare(name: str, folder: Path, tokenizer: str | None, allowed: bool) -> None:
-    module = importlib.import_module(f"data.{name}.prepare")
+    """Run the prepare.py of a named set in a process of its own. Raises UserError, its own one line too."""
     flags = [f"--out_dir={folder}"] + ([f"--tokenizer={tokenizer}"] if tokenizer else [])
-    if not (allowed and module.ON_FIRST_USE):
+    if not (allowed and name in PREPARED_ON_FIRST_USE):
         command = " ".join([f"python data/{name}/prepare.py", *(flags if tokenizer else [])])
         raise UserError(f"data set {name!r} is not prepared: run `{command}` (--help lists its flags)")
-    print(f"preparing the data set {name}")
-    module.main(flags)
+    print(f"preparing the data set {name}", flush=True)
+    run_python([str(ROOT / name / "prepare.py"), *flags])
 
 
 def _read_meta(folder: Path) -> dict:

@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from nanokv.config import Config, UserError
+from nanokv.config import UserError
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """In this block the process is one of the ranks that torchrun started, if it did."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    store, rank, size = meet()
+    store, rank, size = rendezvous()
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=size)
     try:
         yield
@@ -42,7 +42,7 @@ def joined() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def meet() -> tuple[dist.Store, int, int]:
+def rendezvous() -> tuple[dist.Store, int, int]:
     """A store for the ranks that are alive now, this rank and their number.
 
     torchrun's own store outlives a restart, and in it the addresses of the dead. So each rank writes a token,
@@ -82,9 +82,9 @@ def launch() -> str | None:
 
 
 def restarted() -> bool:
-    """Whether torchrun may have started ranks of this launch before, of which one died. All must ask."""
+    """Whether torchrun may have started ranks of this launch before, of which one died. A collective."""
     unique = launch() not in (None, "none")  # "none" is any launch with neither --standalone nor --rdzv-id
-    return highest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0 or unique
+    return all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0 or unique
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -100,32 +100,33 @@ def own_device(device: torch.device) -> torch.device:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """A block that ranks leave together: if it fails on some, the lowest of these reports it, and all exit.
+def collective_errors() -> Iterator[None]:
+    """If this block (or function, as a decorator) fails on one rank, it ends on all of them.
 
-    No collective may be called in the block.
+    The lowest rank that failed raises its error; the others exit. Without it they would wait for ever in
+    their next collective. No collective may be called in the block.
     """
     failed = True
     try:
         yield
         failed = False
     finally:
-        lowest = size() - highest(size() - rank() if failed else 0)  # of the ranks that failed
+        lowest = size() - all_reduce_max(size() - rank() if failed else 0)  # of the ranks that failed
         if lowest < size() and lowest != rank():
             sys.exit(2)
 
 
-def highest(value: int) -> int:
-    """The greatest `value` of all ranks. Each of them must ask; so for `total`."""
-    return int(_reduced(value, torch.int64, dist.ReduceOp.MAX)) if size() > 1 else value
+def all_reduce_max(value: int) -> int:
+    """The greatest `value` of all ranks. All must call it, as any collective."""
+    return int(_all_reduce(value, torch.int64, dist.ReduceOp.MAX)) if size() > 1 else value
 
 
-def total(*values: float) -> list[float]:
+def all_reduce_sum(*values: float) -> list[float]:
     """The sum over ranks of each value, in float64."""
-    return _reduced(values, torch.float64, dist.ReduceOp.SUM).tolist() if size() > 1 else list(values)
+    return _all_reduce(values, torch.float64, dist.ReduceOp.SUM).tolist() if size() > 1 else list(values)
 
 
-def _reduced(values, dtype: torch.dtype, op) -> Tensor:
+def _all_reduce(values, dtype: torch.dtype, op) -> Tensor:
     values = torch.tensor(values, dtype=dtype)  # on the CPU: a GPU is not made to wait
     dist.all_reduce(values, op)
     return values
@@ -146,40 +147,51 @@ def share(micro_steps: int, rows: int) -> tuple[int, int]:
     return mine, rows
 
 
-def wrap(model: nn.Module, config: Config, device: torch.device, dtype: torch.dtype, compile: bool):
-    """`model` as the ranks train it, to be called in its place. Its parameters stay where they are by name.
+def parallelize(
+    loss_model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    compile: bool = False,
+    strategy: str = "ddp",
+    activation_checkpointing: bool = False,
+) -> nn.Module:
+    """`loss_model` (a LanguageModelLoss) as the ranks train it, to be called in its place.
 
-    DDP: each rank holds all of the model and gradients are averaged. FSDP: each holds its share of every
+    "ddp": each rank holds all of the model and gradients are averaged. "fsdp": each holds its share of every
     parameter (a DTensor, cut along the first dimension) and gathers a block's when it runs it, in `dtype`;
-    what is outside of blocks stays fp32. Gradients are reduced in fp32. One rank is left plain.
+    what is outside of blocks stays fp32. Gradients are reduced in fp32. One rank is left plain. The model's
+    parameters keep their names.
     """
-    if config.activation_checkpointing:
-        for block in model.layers:
+    blocks = loss_model.model.layers
+    if activation_checkpointing:
+        for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    if size() > 1 and config.parallel == "fsdp":
+    if size() > 1 and strategy == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh  # a second, which one rank need not wait
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(device.type, (size(),))
         fp32 = torch.float32
-        for block in model.layers:
+        for block in blocks:
             if compile:
                 block.compile()
             # autocast decides on the inputs, as it does without FSDP: RoPE's angles need fp32
             policy = MixedPrecisionPolicy(dtype, reduce_dtype=fp32, cast_forward_inputs=False)
             fully_shard(block, mesh=mesh, mp_policy=policy)
         policy = MixedPrecisionPolicy(reduce_dtype=fp32, cast_forward_inputs=False)
-        return fully_shard(model, mesh=mesh, mp_policy=policy)
+        return fully_shard(loss_model, mesh=mesh, mp_policy=policy)
     if size() > 1:
         ids = [device] if device.type == "cuda" else None
         # the model has no buffers, so none are broadcast
-        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-    return torch.compile(model) if compile else model  # outside DDP, so that it cuts graphs at its buckets
+        loss_model = DistributedDataParallel(loss_model, device_ids=ids, gradient_as_bucket_view=True)
+    return (
+        torch.compile(loss_model) if compile else loss_model
+    )  # outside DDP, so that it cuts graphs at its buckets
 
 
-def sync_gradients(wrapped, now: bool) -> None:
-    """Whether the next backward pass of a `wrap`ped model averages gradients over ranks: a step's last."""
-    module = getattr(wrapped, "_orig_mod", wrapped)  # what torch.compile wraps
+def sync_gradients(loss_model: nn.Module, now: bool) -> None:
+    """Whether the next backward pass of a parallelized model averages gradients over ranks: a step's last."""
+    module = getattr(loss_model, "_orig_mod", loss_model)  # what torch.compile wraps
     if hasattr(module, "set_requires_gradient_sync"):  # FSDP's
         module.set_requires_gradient_sync(now)
     elif isinstance(module, DistributedDataParallel):
@@ -189,27 +201,27 @@ def sync_gradients(wrapped, now: bool) -> None:
 def clip_grad_norm(params: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients down to a norm of `max_norm` over all parameters; returns what it was, ()."""
     norm = nn.utils.get_total_norm([p.grad for p in params])
-    norm = norm.full_tensor() if is_cut(norm) else norm
+    norm = norm.full_tensor() if is_dtensor(norm) else norm
     if not norm <= max_norm:  # waits for the device
         nn.utils.clip_grads_with_norm_(params, max_norm, norm)
     return norm
 
 
-def is_cut(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Whether each rank holds a share of the tensor: a DTensor, told without importing that class."""
     return hasattr(tensor, "to_local")
 
 
-def local(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
-    return tensor.to_local() if is_cut(tensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, put together from all ranks, on rank 0; nothing on the others. All must ask."""
+def full_state_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, put together from all ranks, on rank 0; nothing on the others. All must call it."""
     gathered = {}
     for name, tensor in tensors.items():
-        if is_cut(tensor):
+        if is_dtensor(tensor):
             tensor = tensor.full_tensor()
             tensor = tensor.cpu() if rank() == 0 else tensor
         if rank() == 0:
@@ -220,7 +232,7 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
     """`value`, whole and the same on all ranks: on the device of `parameter`, and if of its shape cut so."""
     value = value.to(parameter.device)
-    if is_cut(parameter) and value.shape == parameter.shape:
+    if is_dtensor(parameter) and value.shape == parameter.shape:
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -241,7 +253,7 @@ def each_matrix_once(
     slots = -(-count // size())  # matrices a rank; the last of them go unused
     used = min(max(count - rank() * slots, 0), slots)
     results = values[0].new_zeros(slots, m, n)
-    if not is_cut(parameters[0]):
+    if not is_dtensor(parameters[0]):
         if used:
             results[:used] = function(torch.stack(values[rank() * slots :][:used]))
         gathered = results.new_empty(size() * slots, m, n)

@@ -21,12 +21,15 @@ class LanguageModelLoss(nn.Module):
         self.model = model
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """idx and targets (B, T) -> mean cross-entropy, in nats, of the targets that are not -1.
+        """idx and targets (B, T) -> mean cross-entropy, in nats, of the targets that are not -1."""
+        return self.cross_entropy(self.model.hidden(idx).flatten(0, 1), targets.flatten())
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The same of final hidden states (N, C) and targets (N,).
 
         Where the logits would be many, they are made, and made again for the gradient, some rows at a time.
         At a vocabulary of 50,304 they and their gradient would be most of a training step's memory.
         """
-        hidden, targets = self.model.hidden(idx).flatten(0, 1), targets.flatten()  # (N, C), (N,)
         rows = max(LOGITS // self.model.config.vocab_size, 1)
         if len(hidden) <= rows:
             return self.total(hidden, targets, "mean")

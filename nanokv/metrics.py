@@ -1,11 +1,43 @@
-"""What is counted and measured of a model: parameters, FLOPs, the cache's footprint."""
+"""Figures of a run: parameters, FLOPs, the size of the cache, memory, decoding speed, the commit.
+
+A model is whatever has the members of model.GPT, and a config those of GPTConfig: this file imports neither.
+"""
 
 from __future__ import annotations
+
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from nanokv.cache import kv_bytes, kv_bytes_per_token
+from nanokv import distributed as parallel
+from nanokv.cache import kv_bytes
+from nanokv.dataset import Dataset
+from nanokv.generate import decode_one_token, prefill
+
+# Dense peak in FLOP/s in 16 bits, by a word of the device's name (vendors' data sheets, without sparsity).
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "4090": 165e12,
+    "3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
 
 
 def n_params(model: nn.Module, embedding: bool = True) -> int:
@@ -34,10 +66,139 @@ def kv_elements_per_token_layer(config) -> int:
     return config.kv_layouts()[0].elements()
 
 
+def kv_bytes_in_context(config, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Bytes of cache a token, all layers together, when a context is full: less where layers have windows."""
+    return kv_bytes(config.kv_layouts(), config.block_size, dtype) / config.block_size
+
+
 def kv_ratio_to_mha(config) -> float:
     """Cache of a full context relative to that of multi-head attention of this width without windows, which
-    holds 2 n_embd a token a layer.
+    holds 2 n_embd numbers a token a layer.
     """
-    layouts, context, dtype = config.kv_layouts(), config.block_size, torch.bfloat16
-    held = kv_bytes(layouts, context, dtype) / (kv_bytes_per_token(layouts, dtype) * context)
+    held = kv_bytes_in_context(config) / config.kv_bytes_per_token()
     return held * kv_elements_per_token_layer(config) / (2 * config.n_embd)
+
+
+def describe_model(model: nn.Module) -> dict[str, int | float]:
+    """The size of a model and of its cache, under the keys of metrics.jsonl."""
+    config = model.config
+    return {
+        "params/total": n_params(model),
+        "params/non_embedding": n_params(model, embedding=False),
+        "kv_cache/elements_per_token_layer": kv_elements_per_token_layer(config),
+        "kv_cache/bytes_per_token": int(kv_bytes_in_context(config)),
+        "kv_cache/ratio_to_mha": kv_ratio_to_mha(config),
+    }
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s: of a GPU from its data sheet (None if unknown), of a CPU by timing a matrix product."""
+    if device.type == "cuda":
+        words = torch.cuda.get_device_name(device).replace("-", " ").split()
+        peak = next((flops for model, flops in PEAK_FLOPS.items() if model in words), None)
+        if peak and dtype == torch.float32:  # as TF32, which Ampere brought
+            peak = peak / 2 if torch.cuda.get_device_capability(device) >= (8, 0) else None
+        return peak
+    if device.type != "cpu":
+        return None
+    a = torch.ones(1024, 1024, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - begin)
+    return 2 * 1024**3 / min(seconds)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held at once so far: on a GPU by torch's allocator, elsewhere by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Throughput:
+    """How fast training goes: tokens a second, and what share that is of the machine's peak (MFU)."""
+
+    def __init__(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None):
+        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self.peak_flops = peak_flops  # of all ranks
+
+    def restart(self, step: int) -> None:
+        self.since, self.first = time.perf_counter(), step
+
+    def since_restart(self, step: int) -> dict[str, float | None]:
+        rate = (step - self.first) * self.tokens_per_step / (time.perf_counter() - self.since)
+        mfu = rate * self.flops_per_token / self.peak_flops if self.peak_flops else None
+        return {"train/tokens_per_s": rate, "train/mfu": mfu}
+
+
+def git_sha() -> str | None:
+    """The commit of this code, with a + if files differ from it; None outside a git checkout."""
+    describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    command = ["git", "-C", str(Path(__file__).parent), *describe]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@torch.no_grad()
+def evaluate(
+    loss_model: nn.Module,
+    dataset: Dataset,
+    block_size: int,
+    batch_size: int,
+    max_batches: int,
+    autocast: AbstractContextManager,
+    until: Callable[[], bool] = lambda: False,
+) -> dict[str, float | None]:
+    """Mean loss in nats a token and bits per byte, over the same validation tokens on any number of ranks.
+
+    max_batches: of all ranks, evenly spaced; 0: the whole validation split. Draws nothing from any random
+    state. Ends early, with what it has, when `until()` says so.
+    """
+    device = next(loss_model.parameters()).device
+    loss_model.eval()
+    loss, count = torch.zeros((), device=device), 0
+    for x, y in dataset.val_batches(block_size, batch_size, max_batches, parallel.rank(), parallel.size()):
+        n = int((y >= 0).sum())
+        with autocast:
+            mean = loss_model(x.to(device), y.to(device))
+        if n:  # the mean over none is not a number
+            loss += mean * n
+            count += n
+        if until():
+            break
+    loss_model.train()
+    loss, count = parallel.all_reduce_sum(loss.item(), count)
+    loss, bytes_per_token = loss / count, dataset.val_bytes_per_token
+    return {"val/loss": loss, "val/bpb": loss / math.log(2) / bytes_per_token if bytes_per_token else None}
+
+
+def decode_probe(
+    model: nn.Module, context: int, n: int = 32, repeats: int = 5, cache_dtype: torch.dtype | None = None
+) -> dict[str, float | int]:
+    """Decoding speed at batch 1 over a cache of `context` random tokens, of a model in eval mode.
+
+    The median of `repeats` timings of n tokens each; the keys are those of metrics.jsonl.
+    """
+    random = torch.Generator().manual_seed(0)
+    prompt = torch.randint(model.config.vocab_size, (context,), generator=random).tolist()
+    cache = model.new_cache(1, context + n, cache_dtype)
+    seconds = []
+    for _ in range(1 + repeats):  # the first one warms up
+        cache.rewind([0])
+        ids = prefill(model, [prompt], cache).argmax(-1)
+        ids.tolist()  # waits for the device
+        clock = time.perf_counter()
+        for _ in range(n):
+            ids = decode_one_token(model, ids, cache).argmax(-1)
+            ids.tolist()
+        seconds.append(time.perf_counter() - clock)
+    return {
+        "decode/tokens_per_s": n / statistics.median(seconds[1:]),
+        "decode/context": context,
+        "kv_cache/allocated_bytes": cache.nbytes,
+    }

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from nanokv import distributed as parallel
-from nanokv.config import Config, UserError
-from nanokv.loss import Linear
+from nanokv.config import UserError
 
 EMBEDDING_LR = 10  # learning rate of an embedding that is not the head too, in units of learning_rate
 
 
-def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
+def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
     """Matrices (N, m, n) -> the nearest semi-orthogonal ones, roughly, by Newton-Schulz iteration.
 
     The quintic's coefficients are Keller Jordan's (https://kellerjordan.github.io/posts/muon): they bring all
@@ -32,19 +31,19 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).type_as(g)
 
 
-def muon_update(g: Tensor, parts: tuple[int, ...] = ()) -> Tensor:
-    """Momenta (N, m, n) of like matrices -> their updates: orthogonalised, and scaled by sqrt(max(1, m / n)),
+def muon_update(g: Tensor, row_groups: tuple[int, ...] = ()) -> Tensor:
+    """Momenta (N, m, n) of like matrices -> their updates: orthogonalized, and scaled by sqrt(max(1, m / n)),
     so that their effect on activations does not depend on the shape.
 
-    With `parts`, as in `Linear`, the rows of each kind are a matrix of their own: in one with the others,
-    the kind with the largest gradient would set the direction for all. The m of its scale is then the rows of
-    one turn, one head's, not those of all heads.
+    row_groups: sizes of the groups of rows that alternate in a fused matrix, such as (16, 48) for a key and
+    a value. Each group is orthogonalized as a matrix of its own: together, the one with the largest
+    gradient would set the direction for all. The m of its scale is then the rows of one head.
     """
-    done = []
-    for part in g.unflatten(1, (-1, sum(parts) or g.size(1))).split(parts or g.size(1), 2):
-        scale = max(1, part.size(2) / part.size(3)) ** 0.5  # part: (N, turns, m, n)
-        done.append((orthogonalise(part.flatten(1, 2)) * scale).view_as(part))
-    return torch.cat(done, 2).flatten(1, 2)
+    updates = []
+    for group in g.unflatten(1, (-1, sum(row_groups) or g.size(1))).split(row_groups or g.size(1), 2):
+        scale = max(1, group.size(2) / group.size(3)) ** 0.5  # group: (N, heads, m, n)
+        updates.append((newton_schulz(group.flatten(1, 2)) * scale).view_as(group))
+    return torch.cat(updates, 2).flatten(1, 2)
 
 
 class Optimizer:
@@ -77,15 +76,15 @@ class AdamW(Optimizer):
                 if not self.state[p]:
                     self.state[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
                     self.state[p]["step"] = torch.zeros((), device=p.device)
-            grads = [parallel.local(p.grad) for p in params]
+            grads = [parallel.to_local(p.grad) for p in params]
             steps, means, squares = (
-                [parallel.local(self.state[p][key]) for p in params]
+                [parallel.to_local(self.state[p][key]) for p in params]
                 for key in ("step", "exp_avg", "exp_avg_sq")
             )
             torch._foreach_add_(steps, 1)
             beta1, beta2 = group["betas"]
             torch._fused_adamw_(
-                [parallel.local(p) for p in params],
+                [parallel.to_local(p) for p in params],
                 grads,
                 means,
                 squares,
@@ -102,16 +101,16 @@ class AdamW(Optimizer):
 
 
 class Muon(Optimizer):
-    """Momentum whose every update is orthogonalised (Jordan et al. 2024), for matrices.
+    """Momentum whose every update is orthogonalized (Jordan et al. 2024), for matrices.
 
-    Matrices of one shape are orthogonalised together, each by one of the ranks, as a group's `parts` say (see
-    `muon_update`). Weight decay is decoupled.
+    Matrices of one shape are orthogonalized together, each by one of the ranks, in the `row_groups` of their
+    parameter group (see `muon_update`). Weight decay is decoupled.
     """
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            same_shape, update = defaultdict(list), partial(muon_update, parts=group["parts"])
+            same_shape, update = defaultdict(list), partial(muon_update, row_groups=group["row_groups"])
             for p in group["params"]:
                 if p.grad is not None:
                     same_shape[p.shape].append(p)
@@ -119,39 +118,51 @@ class Muon(Optimizer):
                 for p in params:
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
-                grads = [parallel.local(p.grad) for p in params]
-                momenta = [parallel.local(self.state[p]["momentum"]) for p in params]
+                grads = [parallel.to_local(p.grad) for p in params]
+                momenta = [parallel.to_local(self.state[p]["momentum"]) for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
                 updates = parallel.each_matrix_once(update, nesterov, params)
-                weights = [parallel.local(p) for p in params]
+                weights = [parallel.to_local(p) for p in params]
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
-def make_optimizers(model: nn.Module, config: Config) -> list[Optimizer]:
-    """The optimizers of a run; each parameter is in one of them. Only matrices and embeddings decay."""
+def make_optimizers(
+    model: nn.Module,
+    *,
+    optimizer: str = "muon",
+    learning_rate: float = 1e-3,
+    muon_lr: float = 0.02,
+    muon_momentum: float = 0.95,
+    weight_decay: float = 0.1,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+) -> list[Optimizer]:
+    """The optimizers of a run; each parameter is in one of them. Only matrices and embeddings decay.
+
+    optimizer: "adamw" for all parameters, or "muon" for the matrices in the blocks and AdamW for the rest.
+    """
     embedding, heads, matrices, vectors = [], [], defaultdict(list), []
-    parts_of = {module.weight: module.parts for module in model.modules() if isinstance(module, Linear)}
+    row_groups = {
+        module.weight: getattr(module, "row_groups", getattr(module, "parts", ()))
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    }
+    tied = not hasattr(model, "lm_head")
     for name, p in model.named_parameters():
         if p.ndim < 2:
             vectors.append(p)
-        elif name == "embed_tokens.weight" and not config.tie_embeddings:
+        elif name == "embed_tokens.weight" and not tied:
             embedding.append(p)
         elif name in ("embed_tokens.weight", "lm_head.weight"):
             heads.append(p)
         else:
-            matrices[parts_of.get(p, ())].append(p)
+            matrices[row_groups.get(p, ())].append(p)
     optimizers = []
-    if config.optimizer == "muon":
-        optimizers.append(
-            Muon(
-                [{"params": alike, "parts": rows} for rows, alike in matrices.items()],
-                lr=config.muon_lr,
-                momentum=config.muon_momentum,
-                weight_decay=config.weight_decay,
-            )
-        )
+    if optimizer == "muon":
+        groups = [{"params": alike, "row_groups": rows} for rows, alike in matrices.items()]
+        optimizers.append(Muon(groups, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay))
     else:
         heads += [p for alike in matrices.values() for p in alike]
     adamw = AdamW(
@@ -159,11 +170,11 @@ def make_optimizers(model: nn.Module, config: Config) -> list[Optimizer]:
             {"params": heads},
             {"params": vectors, "weight_decay": 0.0},
             # entries of size 1, each touched by few tokens: they can take, and need, larger steps
-            {"params": embedding, "lr": config.learning_rate * EMBEDDING_LR},
+            {"params": embedding, "lr": learning_rate * EMBEDDING_LR},
         ],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
+        lr=learning_rate,
+        betas=(beta1, beta2),
+        weight_decay=weight_decay,
     )
     return [*optimizers, adamw]
 

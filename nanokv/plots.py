@@ -1,15 +1,17 @@
-"""Pictures: how all of them look, and those of bench.py."""
+"""Pictures: how all of them look, and those of compare.py and tools.bench."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 from nanokv.cache import CACHE_FORMATS
 from nanokv.config import UserError
 
+CACHE = "kv_cache/bytes_per_token"
+MOST_NAMES = 30  # rows that are named in the picture of compare.py
 STYLES = {  # of an attention: colour, marker and line, any of which tells it apart
     "mha": ("#000000", "o", "-"),
     "gqa": ("#0072b2", "^", "--"),
@@ -133,3 +135,83 @@ def draw_decode(rows: list[dict], path: Path) -> None:
         panel.grid(which="both", color="0.9")
     panels[0][0].legend(fontsize="small")
     save(figure, path)
+
+
+def draw_compare(rows: list, key: str, path: Path) -> None:
+    """Quality against cache, the frontier as a staircase, seeds as bars; the loss curve of each attention.
+
+    rows: those of compare.py; key: the figure that stands for quality.
+    """
+    plt = pyplot()
+    styles = styles_of(row["attention"] for row in rows)
+    mosaic = [["quality", "tokens"], ["quality", "time"]]
+    figure, panels = plt.subplot_mosaic(mosaic, figsize=(9, 4.6), width_ratios=(3, 2), layout="constrained")
+    axes = panels["quality"]
+    stairs = [(row[CACHE], row[key]) for row in rows if row.frontier]
+    stairs.append((max(row[CACHE] for row in rows) * 1.25, stairs[-1][1]))
+    axes.step(*zip(*stairs, strict=True), where="post", color="0.8", linewidth=3, zorder=0, label="frontier")
+    for name, (colour, marker, line) in styles.items():
+        look = dict(color=colour, marker=marker, linestyle=line, markersize=6)
+        mine = [row for row in rows if row["attention"] == name]
+        at = (
+            [row[CACHE] for row in mine],
+            [row[key] for row in mine],
+            [row.spread(key) or 0.0 for row in mine],
+        )
+        axes.errorbar(*at, capsize=3, elinewidth=1, **look | {"linestyle": "none"})
+        axes.plot([], [], label=name, **look)  # for the legend
+        best = min(mine, key=lambda row: row[key]).runs[0]
+        for panel, unit in (("tokens", 1e6), ("time", 60)):
+            x, y = [e[panel] / unit for e in best.curve], [e["train/loss"] for e in best.curve]
+            panels[panel].plot(x, y, color=colour, linestyle=line, linewidth=1.2)
+    n = max(len(row.runs) for row in rows)
+    bars = f"; bars: ± standard deviation, {n} seeds" if n > 1 else ""
+    unit = "bits per byte" if key == "best/val_bpb" else "loss, nats a token"
+    axes.set(xlabel="KV cache, bytes a token (bf16, all layers)", ylabel=f"val {unit}{bars}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.legend(loc="upper right", fontsize=8, handlelength=3)
+    panels["tokens"].set(xlabel="training tokens, millions", ylabel="train loss")
+    panels["time"].set(xlabel="training time, minutes", ylabel="train loss")
+    losses = sorted(e["train/loss"] for row in rows for e in row.runs[0].curve)
+    for name, panel in panels.items():
+        panel.grid(alpha=0.3, linewidth=0.5)
+        if losses and name != "quality":  # not the first steps, beside which the runs look alike
+            panel.set_ylim(losses[0] - 0.05, losses[int(0.8 * (len(losses) - 1))] + 0.05)
+    if len(rows) <= MOST_NAMES:
+        name_points(figure, axes, rows, key)
+    save(figure, path)
+
+
+def name_points(figure, axes, rows: list, key: str) -> None:
+    """Write names beside points, each where it covers least of points, bars, stairs and other names."""
+    figure.canvas.draw()  # so that places in pixels are known
+    frame, taken = axes.get_window_extent().extents, [axes.get_legend().get_window_extent().extents]
+    pixels = axes.transData.transform([(row[CACHE], row[key]) for row in rows])
+    for row, (x, y) in zip(rows, pixels, strict=True):
+        bar = axes.transData.transform((row[CACHE], row[key] + (row.spread(key) or 0.0)))[1] - y
+        taken += [(x - 8, y - 8, x + 8, y + 8), (x - 5, y - bar, x + 5, y + bar)]
+    stairs = [at for row, at in zip(rows, pixels, strict=True) if row.frontier]
+    stairs.append((frame[2], stairs[-1][1]))
+    for (x0, y0), (x1, y1) in zip(stairs, stairs[1:], strict=False):
+        taken += [(x0, y0 - 2, x1, y0 + 2), (x1 - 2, y1, x1 + 2, y0)]
+    for row in rows:
+        tries = []
+        for dx, dy in product((8, -8, 0), (0, 8, -8, 16, -16)):
+            align = {"ha": ("center", "left", "right")[(dx > 0) - (dx < 0)]}
+            align["va"] = ("center", "bottom", "top")[(dy > 0) - (dy < 0)]
+            place = dict(xytext=(dx, dy), textcoords="offset points", fontsize=8, **align)
+            text = axes.annotate(row.name, (row[CACHE], row[key]), **place)
+            box = text.get_window_extent().extents
+            outside = overlap(box, box) - overlap(box, frame)
+            tries.append((10 * outside + sum(overlap(box, other) for other in taken), len(tries), text, box))
+        best = min(tries)
+        taken.append(best[3])
+        for other in tries:
+            if other is not best:
+                other[2].remove()
+
+
+def overlap(a, b) -> float:
+    """Area that two boxes (left, bottom, right, top) share."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))

@@ -7,21 +7,25 @@ import math
 import os
 import secrets
 import sys
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 from nanokv import checkpoint
-from nanokv.config import Config
 
 
-class Log:
+class RunLogger:
     """Writes metrics.jsonl and summary.json, the terminal's lines, and W&B if asked to.
 
     Without a run folder, on all ranks but the first, it only keeps the summary.
     """
 
-    def __init__(self, run_dir: Path | None, config: Config, facts: dict, resume_step: int | None):
+    def __init__(
+        self, run_dir: Path | None, facts: dict, resume_step: int | None = None, wandb: dict | None = None
+    ):
+        """facts: what the summary begins with. resume_step: where an earlier run is gone on with.
+
+        wandb: arguments of wandb.init (project, name, config) to log to W&B too.
+        """
         self.run_dir, self.summary, self.bar = run_dir, dict(facts), sys.stdout.isatty()
         if run_dir is None:
             return
@@ -37,7 +41,7 @@ class Log:
                 values = json.loads(line).items()
                 self.summary |= {k: v for k, v in values if not k.startswith(("final/", "decode/"))}
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
-        self.wandb = start_wandb(run_dir, config, facts) if config.wandb_log else None
+        self.wandb = start_wandb(run_dir, **wandb) if wandb else None
 
     def __call__(self, metrics: dict) -> None:
         metrics = {
@@ -89,7 +93,7 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def start_wandb(run_dir: Path, config: Config, facts: dict):
+def start_wandb(run_dir: Path, **options):
     """A W&B run, the same again on resume; offline where there is no key or no network; None without W&B."""
     try:
         import wandb
@@ -99,13 +103,7 @@ def start_wandb(run_dir: Path, config: Config, facts: dict):
     id_file = run_dir / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
-    options = dict(
-        project=config.wandb_project,
-        name=config.wandb_run_name or run_dir.name,
-        id=id_file.read_text(),
-        resume="allow",
-        config=asdict(config) | facts,
-    )
+    options |= dict(id=id_file.read_text(), resume="allow")
     try:
         online = "WANDB_MODE" in os.environ or wandb.login(prompt=False)
         run = wandb.init(
@@ -118,3 +116,25 @@ def start_wandb(run_dir: Path, config: Config, facts: dict):
         print(f"wandb: logging offline ({fault}); `wandb sync` uploads the run later", file=sys.stderr)
     run.define_metric("*", step_metric="tokens")
     return run
+
+
+def quality(metrics: dict) -> str:
+    bits = "" if metrics["val/bpb"] is None else f", {metrics['val/bpb']:.4f} bits per byte"
+    return f"val loss {metrics['val/loss']:.4f}{bits}"
+
+
+def table(summary: dict) -> str:
+    """Quality and cache side by side, a run's result in two lines."""
+    bits = {"val bits/byte": "final/val_bpb", "best bits/byte": "best/val_bpb"}  # None where data is no text
+    columns = {
+        "attention": summary["attention"],
+        "parameters": f"{summary['params/total']:,}",
+        "val loss": f"{summary['final/val_loss']:.4f}",
+        **{name: f"{summary[key]:.4f}" for name, key in bits.items() if summary[key] is not None},
+        "cache bytes/token (bf16)": f"{summary['kv_cache/bytes_per_token']:,}",
+        "of MHA": f"{summary['kv_cache/ratio_to_mha']:.1%}",
+        "decode tokens/s": f"{summary['decode/tokens_per_s']:,.0f}",
+    }
+    widths = [max(len(name), len(value)) for name, value in columns.items()]
+    rows = (columns.keys(), ["-" * width for width in widths], columns.values())
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)

@@ -1,12 +1,16 @@
-"""What a run notices as it trains: steps that cannot be taken, a loss that jumps, data that does not come."""
+"""What a run notices as it trains: steps that cannot be taken, a loss that jumps, late data, signals."""
 
 from __future__ import annotations
 
 import math
+import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 
+from nanokv import distributed as parallel
 from nanokv.config import UserError
 
 
@@ -57,8 +61,8 @@ class LossSpikes:
         self.mean += (1 - keep) * above
 
 
-class Stalls:
-    """`with stalls: fetch()` says so when the fetching takes longer than `seconds`, while it still does."""
+class StallWatchdog:
+    """`with watchdog: fetch()` says so when the fetching takes longer than `seconds`, while it still does."""
 
     def __init__(self, seconds: float, say: Callable[[str], None]):
         self.seconds, self.say = seconds, say
@@ -82,3 +86,37 @@ class Stalls:
             if since not in (None, told) and time.monotonic() - since > self.seconds:
                 told = since
                 self.say(f"the data source has not given the next batch in {self.seconds:g} s; still waiting")
+
+
+class StopSignal:
+    """Remembers the first SIGINT, SIGTERM or SIGUSR1 on any rank, so that all end the loop at a whole step.
+
+    A second one kills, but not under torchrun, which passes on what has reached the workers already. Until
+    the first step is taken there is nothing to save, and the first signal ends the run `at_once`: that step
+    may be minutes of compiling.
+    """
+
+    def __init__(self):
+        self.at_once = True
+        self.signal: signal.Signals | None = None
+        caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self.before = {number: signal.signal(number, self.catch) for number in caught}
+
+    def catch(self, number, frame) -> None:
+        self.signal = self.signal or signal.Signals(number)
+        if parallel.launch() is None:
+            self.restore()
+        if self.at_once:
+            print(f"{self.signal.name}: stopped before the first step, nothing to save", flush=True)
+            (os._exit if parallel.size() > 1 else sys.exit)(128 + number)  # without a word to waiting ranks
+
+    def agreed(self) -> bool:
+        """Whether a rank was told to stop. A collective: all must call it."""
+        number = parallel.all_reduce_max(self.signal or 0)
+        if number:
+            self.signal = signal.Signals(number)
+        return number > 0
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,12 +1,18 @@
 """Settings for all tests: one thread, a fixed seed, and the same hypothesis examples in every run."""
 
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
 import torch
 
 from data.text import prepare
+from model import GPT, GPTConfig
+from nanokv import checkpoint
+from train import TrainConfig, configure
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
@@ -16,6 +22,23 @@ hypothesis.settings.load_profile("repeatable")
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def knobs(argv: list[str]) -> SimpleNamespace:
+    """Every knob of the run that a command line asks for."""
+    model_config, config = configure(argv)
+    return SimpleNamespace(**asdict(model_config), **asdict(config))
+
+
+def split_knobs(**values) -> tuple[GPTConfig, TrainConfig]:
+    """Knobs as the instances of both dataclasses."""
+    model = {name: values.pop(name) for name in list(values) if name in GPTConfig.__dataclass_fields__}
+    return GPTConfig(**model), TrainConfig(**values)
+
+
+def build(config: GPTConfig, weights: dict[str, torch.Tensor]) -> GPT:
+    """A model in eval mode with these weights."""
+    return checkpoint.build(partial(GPT, config), weights)
 
 
 def write_corpus(folder: Path, lines: int) -> Path:

@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from conftest import split_knobs
 from equivalence import small_model
 
 from nanokv import checkpoint
 from nanokv import tokenizer as tokenizers
-from nanokv.config import Config, UserError
+from nanokv.config import UserError
 from nanokv.dataset import open_dataset
 from tools import bench, bench_cache
 
@@ -71,7 +72,7 @@ def test_cache_measures_quality_through_every_format_and_window(tmp_path, capsys
     knobs = dict(attention="mla", n_head=2, n_embd=16, block_size=32, vocab_size=dataset.vocab_size)
     model, run = small_model(n_layer=2, **knobs), tmp_path / "run"
     run.mkdir()
-    checkpoint.write_config(run, Config(n_layer=2, dataset=str(tmp_path / "set"), **knobs))
+    checkpoint.write_config(run, *split_knobs(n_layer=2, dataset=str(tmp_path / "set"), **knobs))
     checkpoint.save(run, "last", checkpoint.Checkpoint(model.state_dict(), {}, {}))
     tokenizers.save(dataset.tokenizer, run)
     ((x, y),) = dataset.val_batches(32, 100)

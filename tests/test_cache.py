@@ -97,6 +97,52 @@ def test_forms_and_rows_agree_in_what_a_quantized_cache_holds(knobs, dtype):
         assert (other - logits[0]).abs().mean() < 1e-4
 
 
+class Reference:
+    """A layer's cache as a list: what each format makes of a token, by its definition, one after another."""
+
+    def __init__(self, layer, layout, dtype):
+        self.layer, self.layout, self.dtype, self.kept = layer, layout, dtype, {}
+
+    first = property(lambda self: self.layer.first)
+    positions = property(lambda self: self.layer.positions)
+
+    def append(self, **new):
+        for name, value in new.items():
+            exact = self.layout.parts[name].exact
+            coded = value[..., : value.size(-1) - exact]
+            rounded = value.to(self.dtype).float() if self.dtype.itemsize > 1 else self.round(coded)
+            if self.dtype.itemsize == 1:
+                rounded = torch.cat((rounded, value[..., coded.size(-1) :].bfloat16().float()), -1)
+            self.kept[name] = torch.cat((self.kept.get(name, rounded[..., :0, :]), rounded), -2)
+        return list(new.values()) if self.first else list(new)
+
+    def round(self, x):
+        """Each 128 numbers by a bf16 scale that takes the largest to the largest code."""
+        groups = []
+        for group in x.split(128, -1):
+            largest = 127.0 if self.dtype == torch.int8 else 448.0
+            scale = (group.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-30).bfloat16().float()
+            codes = (group / scale).clamp(-largest, largest)
+            groups.append(
+                (codes.round() if self.dtype == torch.int8 else codes.to(self.dtype).float()) * scale
+            )
+        return torch.cat(groups, -1)
+
+    def read(self, name, like):
+        return self.kept[name]
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, *ROUNDED], ids=str)
+def test_a_cache_in_any_format_is_what_the_format_makes_of_each_token(knobs, dtype):
+    model, idx, chunks = small_model(**knobs), tokens(2, 20), [9, 1, 1, 5, *[1] * 4]
+    logits = cached_logits(model, idx, chunks, model.new_cache(2, 20, dtype))
+    cache = model.new_cache(2, 20, dtype)
+    pairs = zip(cache.layers, cache.layouts, strict=True)
+    cache.layers = [Reference(layer, layout, dtype) for layer, layout in pairs]
+    assert_close(logits, cached_logits(model, idx, chunks, cache))
+
+
 @every_attention
 @every_window
 def test_a_ring_equals_the_mask(knobs, window):

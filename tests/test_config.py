@@ -10,11 +10,15 @@ from typing import Literal
 
 import pytest
 import torch
+from conftest import knobs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model import GPT, GPTConfig
-from nanokv.config import Config, UserError, cli, describe, from_dict, load, parse, pick_device, pick_dtype
+from nanokv.config import UserError, check_range, cli, describe, from_dict, load, only_fields, parse
+from nanokv.device import pick_device, pick_dtype
+from nanokv.metrics import n_params
+from train import TrainConfig, configure
 
 ROOT = Path(__file__).parent.parent
 NANO = [f"config/{name}.py" for name in ("mha", "mqa", "gqa", "mla")]
@@ -232,15 +236,15 @@ def test_a_file_that_is_no_text(write, content):
 
 def test_a_file_that_is_missing():
     with pytest.raises(UserError, match=r"no config file 'config/mla'; did you mean .*config/mla\.py"):
-        load(["config/mla"])
+        configure(["config/mla"])
     with pytest.raises(UserError, match=r"did you mean config/train_shakespeare_char\.py"):
-        load(["config/train_shakespere_char.py"])
+        configure(["config/train_shakespere_char.py"])
     with pytest.raises(UserError, match=r"no config file 'qqq'; there are .*config/mqa\.py"):
-        load(["qqq"])
+        configure(["qqq"])
     with pytest.raises(UserError, match="cannot read config file 'config'"):
-        load(["config"])
+        configure(["config"])
     with pytest.raises(UserError, match="unexpected argument .*after one config file at most"):
-        load(["config/mla.py", "config/mha.py"])
+        configure(["config/mla.py", "config/mha.py"])
 
 
 @pytest.mark.parametrize(
@@ -281,42 +285,67 @@ def test_a_file_that_is_missing():
 )
 def test_fields_that_do_not_fit_are_one_line(argv):
     with pytest.raises(UserError) as error:
-        load(argv)
+        configure(argv)
     assert "\n" not in str(error.value)
     assert any(arg[2:].partition("=")[0] in str(error.value) for arg in argv)
 
 
 def test_names_are_resolved_from_the_config_file():
-    config = load(["config/mla.py", "--max_iters=7", "--learning_rate=0.5"])
+    config = knobs(["config/mla.py", "--max_iters=7", "--learning_rate=0.5"])
     assert (config.out_dir, config.wandb_run_name) == ("out/mla", "mla")
     assert (config.lr_decay_iters, config.min_lr) == (7, 0.05)
-    assert load(["--attention=mqa"]).out_dir == "out/mqa"
-    config = load(["--out_dir=here/there/"])
+    assert knobs(["--attention=mqa"]).out_dir == "out/mqa"
+    config = knobs(["--out_dir=here/there/"])
     assert (config.out_dir, config.wandb_run_name) == ("here/there/", "there")
-    assert load(["--out_dir=a", "--wandb_run_name=b"]).wandb_run_name == "b"
+    assert knobs(["--out_dir=a", "--wandb_run_name=b"]).wandb_run_name == "b"
 
 
 @pytest.mark.parametrize("file", [*NANO, *GPT2_SMALL, "config/train_shakespeare_char.py"])
 def test_a_resolved_config_survives_json_and_replace(file):
-    config = load([file])
-    assert from_dict(Config, json.loads(json.dumps(asdict(config))), "config.json") == config
-    assert replace(config, vocab_size=512).vocab_size == 512
+    configs = configure([file])
+    flat = json.loads(json.dumps(asdict(configs[0]) | asdict(configs[1])))
+    assert from_dict(flat, "config.json", GPTConfig, TrainConfig) == configs
+    assert only_fields(GPTConfig, flat, "config.json") == configs[0]
+    assert replace(configs[0], vocab_size=512).vocab_size == 512
 
 
 def test_from_dict_checks_as_strictly_as_the_command_line():
     with pytest.raises(UserError, match="config.json: unknown key 'n_haed'; did you mean 'n_head'"):
-        from_dict(Config, {"n_haed": 4}, "config.json")
+        from_dict({"n_haed": 4}, "config.json", GPTConfig, TrainConfig)
     with pytest.raises(UserError, match="config.json: n_head should be int, not '4'"):
-        from_dict(Config, {"n_head": "4"}, "config.json")
+        from_dict({"n_head": "4"}, "config.json", GPTConfig, TrainConfig)
     with pytest.raises(UserError, match=r"config.json: n_head should be int, not \[4\]"):
-        from_dict(Config, {"n_head": [4]}, "config.json")
+        only_fields(GPTConfig, {"n_head": [4], "else": 1}, "config.json")
 
 
-def test_base_is_overridden_by_the_file_and_the_file_by_the_command_line(write):
-    file = write("n_layer = 3\nbatch_size = 5\n")
-    base = asdict(load(["--n_layer=2", "--batch_size=4", "--seed=9", "--out_dir=x"]))
-    config = load([file, "--batch_size=6"], base=base)
-    assert (config.n_layer, config.batch_size, config.seed, config.out_dir) == (3, 6, 9, "x")
+def test_what_is_filled_in_depends_on_what_was_given(write):
+    """The file overrides what is filled in, and the command line both, in several dataclasses at once."""
+
+    @dataclass
+    class More:
+        size: int = 1  # how large
+
+    asked = []
+
+    def fill_in(given):
+        asked.append(given)
+        return {"count": 2, "rate": 0.25, "size": 9} | given
+
+    arguments = [write("count = 3\nsize = 5\n"), "--size=6"]
+    assert load(arguments, Knobs, More, fill_in=fill_in) == (Knobs(count=3, rate=0.25), More(6))
+    assert asked == [{"count": 3, "size": 6}]
+
+
+@pytest.mark.parametrize("value", [-1, 1, 2.5])
+def test_a_range_names_the_knob_and_its_bounds(value):
+    check_range(Knobs(), "rate", at_least=0, below=1)
+    with pytest.raises(ValueError, match=f"rate must be at least 0 and below 1, not {value}"):
+        check_range(Knobs(rate=value), "rate", at_least=0, below=1)
+
+
+def test_the_loader_does_not_import_torch():
+    code = "import sys, nanokv.config, nanokv.dataset_writer; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "False\n"
 
 
 def test_devices_and_dtypes(monkeypatch):
@@ -366,8 +395,8 @@ def test_nanogpts_own_recipe_is_accepted(write):
         "beta2": 0.99,
         "warmup_iters": 100,
     }
-    theirs = load([write("".join(f"{key} = {value!r}\n" for key, value in recipe.items()))])
-    ours = load(["config/train_shakespeare_char.py"])
+    theirs = knobs([write("".join(f"{key} = {value!r}\n" for key, value in recipe.items()))])
+    ours = knobs(["config/train_shakespeare_char.py"])
     assert {key: getattr(theirs, key) for key in recipe} == recipe
     assert {key: getattr(ours, key) for key in recipe} == recipe
     command = (
@@ -375,15 +404,15 @@ def test_nanogpts_own_recipe_is_accepted(write):
         "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
         "--lr_decay_iters=2000 --dropout=0.0"
     )
-    config = load(command.split())
+    config = knobs(command.split())
     assert (config.device, config.compile, config.n_embd, config.dropout) == ("cpu", False, 128, 0.0)
 
 
 @pytest.mark.parametrize("files", [NANO, GPT2_SMALL], ids=["nano", "124m"])
 def test_the_four_attentions_have_equal_parameters_and_recipes(files):
-    configs = [load([file]) for file in files]
+    models, configs = zip(*(configure([file]) for file in files), strict=True)
     with torch.device("meta"):
-        sizes = [GPT(replace(config, vocab_size=config.vocab_size or 2048)).n_params() for config in configs]
+        sizes = [n_params(GPT(replace(config, vocab_size=config.vocab_size or 2048))) for config in models]
     assert all(abs(size / sizes[0] - 1) < 0.01 for size in sizes), sizes
     architecture = {f.name for f in fields(GPTConfig)} - {
         "block_size",
@@ -393,25 +422,26 @@ def test_the_four_attentions_have_equal_parameters_and_recipes(files):
         "dropout",
     }
     names = {"out_dir", "wandb_run_name"}
-    recipes = [{k: v for k, v in asdict(c).items() if k not in architecture | names} for c in configs]
+    recipes = [knobs([file]).__dict__.items() for file in files]
+    recipes = [{k: v for k, v in recipe if k not in architecture | names} for recipe in recipes]
     assert all(recipe == recipes[0] for recipe in recipes)
     assert len({config.out_dir for config in configs}) == 4
-    assert [config.attention for config in configs] == ["mha", "mqa", "gqa", "mla"]
+    assert [config.attention for config in models] == ["mha", "mqa", "gqa", "mla"]
 
 
 def test_the_124m_batch_is_half_a_million_tokens():
-    config = load([GPT2_SMALL[0]])
+    config = knobs([GPT2_SMALL[0]])
     assert config.batch_size * config.block_size * config.gradient_accumulation_steps == 2**19
     assert config.max_iters * 2**19 == pytest.approx(10e9, rel=1e-3)
 
 
 def test_help_is_the_manual_of_every_knob(capsys):
     with pytest.raises(SystemExit) as exit:
-        load(["--n_haed=1", "--help"])
+        configure(["--n_haed=1", "--help"])
     assert exit.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("python train.py [config.py] [--key=value ...]\n\nmodel\n")
-    for field in fields(Config):
+    for field in (*fields(GPTConfig), *fields(TrainConfig)):
         (line,) = [line for line in text.splitlines() if line.startswith(f"  --{field.name}=")]
         knob, comment = line.split(None, 1)
         assert knob == f"--{field.name}={field.default}"
@@ -421,7 +451,7 @@ def test_help_is_the_manual_of_every_knob(capsys):
 
 def test_help_reads_comments_beside_and_above_and_sections(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    assert describe(Knobs).splitlines() == [
+    assert describe([Knobs]).splitlines() == [
         "",
         "numbers",
         "  --count=1     how many [int]",
@@ -437,12 +467,12 @@ def test_help_reads_comments_beside_and_above_and_sections(monkeypatch):
 
 
 def run_cli(body: str, *argv: str) -> subprocess.CompletedProcess:
-    code = f"from config import *\nfrom config import cli\ndef main(argv):\n    {body}\ncli(main)"
+    code = f"from nanokv.config import cli\nfrom train import *\ndef main(argv):\n    {body}\ncli(main)"
     return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=120)
 
 
 def test_cli_turns_a_user_error_into_a_line_and_exit_code_2():
-    done = run_cli("load(argv)", "--n_haed=3")
+    done = run_cli("configure(argv)", "--n_haed=3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: command line: unknown key 'n_haed'; did you mean 'n_head'?\n"
 
@@ -468,7 +498,7 @@ def test_cli_exit_codes(monkeypatch, capsys):
 
 
 def test_cli_is_quiet_when_the_reader_goes():
-    code = "from config import cli\ncli(lambda argv: print('x\\n' * 10**6))"
+    code = "from nanokv.config import cli\ncli(lambda argv: print('x\\n' * 10**6))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
@@ -477,7 +507,7 @@ def test_cli_is_quiet_when_the_reader_goes():
     assert process.wait(timeout=60) == 141
 
 
-keys = st.sampled_from([f.name for f in fields(Config)]) | st.text(max_size=8)
+keys = st.sampled_from([f.name for f in (*fields(GPTConfig), *fields(TrainConfig))]) | st.text(max_size=8)
 words = st.sampled_from(
     ["None", "True", "auto", "mla", "gqa", "1e3", "-1", "0", "3", "1e400", "cuda:0", "muon"]
 )
@@ -497,13 +527,14 @@ lines = st.builds("{} = {}".format, keys, expressions) | st.text(max_size=20)
 @given(st.lists(arguments, max_size=5))
 def test_any_command_line_loads_or_is_a_user_error(argv):
     try:
-        config = load(argv)
+        configs = load(argv, GPTConfig, TrainConfig)
     except SystemExit as exit:
         assert exit.code == 0 and {"-h", "--help"} & set(argv)
     except UserError as error:
         assert str(error)
     else:
-        assert from_dict(Config, asdict(config), "config.json") == config
+        flat = asdict(configs[0]) | asdict(configs[1])
+        assert from_dict(flat, "config.json", GPTConfig, TrainConfig) == configs
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -511,8 +542,9 @@ def test_any_command_line_loads_or_is_a_user_error(argv):
 def test_any_file_loads_or_is_a_user_error(write, text):
     file = write(text.encode(errors="replace") if isinstance(text, str) else text)
     try:
-        config = load([file])
+        configs = load([file], GPTConfig, TrainConfig)
     except UserError as error:
         assert str(error)
     else:
-        assert from_dict(Config, asdict(config), "config.json") == config
+        flat = asdict(configs[0]) | asdict(configs[1])
+        assert from_dict(flat, "config.json", GPTConfig, TrainConfig) == configs

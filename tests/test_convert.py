@@ -4,24 +4,25 @@ import json
 import random
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import tokenizers as hugging_face_tokenizers
 import torch
 import transformers
+from conftest import build
 from equivalence import assert_close, cached_logits, small_model, tokens
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from nanokv import checkpoint, tokenizer
-from nanokv.config import Config, UserError
+from nanokv.config import UserError
 from nanokv.generate import generate_lists
 from nanokv.tokenizer_json import from_json, to_json
-from sample import inference_model, load_run
-from tools import convert
-from tools.change_attention import factorise, pool_heads
+from sample import load_run
+from tools import convert, hugging_face
+from tools.change_attention import factorize, pool_heads
+from train import TrainConfig, read_knobs
 
 BYTE = tokenizer.train("byte", [])
 TEXT = [Path(__file__).read_text(encoding="utf-8"), "naïve café 数学 🙂 " * 20]
@@ -86,9 +87,8 @@ def random_texts(n: int) -> list[str]:
 def make_run(folder: Path, tok=BPE, **knobs):
     """A run folder with a random model; returns the model."""
     model = small_model(vocab_size=tok.n_vocab, block_size=160, **knobs)
-    config = Config(**asdict(model.config), out_dir=str(folder), dataset="text")
     checkpoint.claim(folder, resume=False, overwrite=False)
-    checkpoint.write_config(folder, config)
+    checkpoint.write_config(folder, model.config, TrainConfig(out_dir=str(folder), dataset="text"))
     tokenizer.save(tok, folder)
     checkpoint.save(folder, "best", checkpoint.Checkpoint(model.state_dict(), {}, {"step": 1}))
     return model
@@ -152,7 +152,7 @@ def test_the_command_checks_what_it_wrote(tmp_path, capsys, monkeypatch):
     assert load_file(tmp_path / "hf" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
     with pytest.raises(UserError, match="already holds a model.*--overwrite=True"):
         convert.main(command)
-    monkeypatch.setattr(convert, "order_rope_rows", lambda name, weight, config, to_hf: weight)
+    monkeypatch.setattr(hugging_face, "order_rope_rows", lambda name, weight, config, to_hf: weight)
     with pytest.raises(UserError, match="logits of transformers .* differ"):
         convert.main([*command, "--overwrite=True"])
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -219,7 +219,7 @@ def test_the_old_way_of_writing_rope_is_read(tmp_path):
     content = json.loads(path.read_text())
     del content["rope_parameters"]
     path.write_text(json.dumps(content | {"rope_theta": 500.0, "rope_scaling": None}))
-    assert convert.gpt_config(json.loads(path.read_text())).rope_theta == 500.0
+    assert hugging_face.gpt_config(json.loads(path.read_text())).rope_theta == 500.0
 
 
 @pytest.mark.parametrize(
@@ -412,8 +412,8 @@ def test_tied_weights_that_are_stored_twice_are_read_once(tmp_path):
 
 
 def as_run(model) -> torch.nn.Module:
-    """The model with the config of a run, as load_run gives it."""
-    return inference_model(Config(**asdict(model.config)), model.state_dict())
+    """The model as load_run gives it."""
+    return build(model.config, model.state_dict())
 
 
 @torch.no_grad()
@@ -427,7 +427,7 @@ def test_pooling_takes_the_mean_of_heads(groups, qk_norm):
     model = as_run(small_model(attention="mha", qk_norm=qk_norm))
     config, weights = pool_heads(model, groups)
     assert (config.attention, config.n_kv_head) == ({4: "mha", 2: "gqa", 1: "mqa"}[groups], groups)
-    pooled, idx = inference_model(config, weights), tokens(2, 40)
+    pooled, idx = build(config, weights), tokens(2, 40)
     if groups == 4:
         assert furthest(model, pooled, idx) == 0
     with torch.no_grad():  # heads that are alike lose nothing
@@ -435,7 +435,7 @@ def test_pooling_takes_the_mean_of_heads(groups, qk_norm):
             for proj in (layer.self_attn.k_proj, layer.self_attn.v_proj):
                 heads = proj.weight.view(groups, 4 // groups, 8, 32)
                 heads[:] = heads.mean(1, keepdim=True).clone()
-    alike = inference_model(*pool_heads(model, groups))
+    alike = build(*pool_heads(model, groups))
     assert furthest(model, alike, idx) < 1e-5
     assert all(torch.allclose(alike.state_dict()[name], weights[name]) for name in weights)
 
@@ -456,7 +456,7 @@ def test_factorising_at_full_rank_is_exact(knobs, rank):
     model = as_run(small_model(**knobs))
     config = model.config
     idx, unseen = tokens(4, 64), tokens(2, 64, seed=1)
-    latent = inference_model(*factorise(model, idx, rank, config.n_kv_head * config.rotary_dim))
+    latent = build(*factorize(model, idx, rank, config.n_kv_head * config.rotary_dim))
     assert latent.config.attention == "mla"
     with torch.no_grad():
         assert_close(latent(unseen)[0], model(unseen)[0], 1e-4)
@@ -469,9 +469,9 @@ def test_one_rotated_key_is_exact_where_the_heads_keys_are_alike():
         for layer in model.layers:
             heads = layer.self_attn.k_proj.weight.view(4, 8, 32)
             heads[:] = heads[:1].clone() * torch.tensor([1.0, -2.0, 0.5, 3.0]).view(4, 1, 1)
-    config, weights = factorise(model, tokens(4, 64), 32, 8)
+    config, weights = factorize(model, tokens(4, 64), 32, 8)
     assert (config.qk_rope_head_dim, config.qk_rope_repeat, config.rope_theta) == (8, 1, 10000.0)
-    assert furthest(model, inference_model(config, weights), tokens(2, 64, seed=1)) < 1e-4
+    assert furthest(model, build(config, weights), tokens(2, 64, seed=1)) < 1e-4
 
 
 def test_a_narrower_rotated_key_keeps_frequencies_of_the_model():
@@ -479,9 +479,9 @@ def test_a_narrower_rotated_key_keeps_frequencies_of_the_model():
     with torch.no_grad():
         for layer in model.layers:  # keys only at the frequencies 0 and 2 of 4
             layer.self_attn.k_proj.weight.view(2, 4, 32)[:, 1::2] = 0
-    config, weights = factorise(model, tokens(4, 64), 32, 4)
+    config, weights = factorize(model, tokens(4, 64), 32, 4)
     assert config.rope_theta == 10000.0  # every second frequency
-    assert furthest(model, inference_model(config, weights), tokens(2, 64, seed=1)) < 1e-4
+    assert furthest(model, build(config, weights), tokens(2, 64, seed=1)) < 1e-4
 
 
 def test_a_smaller_rank_loses_little_of_keys_and_values_of_low_rank():
@@ -490,14 +490,14 @@ def test_a_smaller_rank_loses_little_of_keys_and_values_of_low_rank():
         for layer in model.layers:
             layer.self_attn.v_proj.weight[12:] = layer.self_attn.v_proj.weight[:4].clone()
     idx = tokens(8, 64)
-    errors = [furthest(model, inference_model(*factorise(model, idx, r, 16)), idx) for r in (2, 12, 63, 64)]
+    errors = [furthest(model, build(*factorize(model, idx, r, 16)), idx) for r in (2, 12, 63, 64)]
     assert errors[0] > errors[1] > errors[3] and errors[2] > errors[3] and errors[3] < 1e-4
 
 
 @pytest.mark.parametrize("rank,rope_width", [(0, 8), (8, 3), (8, 40), (8, 12), (8, -2)])
 def test_widths_that_do_not_fit_are_refused(rank, rope_width):
     with pytest.raises(UserError, match="qk_rope_head_dim"):
-        factorise(as_run(small_model(attention="mha")), tokens(1, 8), rank, rope_width)
+        factorize(as_run(small_model(attention="mha")), tokens(1, 8), rank, rope_width)
 
 
 def test_changed_runs_by_the_command(tmp_path, capsys):
@@ -540,7 +540,7 @@ def test_a_changed_run_trains_further_with_its_own_shape(tmp_path, monkeypatch):
     convert.main(["to-gqa", str(tmp_path / "run"), str(tmp_path / "mqa"), "--n_kv_head=1"])
     knobs = [f"--dataset={tmp_path / 'data'}", "--max_iters=2", "--sample_tokens=0", "--eval_iters=1"]
     train.main([f"--init_from={tmp_path / 'mqa'}", f"--out_dir={tmp_path / 'more'}", *knobs])
-    config = checkpoint.read_config(tmp_path / "more")
+    config, _ = read_knobs(tmp_path / "more")
     assert (config.attention, config.n_embd, config.tie_embeddings) == ("mqa", 32, True)
     with pytest.raises(UserError, match="--init_from="):
         train.main(["--init_from=resume", f"--out_dir={tmp_path / 'mqa'}", *knobs])

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import train
-from nanokv import checkpoint
+from nanokv import checkpoint, metrics
 from nanokv import distributed as parallel
 
 ROOT = Path(__file__).parent.parent
@@ -58,9 +58,9 @@ def fork_ranks(size: int, runs: list[list[str]]) -> list[int]:
             os.environ["TORCHELASTIC_RUN_ID"] = "test"
             code = 1
             try:
-                with parallel.joined():
+                with parallel.process_group():
                     for argv in runs:
-                        train.train(train.configure(argv))
+                        train.train(argv)
                 code = 0
             except SystemExit as e:
                 code = e.code
@@ -73,8 +73,8 @@ def fork_ranks(size: int, runs: list[list[str]]) -> list[int]:
 
 def script(groups: list[tuple[int, list[list[str]]]]) -> None:
     """Groups of ranks, in turn: (number of ranks, trainings)."""
-    train.decode_probe = lambda *args, **kwargs: {"decode/tokens_per_s": 0.0}  # slow, and tested elsewhere
-    train.peak_flops_of = lambda *args: None
+    metrics.decode_probe = lambda *args, **kwargs: {"decode/tokens_per_s": 0.0}  # slow; tested elsewhere
+    metrics.peak_flops = lambda *args: None
     for size, runs in groups:
         statuses = [os.waitpid(pid, 0)[1] for pid in fork_ranks(size, runs)]
         codes = {os.waitstatus_to_exitcode(status) for status in statuses}

@@ -21,7 +21,7 @@ import train
 from nanokv import checkpoint
 from nanokv import dataset as data
 from nanokv.config import UserError
-from nanokv.watchdogs import LossSpikes, Stalls
+from nanokv.watchdogs import LossSpikes, StallWatchdog
 
 KNOBS = ["--max_iters=12", "--eval_interval=6", "--save_interval=2", "--log_interval=1", "--eval_iters=2"]
 
@@ -242,16 +242,16 @@ def poison(monkeypatch):
     """poison(f): the loss of training call number n is f(n, loss)."""
 
     def poison(change) -> None:
-        forward, calls = train.GPT.forward, [0]
+        forward, calls = train.LanguageModelLoss.forward, [0]
 
-        def poisoned(model, idx, targets=None, *rest, **options):
-            logits, loss = forward(model, idx, targets, *rest, **options)
-            if not model.training or targets is None:
-                return logits, loss
+        def poisoned(loss_model, idx, targets):
+            loss = forward(loss_model, idx, targets)
+            if not loss_model.training:
+                return loss
             calls[0] += 1
-            return logits, change(calls[0], loss)
+            return change(calls[0], loss)
 
-        monkeypatch.setattr(train.GPT, "forward", poisoned)
+        monkeypatch.setattr(train.LanguageModelLoss, "forward", poisoned)
 
     return poison
 
@@ -334,7 +334,7 @@ def test_a_stalled_data_source_reports_itself(run, monkeypatch, capsys):  # noqa
 
 def test_stalls_says_it_while_it_waits():
     said = threading.Event()
-    stalls = Stalls(0.05, lambda line: said.set())
+    stalls = StallWatchdog(0.05, lambda line: said.set())
     with stalls:
         assert said.wait(10)
     stalls.close()

@@ -19,10 +19,11 @@ import pytest
 from conftest import write_corpus
 
 import train
+from model import GPTConfig
 from nanokv import checkpoint
 from nanokv.config import UserError, load
 from nanokv.dataset import open_dataset
-from nanokv.run_logger import Log
+from nanokv.run_logger import RunLogger
 from sample import load_run
 
 ROOT = Path(__file__).parent.parent
@@ -179,7 +180,7 @@ def test_a_run(run_dir, tmp_path):
             load_run(copy)
         with assert_fair(name, bang):
             checkpoint.is_finished(copy)
-            Log(copy, train.Config(), {}, 1).close()
+            RunLogger(copy, {}, 1).close()
         if case % 4 == 0:
             with assert_fair(name, bang):
                 train.main(["--init_from=resume", f"--out_dir={copy}", "--max_iters=3", "--eval_only"])
@@ -199,13 +200,13 @@ def test_a_configuration(tmp_path, monkeypatch):
     draw, bang, path = random.Random(3), tmp_path / "bang", tmp_path / "run.py"
     files = [file.read_bytes() for file in sorted(ROOT.glob("config/**/*.py"))]
     files.append(f"import pathlib\npathlib.Path({str(bang)!r}).touch()\n".encode())
-    knobs = list(train.Config.__dataclass_fields__)
+    knobs = [*GPTConfig.__dataclass_fields__, *train.TrainConfig.__dataclass_fields__]
     for case in cases(1500):
         content = mutate(draw.choice(files), draw, bang)
         path.write_bytes(content)
         with assert_fair(f"case {case}: {content[:500]!r}", bang):
-            load([str(path)])
+            load([str(path)], GPTConfig, train.TrainConfig)
         argv = [f"--{draw.choice(knobs)}={draw.choice(VALUES)}" for _ in range(draw.randrange(1, 4))]
         argv = [mutate(arg.encode(), draw, bang).decode(errors="surrogateescape") for arg in argv]
         with assert_fair(f"case {case}: {argv}"[:500], bang):
-            load([arg for arg in argv if arg not in ("-h", "--help")])
+            load([arg for arg in argv if arg not in ("-h", "--help")], GPTConfig, train.TrainConfig)

@@ -6,7 +6,7 @@ import transformers
 from equivalence import assert_close, cached_logits, force_form, small_config, small_model, tokens
 
 from nanokv.config import UserError
-from tools.convert import from_hf_state_dict, hf_config, hf_state_dict
+from tools.hugging_face import from_hf_state_dict, hf_config, hf_state_dict
 
 LLAMA, QWEN3, DEEPSEEK = "LlamaForCausalLM", "Qwen3ForCausalLM", "DeepseekV3ForCausalLM"
 CASES = {

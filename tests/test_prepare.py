@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from test_data import BYTE, REPO, bins, main, small_stdlib
+from test_dataset import BYTE, REPO, bins, main, small_stdlib
 
 from nanokv import dataset_writer as writer
 from nanokv.config import UserError

@@ -1,11 +1,12 @@
 """recall.py: what it asks, how it counts, what it shows."""
 
 import pytest
+from conftest import knobs
 
 import sample
 import train
-from model import ATTENTIONS
-from nanokv.config import Config, UserError, load
+from model import ATTENTIONS, GPTConfig
+from nanokv.config import UserError
 from nanokv.dataset import open_dataset
 from tools import recall
 
@@ -15,7 +16,7 @@ TINY += ["--sample_tokens=0", "--device=cpu"]
 
 def test_accuracy_is_the_share_of_right_answers(tmp_path):
     data = recall.data_set(2, tmp_path / "data")
-    train.train(load([*TINY, f"--dataset={data}", "--block_size=8", f"--out_dir={tmp_path / 'run'}"]))
+    train.train([*TINY, f"--dataset={data}", "--block_size=8", f"--out_dir={tmp_path / 'run'}"])
     model, _ = sample.load_run(tmp_path / "run", device="cpu", dtype="float32", which="last")
     right = asked = 0
     for x, y in open_dataset(str(data)).val_batches(8, 1):
@@ -43,18 +44,19 @@ def test_one_command_trains_counts_and_shows(tmp_path, monkeypatch, capsys):
 
 
 def test_the_models_differ_in_their_attention_alone():
-    configs = [load([*recall.RECIPE, *knobs]) for knobs in recall.MODELS.values()]
+    configs = [knobs([*recall.RECIPE, *own]) for own in recall.MODELS.values()]
+    models = [train.configure([*recall.RECIPE, *own])[0] for own in recall.MODELS.values()]
     own = {"attention", "n_head", "out_dir", "wandb_run_name"}.union(
         *(cls.KNOBS for cls in ATTENTIONS.values())
     )
-    for name in Config.__dataclass_fields__.keys() - own:
+    for name in configs[0].__dict__.keys() - own:
         assert len({str(getattr(config, name)) for config in configs}) == 1, name
-    assert len({config.kv_bytes_per_token() for config in configs}) >= 4
+    assert len({config.kv_bytes_per_token() for config in models}) >= 4
     assert {config.attention for config in configs} == {"mha", "gqa", "mqa", "mla"}
 
 
 def test_table():
-    config = load(["--attention=mqa", "--n_layer=1", "--n_head=4", "--n_embd=16"])
+    config = GPTConfig(attention="mqa", n_layer=1, n_head=4, n_embd=16)
     assert recall.table([("mqa-4", config, {4: 1.0, 8: 0.5})]).splitlines() == [
         "| model | cache B/token | 4 pairs | 8 pairs |",
         "|---|---:|---:|---:|",

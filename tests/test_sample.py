@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import split_knobs
 from equivalence import VOCAB, small_model
 from test_generate import ATTENTIONS, BLOCK, BYTE, sharp_model
 
 import sample
 from nanokv import checkpoint
 from nanokv import tokenizer as tokenizers
-from nanokv.config import Config, UserError
-from sample import Options, TextStream, generate_text, load_run
+from nanokv.config import UserError
+from nanokv.metrics import decode_probe, kv_elements_per_token_layer
+from nanokv.text import TextStream, encode_prompt, generate_text
+from sample import Options, load_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,7 +85,7 @@ def make_run(path: Path, tokenizer, names=("best", "last")) -> Path:
     path.mkdir()
     shape = dict(n_layer=1, n_head=2, n_embd=16, block_size=BLOCK, attention="mla")
     shape["vocab_size"] = tokenizer.n_vocab + 7
-    checkpoint.write_config(path, Config(**shape))
+    checkpoint.write_config(path, *split_knobs(**shape))
     tokenizers.save(tokenizer, path)
     for name in names:
         weights = small_model(seed=int(name == "last"), **shape).state_dict()
@@ -116,7 +119,7 @@ def test_command_prints_text_and_costs_apart(run_dir, capsys):
     assert out.startswith("def ") and len(out) > 10 and out.endswith("\n") and sample.SEPARATOR not in out
     costs, cache = err.splitlines()
     assert costs.startswith("prefill 4 tokens, ") and "; decode " in costs and costs.endswith("; batch of 1")
-    per_token = 4 * load_run(run_dir, "cpu")[0].config.kv_elements_per_token_layer()
+    per_token = 4 * kv_elements_per_token_layer(load_run(run_dir, "cpu")[0].config)
     assert cache == f"kv cache (mla, float32) {per_token} bytes a token, {per_token * 34:,} bytes allocated"
     cache = run_main(capsys, run_dir, "--start=def ", "--max_new_tokens=30", "--cache_dtype=int8")[1]
     assert f"kv cache (mla, int8) {4 + 2 + 2 * 4} bytes a token, {34 * (4 + 2 + 2 * 4)} bytes" in cache
@@ -197,7 +200,7 @@ def test_empty_start_begins_a_document(tmp_path, capsys):
         "char": tokenizers.train("char", ["\tx\ny"]),
         "no newline": tokenizers.train("char", ["abc"]),
     }.items():
-        assert sample.encode_prompt(tokenizer, "") == [ends[name]]
+        assert encode_prompt(tokenizer, "") == [ends[name]]
         out, _ = run_main(capsys, make_run(tmp_path / name, tokenizer), "--max_new_tokens=5")
         assert "endoftext" not in out
 
@@ -219,10 +222,10 @@ def test_a_long_prompt_is_cut_with_a_note(run_dir, capsys):
 def test_decode_probe(attention):
     model = sharp_model(attention=attention, **ATTENTIONS[attention])
     model.train()
-    probe = sample.decode_probe(model, 20, n=4)
+    probe = decode_probe(model, 20, n=4)
     assert probe["decode/tokens_per_s"] > 0 and probe["decode/context"] == 20
     assert probe["kv_cache/allocated_bytes"] == 24 * model.config.kv_bytes_per_token(torch.float32)
-    half = sample.decode_probe(model, 20, n=4, dtype=torch.bfloat16)
+    half = decode_probe(model, 20, n=4, dtype=torch.bfloat16)
     assert half["kv_cache/allocated_bytes"] * 2 == probe["kv_cache/allocated_bytes"]
     assert model.training and model.embed_tokens.weight.dtype == torch.float32
 
@@ -267,7 +270,7 @@ def test_faults_are_one_line(run_dir, tmp_path, monkeypatch, knob, message):
         os.truncate(make_run(Path("damaged"), BYTE) / "best/model.safetensors", 100)
     elif "misfit" in knob:
         make_run(Path("misfit"), BYTE)
-        checkpoint.write_config(Path("misfit"), Config(vocab_size=9, n_embd=18, n_head=3))
+        checkpoint.write_config(Path("misfit"), *split_knobs(vocab_size=9, n_embd=18, n_head=3))
     elif "char" in knob:
         make_run(Path("char"), tokenizers.train("char", ["helo"]))
     with pytest.raises(UserError) as error:

@@ -6,16 +6,18 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import knobs
 
 from data.text import prepare
 from model import GPT
-from nanokv.config import UserError, load
+from nanokv.config import UserError
+from nanokv.metrics import n_params
 from tools import sweep
+from train import configure
 
 ROOT = Path(__file__).parent.parent
 STAND_IN = """
@@ -46,7 +48,7 @@ def stand_in(tmp_path, monkeypatch):
 
     def write(runs):
         for name, argv in runs.items():
-            (tmp_path / f"{name}.json").write_text(json.dumps(asdict(load(argv))))
+            (tmp_path / f"{name}.json").write_text(json.dumps(knobs(argv).__dict__))
         return runs
 
     return write
@@ -120,10 +122,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
 
 
 def parameters(argv):
-    config = load(argv)
+    config, _ = configure(argv)
     config.vocab_size = 2048  # of the stdlib set
     with torch.device("meta"):
-        return GPT(config).n_params()
+        return n_params(GPT(config))
 
 
 def test_the_list_of_make_compare(monkeypatch):
@@ -136,7 +138,7 @@ def test_the_list_of_make_compare(monkeypatch):
         assert [argv for name, argv in runs.items() if name.startswith(f"{attention}-s")] == [
             [f"config/{attention}.py", f"--seed={seed}"] for seed in (1, 2, 3)
         ]
-    shapes = {(c.attention, c.kv_bytes_per_token()) for c in map(load, runs.values())}
+    shapes = {(c.attention, c.kv_bytes_per_token()) for c, _ in map(configure, runs.values())}
     assert len([shape for shape in shapes if shape[0] == "mla"]) >= 4
     assert len([shape for shape in shapes if shape[0] == "gqa"]) >= 3
 

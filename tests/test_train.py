@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ import torch
 import train
 from data.mqar import prepare as mqar
 from data.text import prepare
-from nanokv import checkpoint
-from nanokv.config import Config, UserError, load
+from nanokv import checkpoint, metrics
+from nanokv.config import UserError
 from nanokv.dataset import open_dataset
+from nanokv.loss import LanguageModelLoss
+from train import GPTConfig, TrainConfig, read_knobs
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--warmup_iters=2"]
@@ -97,7 +100,7 @@ def test_a_run_learns_and_reports_quality_and_cache(run, attention, capsys):
     assert first == pytest.approx(math.log(257), abs=0.3)
     assert summary["final/val_loss"] < first - 1
     assert summary["final/val_bpb"] == pytest.approx(summary["final/val_loss"] / math.log(2), rel=0.02)
-    config = checkpoint.read_config(folder)
+    config, _ = read_knobs(folder)
     assert summary["kv_cache/bytes_per_token"] == config.kv_bytes_per_token(torch.bfloat16)
     assert summary["tokens"] == 40 * 4 * 32
     out = capsys.readouterr().out
@@ -107,7 +110,7 @@ def test_a_run_learns_and_reports_quality_and_cache(run, attention, capsys):
 def test_data_that_is_no_text_has_no_bits_per_byte(tmp_path, capsys):
     mqar.main([f"--out_dir={tmp_path / 'set'}", "--n_pairs=2", "--seq_len=8", "--n_train=100", "--n_val=10"])
     knobs = ["--block_size=8", "--max_iters=4", f"--dataset={tmp_path / 'set'}"]
-    summary = train.train(load([*TINY, *knobs, f"--out_dir={tmp_path / 'run'}"]))
+    summary = train.train([*TINY, *knobs, f"--out_dir={tmp_path / 'run'}"])
     assert summary["final/val_loss"] > 0 and summary["final/val_bpb"] is None
     out = capsys.readouterr().out
     assert "val loss" in out and "bits" not in out
@@ -152,7 +155,7 @@ def test_resume_of_a_finished_run_changes_nothing(run):
         run("run", "--init_from=resume")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     run("run", "--init_from=resume", "--max_iters=9")
-    config = checkpoint.read_config(folder)
+    _, config = read_knobs(folder)
     assert (config.max_iters, config.lr_decay_iters) == (9, 9)
     assert checkpoint.load(folder, "last").state["step"] == 9
 
@@ -181,12 +184,14 @@ def test_evaluation_draws_nothing_and_repeats(corpus, run):
     folder = run("run", "--max_iters=4", "--eval_interval=2", "--dropout=0.2")
     again = run("again", "--max_iters=4", "--eval_interval=4", "--dropout=0.2")
     assert same(weights(folder), weights(again))
-    config = checkpoint.read_config(folder)
+    config, knobs = read_knobs(folder)
     model = train.GPT(config)
     model.load_state_dict(weights(folder))
     state = torch.get_rng_state()
     dataset = open_dataset(str(corpus))
-    first, second = (train.evaluate(model, dataset, config, train.nullcontext()) for _ in range(2))
+    windows = config.block_size, knobs.batch_size, knobs.eval_iters
+    loss_model = LanguageModelLoss(model)
+    first, second = (metrics.evaluate(loss_model, dataset, *windows, nullcontext()) for _ in range(2))
     assert first == second == {key: events(folder)[-1 - 1][key] for key in first}
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -204,29 +209,31 @@ def test_init_from_a_run_takes_its_weights(run, tmp_path, capsys):
     second = run("second", f"--init_from={folder}", "--max_iters=2", "--eval_interval=1")
     assert events(second)[0]["val/loss"] == pytest.approx(loss, abs=1e-6)
     capsys.readouterr()
-    dataset = checkpoint.read_config(folder).dataset
+    dataset = read_knobs(folder)[1].dataset
     knobs = [
         f"--dataset={dataset}",
         "--eval_only=True",
         f"--init_from={folder}",
         f"--out_dir={tmp_path / 'none'}",
     ]
-    metrics = train.train(load([*TINY, *knobs]))
+    metrics = train.train([*TINY, *knobs])
     assert metrics["val/loss"] == pytest.approx(loss, abs=1e-6)
     assert not (tmp_path / "none").exists()
 
 
 def test_learning_rate_schedules():
-    cosine = Config(schedule="cosine", learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
+    cosine = TrainConfig(schedule="cosine", learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
     rates = [train.learning_rate(step, cosine) for step in range(120)]
     assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1 and rates[60] == pytest.approx(0.55)
     assert rates[110] == pytest.approx(0.1) == rates[119]
-    wsd = Config(schedule="wsd", learning_rate=1.0, min_lr=0.0, warmup_iters=10, max_iters=100, cooldown=0.2)
+    wsd = TrainConfig(
+        schedule="wsd", learning_rate=1.0, min_lr=0.0, warmup_iters=10, max_iters=100, cooldown=0.2
+    )
     rates = [train.learning_rate(step, wsd) for step in range(101)]
     assert rates[10:81] == [1] * 71 and rates[90] == pytest.approx(0.5) and rates[100] == 0
-    short = Config(learning_rate=1.0, warmup_iters=100, max_iters=5)
+    short = TrainConfig(learning_rate=1.0, warmup_iters=100, max_iters=5)
     assert all(0 < train.learning_rate(step, short) <= 1 for step in range(6))
-    assert train.learning_rate(3, Config(decay_lr=False, warmup_iters=2)) == 1
+    assert train.learning_rate(3, TrainConfig(decay_lr=False, warmup_iters=2)) == 1
 
 
 def test_wandb_offline_has_every_key_and_resumes_the_same_run(corpus, tmp_path):
@@ -317,5 +324,5 @@ def test_exit_code_2_and_no_traceback(corpus, tmp_path):
 def test_help_is_the_manual():
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    for knob in Config.__dataclass_fields__:
+    for knob in (*GPTConfig.__dataclass_fields__, *TrainConfig.__dataclass_fields__):
         assert f"--{knob}=" in done.stdout

@@ -1,4 +1,4 @@
-"""Measure: `python -m tools.bench speedrun`, `train`, `decode` or `cache`. `--help` after one lists its options.
+"""Measure: `python -m tools.bench speedrun|train|decode|cache`. `--help` after one lists its options.
 
 Each prints what it measures as it goes, and writes a JSON file and a picture into --out_dir. Times are of
 whole processes or medians of repeated steps; a peer is measured in the same session, in turns with us.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import pickle
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,15 +22,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import GPT
+from backends import accelerate
+from model import GPT, GPTConfig
+from nanokv import checkpoint
 from nanokv import distributed as parallel
-from nanokv.config import Config, UserError, cli, load, parse, pick_device, pick_dtype
+from nanokv.config import UserError, cli, parse, run_python
 from nanokv.dataset import open_dataset
+from nanokv.device import keep_freed_memory, pick_device, pick_dtype
+from nanokv.loss import LanguageModelLoss
+from nanokv.metrics import flops_per_token, n_params, peak_memory
 from nanokv.optim import make_optimizers
 from nanokv.plots import draw_speedrun, draw_train
-from sample import empty_model, load_run
+from sample import load_run
 from tools.bench_cache import ATTENTION_KNOBS, cache, decode, machine, write
-from train import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 NANOGPT_RECIPE = [  # the README's command for a CPU
@@ -135,13 +138,8 @@ def nanogpt_folder(text: Path, folder: Path) -> Path:
 def timed(command: list[str], cwd: Path) -> tuple[float, str]:
     """Wall time of a whole Python process, and what it printed."""
     begin = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True)
-    seconds = time.perf_counter() - begin
-    if done.returncode:
-        raise UserError(
-            f"{' '.join(command[:2])} failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
-        )
-    return seconds, done.stdout
+    output = run_python(command, cwd=cwd, stdout=subprocess.PIPE)
+    return time.perf_counter() - begin, output
 
 
 @torch.no_grad()
@@ -165,7 +163,7 @@ def train(argv: list[str]) -> None:
     """Tokens a second, MFU and peak memory of a training step, by attention and context."""
     options = parse(TrainOptions, argv, "python -m tools.bench train [--peer=DIR] [--key=value ...]")
     if parallel.launch() is not None:
-        with parallel.joined():
+        with parallel.process_group():
             return train_on_ranks(options)
     sides = options.attentions.split(",") + (["nanoGPT"] if options.peer else [])
     rows = []
@@ -198,12 +196,13 @@ def train_on_ranks(options: TrainOptions) -> None:
             config = step_config(side, block_size, options)
             torch.manual_seed(0)
             model = GPT(config).to(device)
-            wrapped = parallel.wrap(model, config, device, dtype, options.compile)
-            run = partial(wrapped, want_logits=False)
-            optimizers = make_optimizers(model, config)
+            run = parallel.parallelize(
+                accelerate(LanguageModelLoss(model), dtype), device, dtype, options.compile
+            )
+            optimizers = make_optimizers(model, optimizer=options.optimizer)
             _, rows = parallel.share(1, max(options.tokens // block_size, 1))
             idx = torch.randint(options.vocab_size, (rows, block_size + 1), device=device)
-            gradient = torch.zeros(model.n_params(), device=device)
+            gradient = torch.zeros(n_params(model), device=device)
             same_shape = defaultdict(list)
             groups = optimizers[0].param_groups if options.optimizer == "muon" else []
             for p in (p for group in groups for p in group["params"]):
@@ -218,7 +217,7 @@ def train_on_ranks(options: TrainOptions) -> None:
             clip = partial(parallel.clip_grad_norm, list(model.parameters()))
             step_s = statistics.median(step_times(run, clip, optimizers, idx, dtype, options.steps))
             share = statistics.median(times(communicate, device, options.steps)) / step_s
-            row = {"ranks": parallel.size(), "side": side, "context": block_size, "params": model.n_params()}
+            row = {"ranks": parallel.size(), "side": side, "context": block_size, "params": n_params(model)}
             row |= {"tokens_per_s": parallel.size() * rows * block_size / step_s, "step_s": step_s}
             out.append(row | {"communication_share": share, "gradient_bytes": gradient.nbytes})
             if parallel.rank() == 0:
@@ -245,11 +244,11 @@ def times(run: Callable[[], None], device: torch.device, steps: int) -> list[flo
 
 
 def step_times(run, clip: Callable, optimizers: list, idx: torch.Tensor, dtype, steps: int) -> list[float]:
-    """Seconds of training steps of the model that is called as `run`, on the tokens idx (B, T + 1)."""
+    """Seconds of training steps, in which `run` gives the loss of inputs and targets, on idx (B, T + 1)."""
 
     def train_step() -> None:
         with torch.autocast(idx.device.type, dtype, enabled=dtype != torch.float32):
-            loss = run(idx[:, :-1], idx[:, 1:].contiguous())[1]
+            loss = run(idx[:, :-1], idx[:, 1:].contiguous())
         loss.backward()
         clip(max_norm=1.0)
         for optimizer in optimizers:
@@ -259,16 +258,18 @@ def step_times(run, clip: Callable, optimizers: list, idx: torch.Tensor, dtype, 
     return times(train_step, idx.device, steps)
 
 
-def step_config(side: str, block_size: int, options: TrainOptions) -> Config:
+def step_config(side: str, block_size: int, options: TrainOptions) -> GPTConfig:
     """The model of one side, mha's for nanoGPT; the others' MLPs make parameters equal within 1 %."""
     shape = [f"--{name}={getattr(options, name)}" for name in ("n_layer", "n_head", "n_embd", "vocab_size")]
-    shape += [f"--block_size={block_size}", f"--optimizer={options.optimizer}"]
-    config = base = load([*shape, "--qk_norm=False", f"--intermediate_size={options.intermediate_size}"])
+    shape += [f"--block_size={block_size}"]
+    mlp = f"--intermediate_size={options.intermediate_size}"
+    config = base = parse(GPTConfig, [*shape, "--qk_norm=False", mlp])
     if side not in ("mha", "nanoGPT"):
         knobs = [] if side == "mla" else ["--qk_norm=False"]
         shape += [f"--attention={side}", *ATTENTION_KNOBS[side], *knobs]
-        config = load([*shape, f"--intermediate_size={base.intermediate_size}"])
-        missing = empty_model(base).n_params() - empty_model(config).n_params()
+        config = parse(GPTConfig, [*shape, f"--intermediate_size={base.intermediate_size}"])
+        sizes = [n_params(checkpoint.on_meta(partial(GPT, shape))) for shape in (base, config)]
+        missing = sizes[0] - sizes[1]
         columns = missing / (3 * base.n_embd * base.n_layer)
         whole = 8 * round(columns / 8)  # products of odd widths are slow
         within = abs(whole - columns) < base.intermediate_size / 100
@@ -291,24 +292,31 @@ def step(argv: list[str]) -> None:
     else:
         keep_freed_memory()  # as a run does
         model = GPT(config).to(device)
-        optimizers = make_optimizers(model, config)
+        optimizers = make_optimizers(model, optimizer=options.optimizer)
         clip = partial(parallel.clip_grad_norm, list(model.parameters()))
-        flops = model.flops_per_token(block_size)
-    run = torch.compile(model) if options.compile else model
+        flops = flops_per_token(model, block_size)
+    loss_model = NanoGPTLoss(model) if side == "nanoGPT" else LanguageModelLoss(model)
+    loss_model = accelerate(loss_model, dtype)
+    run = torch.compile(loss_model) if options.compile else loss_model
     idx = torch.randint(
         options.vocab_size, (max(options.tokens // block_size, 1), block_size + 1), device=device
     )
-    if side != "nanoGPT":
-        run = partial(run, want_logits=False)
     rate = idx[:, 1:].numel() / statistics.median(
         step_times(run, clip, optimizers, idx, dtype, options.steps)
     )
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     row = {"side": side, "context": block_size, "params": sum(p.numel() for p in model.parameters())}
-    print(json.dumps(row | {"tokens_per_s": rate, "flops_per_s": rate * flops, "peak_bytes": peak}))
+    print(
+        json.dumps(
+            row | {"tokens_per_s": rate, "flops_per_s": rate * flops, "peak_bytes": peak_memory(device)}
+        )
+    )
+
+
+class NanoGPTLoss(LanguageModelLoss):
+    """The loss as nanoGPT's own model computes it."""
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.model(idx, targets)[1]
 
 
 def nanogpt_model(folder: Path, config, device: torch.device):

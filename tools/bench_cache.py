@@ -15,17 +15,20 @@ from typing import Literal
 
 import torch
 
-from backends import cpu as native
-from model import GPT
+from backends import accelerate
+from model import GPT, GPTConfig
 from nanokv import checkpoint
 from nanokv import tokenizer as tokenizers
-from nanokv.cache import CACHE_FORMATS
-from nanokv.config import UserError, load, parse, pick_device, pick_dtype
+from nanokv.cache import CACHE_FORMATS, kv_bytes
+from nanokv.config import UserError, load, parse
 from nanokv.dataset import Dataset, open_dataset
+from nanokv.device import pick_device, pick_dtype
 from nanokv.generate import Stats, decode_one_token, generate, prefill
+from nanokv.metrics import decode_probe, kv_bytes_in_context
 from nanokv.plots import draw_cache, draw_decode
-from sample import decode_probe, load_run
-from tools.convert import hf_config, hf_state_dict
+from sample import load_run
+from tools.hugging_face import hf_config, hf_state_dict
+from train import TrainConfig
 
 ATTENTION_KNOBS = {"mha": [], "mqa": [], "gqa": ["--n_kv_head=2"], "mla": []}
 
@@ -95,13 +98,15 @@ def cache(argv: list[str]) -> None:
 def cache_rows(run: Path, options: CacheOptions) -> list[dict]:
     """Measure one run, and print it as it goes: a row for each format, under the run's own window and others.
 
-    Differences are to the unquantised cache without a window that the run was not trained with.
+    Differences are to the unquantized cache without a window that the run was not trained with.
     """
     model, tokenizer = load_run(run, options.device, options.dtype, options.which)
-    config = model.config
-    dataset = open_dataset(config.dataset, config.tokenizer)
+    config, knobs = model.config, checkpoint.read_config(checkpoint.find(run)[0])
+    dataset = open_dataset(knobs["dataset"], knobs.get("tokenizer"))
     if tokenizers.sha256(dataset.tokenizer) != tokenizers.sha256(tokenizer):
-        raise UserError(f"{config.dataset} here is not the data that {run} was trained on: another tokenizer")
+        raise UserError(
+            f"{knobs['dataset']} here is not the data that {run} was trained on: another tokenizer"
+        )
     windows = [int(n) for n in options.windows.split(",") if n.strip("0")]
     windows = windows or [config.block_size // 2, config.block_size // 4]
     sinks = [int(n) for n in options.sinks.split(",") if n]
@@ -113,7 +118,7 @@ def cache_rows(run: Path, options: CacheOptions) -> list[dict]:
         changed.config = replace(config, window=window, sink_tokens=sinks, window_pattern=pattern)
         row = {"run": str(run), "attention": config.attention, "format": name}
         row |= {"window": window, "sink_tokens": sinks, "window_pattern": pattern}
-        row["bytes_per_token"] = changed.config.kv_bytes(config.block_size, dtype) / config.block_size
+        row["bytes_per_token"] = kv_bytes_in_context(changed.config, dtype)
         variants.append((row, changed, dtype))
     weights = model.embed_tokens.weight.dtype
     measured = through_the_cache([(model, weights)] + [v[1:] for v in variants], dataset, options)
@@ -179,7 +184,7 @@ def decode(argv: list[str]) -> None:
     for name, model in decode_models(options, device):
         for batch, context in product(numbers(options.batches), numbers(options.contexts)):
             if (
-                model.config.kv_bytes(context + 6 * options.n, torch.float32) * batch
+                kv_bytes(model.config.kv_layouts(), context + 6 * options.n, torch.float32) * batch
                 <= options.max_cache * 1e9
             ):
                 rows.append({"model": name, "batch": batch, "context": context})
@@ -237,13 +242,13 @@ def decode_models(options: DecodeOptions, device: torch.device) -> Iterator[tupl
                 *ATTENTION_KNOBS.get(name, []),
                 *shape,
             ]
-        config = load([*argv, f"--block_size={room}"])
+        config, _ = load([*argv, f"--block_size={room}"], GPTConfig, TrainConfig)
         torch.manual_seed(0)
         model = GPT(config).eval()
         for p in model.parameters():  # as they are initialised, what a block adds and all logits are zero
             if p.ndim == 2:
                 torch.nn.init.normal_(p, std=p.size(1) ** -0.5)
-        yield Path(name).stem, model.to(device, dtype)
+        yield Path(name).stem, accelerate(model.to(device, dtype))
 
 
 def decode_row(model: GPT, batch: int, context: int, bandwidth: float, options: DecodeOptions) -> dict:
@@ -252,7 +257,7 @@ def decode_row(model: GPT, batch: int, context: int, bandwidth: float, options: 
     weights = sum(p.nbytes for p in model.parameters())
     if not config.tie_embeddings:
         weights -= model.embed_tokens.weight.nbytes  # a look-up
-    cached = config.kv_bytes(context + n // 2, model.embed_tokens.weight.dtype)
+    cached = kv_bytes(config.kv_layouts(), context + n // 2, model.embed_tokens.weight.dtype)
     row = {"bytes_per_token": weights / batch + cached}
     idx = torch.randint(config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0))
     if batch * context <= options.prefill:
@@ -298,7 +303,7 @@ def filled_steps(model: GPT, batch: int, context: int, n: int) -> list[float]:
     for layer in cache.layers:
         for buffer in layer.buffers.values():
             buffer.normal_()
-    cache.lengths = [context] * batch
+    cache.advance(context - 1)  # count them as held
     times = []
     for _ in range(n + 1):
         ids = decode_one_token(model, ids, cache).argmax(-1)
@@ -364,7 +369,6 @@ def machine() -> dict:
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "gpu": gpu,
-        "native_c": native.library() is not None,
         **versions,
         "date": time.strftime("%F"),
     }

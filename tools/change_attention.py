@@ -1,4 +1,4 @@
-"""Change the attention of a trained model: mean-pool its key and value heads, or factorise them into latents.
+"""Change the attention of a trained model: mean-pool its key and value heads, or factorize them into latents.
 
 Each function takes a model and returns the config and the weights of another. A complex number stands for the
 two dimensions of a head that RoPE turns together.
@@ -7,16 +7,17 @@ two dimensions of a head that RoPE turns together.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ATTENTIONS, GPT, GroupedQueryAttention
-from nanokv.config import Config, UserError
+from model import ATTENTIONS, GPT, GPTConfig, GroupedQueryAttention
+from nanokv.config import UserError
 
 
-def grouped(config: Config) -> Config:
+def grouped(config: GPTConfig) -> GPTConfig:
     """The config itself. Raises UserError if its attention is not mha, mqa or gqa."""
     if ATTENTIONS[config.attention] is not GroupedQueryAttention:
         raise UserError(f"the run has attention {config.attention}; what is converted is mha, mqa or gqa")
@@ -27,7 +28,7 @@ def group_name(n_head: int, n_kv_head: int) -> str:
     return "mha" if n_kv_head == n_head else "mqa" if n_kv_head == 1 else "gqa"
 
 
-def pool_heads(model: GPT, n_kv_head: int) -> tuple[Config, dict[str, Tensor]]:
+def pool_heads(model: GPT, n_kv_head: int) -> tuple[GPTConfig, dict[str, Tensor]]:
     """The config and weights of a model whose key and value heads are means of groups of `model`'s.
 
     The GQA paper's conversion (Ainslie et al. 2023, section 2.1). Raises UserError.
@@ -45,7 +46,7 @@ def pool_heads(model: GPT, n_kv_head: int) -> tuple[Config, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def factorise(model: GPT, idx: Tensor, rank: int, rope_width: int) -> tuple[Config, dict[str, Tensor]]:
+def factorize(model: GPT, idx: Tensor, rank: int, rope_width: int) -> tuple[GPTConfig, dict[str, Tensor]]:
     """The config and weights of an MLA model with latents of width `rank` that does nearly what `model` does.
 
     idx: token ids (rows, T), whose activations decide what is kept. The ideas are TransMLA's (arXiv
@@ -67,7 +68,7 @@ def factorise(model: GPT, idx: Tensor, rank: int, rope_width: int) -> tuple[Conf
     rope_width does not fit.
     """
     config = grouped(model.config)
-    C, H, G, D, R = config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.rotary_dim
+    G, D, R = config.n_kv_head, config.head_dim, config.rotary_dim
     repeat = max(-(-rope_width // max(R, 1)), 1)
     width = rope_width // repeat  # of one RoPE among the `repeat`
     if rank < 1 or rope_width < 0 or rope_width % 2 or rope_width > G * R or (repeat > 1 and width != R):
@@ -75,86 +76,123 @@ def factorise(model: GPT, idx: Tensor, rank: int, rope_width: int) -> tuple[Conf
             f"kv_lora_rank = {rank}, qk_rope_head_dim = {rope_width}: the former is at least 1, the latter "
             f"even and at most {R}, or a multiple of {R} and at most {G * R}"
         )
-    frequency = config.rope_theta ** -(torch.arange(0, R, 2, dtype=torch.float64) / max(R, 1))  # (R/2,)
-    distance = torch.arange(config.block_size, dtype=torch.float64)
-    turns = torch.exp(-1j * frequency[:, None] * distance)
-    mean_turn = (turns / (1 + distance)).sum(1) / (1 / (1 + distance)).sum()  # (R/2,)
-    lost = (
-        1 - mean_turn.abs().square()
-    )  # share of the energy at each frequency that counts only if it is turned
-
+    mean_turn = mean_turns(config)
     units = attention_inputs(model, idx)  # of each layer (N, C)
-    layers, kept = [], {stride: 0.0 for stride in range(1, R // width + 1 if width else 2)}
-    for layer, u in zip(model.layers, units, strict=True):
-        q, k, v = plain_projections(layer, u)  # (H, D, C), (G, D, C), (G, D, C)
-        second = u.T @ u / len(u)  # (C, C)
-        zq, zk = (torch.complex(w[:, : R // 2], w[:, R // 2 : R]) for w in (q, k))  # (heads, R/2, C)
-        energy = torch.einsum("hjc,cd,hjd->hj", zq, second + 0j, zq.conj()).real
-        weigh = (
-            energy.unflatten(0, (G, -1)).sum(1).sqrt().T + 1e-12
-        )  # (R/2, G), how much queries look at a key
-        keys = weigh[..., None] * zk.transpose(0, 1)  # (R/2, G, C)
-        values, vectors = torch.linalg.eigh(keys @ (second + 0j) @ keys.mH)
-        values, vectors = values.flip(-1), vectors.flip(-1)[..., :repeat]  # the largest first
-        layers.append((q, k, v, zq, zk, weigh, keys, vectors))
-        for stride in kept:
-            of = torch.arange(width // 2) * stride
-            kept[stride] += float(
-                (values[of, :repeat] * lost[of, None]).sum() / values.sum().clamp(min=1e-30)
-            )
-    stride = max(kept, key=kept.get)
-    of = torch.arange(width // 2) * stride  # which frequencies are turned
-
+    layers = [key_combinations(config, layer, u) for layer, u in zip(model.layers, units, strict=True)]
+    stride = best_stride(config, layers, mean_turn, width, repeat)
+    turned = torch.arange(width // 2) * stride  # which frequencies are turned
     weights = dict(model.state_dict())
-    for i, (u, (q, k, v, zq, zk, weigh, keys, vectors)) in enumerate(zip(units, layers, strict=True)):
-        # the rotated key (repeat * width/2 complex rows), and for each head the query that reads it
-        shared = vectors[of].mH @ keys[of]  # (width/2, repeat, C)
-        undo = (vectors[of] / weigh[of, :, None]).repeat_interleave(H // G, 1)  # (width/2, H, repeat)
-        q_rope = torch.einsum("jhm,hjc->hmjc", undo.conj(), zq[:, of]).flatten(1, 2)
-        k_rope = shared.transpose(0, 1).flatten(0, 1)
-        q_rope = torch.cat((q_rope.real, q_rope.imag), 1)  # (H, rope_width, C)
-        k_rope = torch.cat((k_rope.real, k_rope.imag), 0)  # (rope_width, C)
-        rest = zk.clone()
-        rest[:, of] -= ((vectors[of] @ shared) / weigh[of, :, None]).transpose(0, 1)
-        rest *= mean_turn[:, None]
-        k_nope = torch.cat((rest.real, rest.imag, k[:, R:]), 1)  # (G, D, C)
-
-        # the latent: an orthonormal basis of what matters most, and of more if the rank allows
-        both = torch.stack((k_nope, v)).flatten(1, 2)  # (2, G D, C)
-        balanced = both / (u @ both.mT).square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-9)
-        balanced = balanced.flatten(0, 1)
-        second = balanced @ (u.T @ u / len(u)) @ balanced.T
-        principal = torch.linalg.eigh(second)[1].flip(-1)[:, :rank].T @ balanced  # (up to rank, C)
-        basis = torch.linalg.qr(principal.T, mode="complete")[0].T[:rank]
-        basis = torch.cat((basis, basis.new_zeros(rank - len(basis), C)))  # (rank, C)
-        latent = u @ basis.T
-        size = (latent.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()  # what its norm divides by
-        latent /= size
-        target = both.flatten(0, 1)  # (2 G D, C)
-        kv_b = target @ basis.T * size.mean()  # right if the size were the same for all tokens
-        gram = latent.T @ latent
-        gram += 1e-4 * gram.diagonal().mean() * torch.eye(rank)
-        kv_b += torch.linalg.solve(gram, latent.T @ (u @ target.T - latent @ kv_b.T)).T
-        kv_b = kv_b.unflatten(0, (2, G, D)).transpose(0, 1).repeat_interleave(H // G, 0)  # (H, 2, D, rank)
-
+    for i, (layer, u, combinations) in enumerate(zip(model.layers, units, layers, strict=True)):
         prefix = f"layers.{i}.self_attn."
         for name in ("k_proj", "v_proj", "q_norm", "k_norm"):
             weights.pop(f"{prefix}{name}.weight", None)
+        q, k, v = plain_projections(layer, u)  # (H, D, C), (G, D, C), (G, D, C)
+        q_rope, k_rope, k_nope = split_keys(config, k, combinations, turned, repeat, mean_turn)
+        basis, kv_b = factorize_latent(config, k_nope, v, u, rank)
         scale = ((D + rope_width) / D) ** 0.5  # MLA divides scores by the root of the wider key
         new = {
             "q_proj": torch.cat((q, q_rope), 1).flatten(0, 1) * scale,
             "kv_a_proj_with_mqa": torch.cat((basis, k_rope)),
             "kv_a_layernorm": torch.ones(rank),
-            "kv_b_proj": kv_b.flatten(0, 2),
+            "kv_b_proj": kv_b,
         }
         weights |= {f"{prefix}{name}.weight": w.float() for name, w in new.items()}
-        weights[f"layers.{i}.input_layernorm.weight"] = torch.ones(C)  # it is in the projections now
+        weights[f"layers.{i}.input_layernorm.weight"] = torch.ones(config.n_embd)  # in the projections now
     widths = {"kv_lora_rank": rank, "qk_rope_head_dim": rope_width, "qk_rope_repeat": repeat}
     widths |= {"qk_nope_head_dim": D, "v_head_dim": D, "rope_theta": config.rope_theta}
     if width:
         widths["rope_theta"] = config.rope_theta ** (stride * width / R)
     gone = dict.fromkeys(GroupedQueryAttention.KNOBS)
     return replace(config, attention="mla", **gone, **widths), weights
+
+
+def mean_turns(config: GPTConfig) -> Tensor:
+    """Of each frequency, its mean turn (R/2,) over the distances of a context, near ones counting more."""
+    R = config.rotary_dim
+    frequency = config.rope_theta ** -(torch.arange(0, R, 2, dtype=torch.float64) / max(R, 1))  # (R/2,)
+    distance = torch.arange(config.block_size, dtype=torch.float64)
+    turns = torch.exp(-1j * frequency[:, None] * distance)
+    return (turns / (1 + distance)).sum(1) / (1 / (1 + distance)).sum()
+
+
+class Combinations(NamedTuple):
+    """The rotated queries and keys of a layer, and which combinations of its keys matter, by frequency."""
+
+    zq: Tensor  # queries (H, R/2, C)
+    zk: Tensor  # keys (G, R/2, C)
+    weigh: Tensor  # (R/2, G), how much queries look at a key
+    keys: Tensor  # weighed keys (R/2, G, C)
+    energy: Tensor  # of each combination (R/2, G), the largest first
+    vectors: Tensor  # the combinations (R/2, G, G), in the last dimension
+
+
+def key_combinations(config: GPTConfig, layer: nn.Module, u: Tensor) -> Combinations:
+    R, G = config.rotary_dim, config.n_kv_head
+    q, k, _ = plain_projections(layer, u)
+    second = (u.T @ u / len(u)) + 0j  # (C, C)
+    zq, zk = (torch.complex(w[:, : R // 2], w[:, R // 2 : R]) for w in (q, k))  # (heads, R/2, C)
+    energy = torch.einsum("hjc,cd,hjd->hj", zq, second, zq.conj()).real
+    weigh = energy.unflatten(0, (G, -1)).sum(1).sqrt().T + 1e-12  # (R/2, G)
+    keys = weigh[..., None] * zk.transpose(0, 1)  # (R/2, G, C)
+    values, vectors = torch.linalg.eigh(keys @ second @ keys.mH)
+    return Combinations(zq, zk, weigh, keys, values.flip(-1), vectors.flip(-1))
+
+
+def best_stride(config: GPTConfig, layers: list[Combinations], mean_turn: Tensor, width: int, repeat: int):
+    """Every how many-th frequency to turn, so that what is turned has the most energy."""
+    lost = 1 - mean_turn.abs().square()  # share of a frequency's energy that counts only if it is turned
+    kept = dict.fromkeys(range(1, config.rotary_dim // width + 1 if width else 2), 0.0)
+    for layer in layers:
+        for stride in kept:
+            of = torch.arange(width // 2) * stride
+            share = (layer.energy[of, :repeat] * lost[of, None]).sum() / layer.energy.sum().clamp(min=1e-30)
+            kept[stride] += float(share)
+    return max(kept, key=kept.get)
+
+
+def split_keys(
+    config: GPTConfig, k: Tensor, layer: Combinations, turned: Tensor, repeat: int, mean_turn: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rotated query of each head (H, rope_width, C) and the rotated key that all heads share
+    (rope_width, C), and what is left of each head's key (G, D, C).
+    """
+    vectors, weigh = layer.vectors[..., :repeat], layer.weigh
+    shared = vectors[turned].mH @ layer.keys[turned]  # (width/2, repeat, C)
+    undo = (vectors[turned] / weigh[turned, :, None]).repeat_interleave(len(layer.zq) // len(k), 1)
+    q_rope = torch.einsum("jhm,hjc->hmjc", undo.conj(), layer.zq[:, turned]).flatten(1, 2)
+    k_rope = shared.transpose(0, 1).flatten(0, 1)
+    q_rope = torch.cat((q_rope.real, q_rope.imag), 1)
+    k_rope = torch.cat((k_rope.real, k_rope.imag), 0)
+    rest = layer.zk.clone()
+    rest[:, turned] -= ((vectors[turned] @ shared) / weigh[turned, :, None]).transpose(0, 1)
+    rest *= mean_turn[:, None]
+    return q_rope, k_rope, torch.cat((rest.real, rest.imag, k[:, config.rotary_dim :]), 1)
+
+
+def factorize_latent(
+    config: GPTConfig, k_nope: Tensor, v: Tensor, u: Tensor, rank: int
+) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis (rank, C) of what of u (N, C) the latent keeps, and the matrix (H 2 D, rank) that
+    makes keys and values of the latent.
+    """
+    C, H, G, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
+    both = torch.stack((k_nope, v)).flatten(1, 2)  # (2, G D, C)
+    balanced = both / (u @ both.mT).square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-9)
+    balanced = balanced.flatten(0, 1)
+    second = balanced @ (u.T @ u / len(u)) @ balanced.T
+    principal = torch.linalg.eigh(second)[1].flip(-1)[:, :rank].T @ balanced  # (up to rank, C)
+    basis = torch.linalg.qr(principal.T, mode="complete")[0].T[:rank]
+    basis = torch.cat((basis, basis.new_zeros(rank - len(basis), C)))  # (rank, C)
+    latent = u @ basis.T
+    size = (latent.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()  # what its norm divides by
+    latent /= size
+    target = both.flatten(0, 1)  # (2 G D, C)
+    kv_b = target @ basis.T * size.mean()  # right if the size were the same for all tokens
+    gram = latent.T @ latent
+    gram += 1e-4 * gram.diagonal().mean() * torch.eye(rank)
+    kv_b += torch.linalg.solve(gram, latent.T @ (u @ target.T - latent @ kv_b.T)).T
+    kv_b = kv_b.unflatten(0, (2, G, D)).transpose(0, 1).repeat_interleave(H // G, 0)  # (H, 2, D, rank)
+    return basis, kv_b.flatten(0, 2)
 
 
 def attention_inputs(model: GPT, idx: Tensor) -> list[Tensor]:

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 
 from compare import put_into
-from data.mqar import prepare
+from model import GPTConfig
 from nanokv import checkpoint
-from nanokv.config import Config, cli, parse
+from nanokv.config import cli, parse, run_python
 from nanokv.dataset import open_dataset
 from nanokv.plots import pyplot, save, styles_of
 from sample import load_run
-from tools.sweep import run_all
+from tools.sweep import ROOT, run_all
+from train import read_knobs
 
 MODELS = {  # knobs by name: attention and width of a head, or of MLA's latent and rope key
     "mha-32": ["--attention=mha"],
@@ -62,23 +63,25 @@ def data_set(n_pairs: int, folder: Path) -> Path:
     """The folder of examples of n_pairs pairs, made if it is not there."""
     if not (folder / "meta.json").exists():
         sizes = [f"--seq_len={4 * n_pairs}", "--vocab_size=64", "--n_train=80000", "--n_val=1000"]
-        prepare.main([f"--n_pairs={n_pairs}", *sizes, f"--out_dir={folder}"])
+        run_python(
+            [str(ROOT / "data/mqar/prepare.py"), f"--n_pairs={n_pairs}", *sizes, f"--out_dir={folder}"]
+        )
     return folder
 
 
 @torch.inference_mode()
 def accuracy(run_dir: Path) -> float:
     """The share of a run's validation answers whose right value is the model's likeliest token."""
-    config = checkpoint.read_config(run_dir)
     model, _ = load_run(run_dir, device="cpu", dtype="float32", which="last")
+    dataset = open_dataset(checkpoint.read_config(run_dir)["dataset"])
     right = asked = 0
-    for x, y in open_dataset(config.dataset).val_batches(config.block_size, 256):  # (B, T), -1: no answer
+    for x, y in dataset.val_batches(model.config.block_size, 256):  # (B, T), -1: no answer
         found = model(x)[0].argmax(-1)
         right, asked = right + int((found == y).sum()), asked + int((y >= 0).sum())
     return right / asked
 
 
-def table(results: list[tuple[str, Config, dict[int, float]]]) -> str:
+def table(results: list[tuple[str, GPTConfig, dict[int, float]]]) -> str:
     """Markdown: a model a row, a number of pairs a column."""
     lines = [f"| model | cache B/token | {' | '.join(f'{n} pairs' for n in results[0][2])} |"]
     lines.append(f"|---|{'---:|' * (1 + len(results[0][2]))}")
@@ -88,7 +91,7 @@ def table(results: list[tuple[str, Config, dict[int, float]]]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: list[tuple[str, Config, dict[int, float]]], path: Path) -> None:
+def draw(results: list[tuple[str, GPTConfig, dict[int, float]]], path: Path) -> None:
     """Accuracy against cache, a panel for each number of pairs, a line for each attention."""
     plt = pyplot()
     pairs = list(results[0][2])
@@ -120,7 +123,7 @@ def main(argv: list[str]) -> None:
     run_all(runs, out_dir, options.jobs)
     results = []
     for name in MODELS:
-        config = checkpoint.read_config(out_dir / f"{name}-of-{pairs[0]}")
+        config, _ = read_knobs(out_dir / f"{name}-of-{pairs[0]}")
         results.append((name, config, {n: accuracy(out_dir / f"{name}-of-{n}") for n in pairs}))
     results.sort(key=lambda result: result[1].kv_bytes_per_token())
     print(table(results))

@@ -18,10 +18,12 @@ from datetime import timedelta
 from pathlib import Path
 
 from nanokv import checkpoint
-from nanokv.config import UserError, cli, load, parse
+from nanokv.config import UserError, cli, parse
 from nanokv.dataset import open_dataset
+from train import configure, read_knobs
 
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / "train.py"
 ANY_VALUE = {"vocab_size", "init_from", "out_dir", "overwrite", "wandb_run_name"}  # filled in as a run goes
 
 
@@ -60,7 +62,9 @@ def run_all(runs: dict[str, list[str]], out_dir: Path, jobs: int = 0, threads: i
     waiting = [name for name in runs if not is_done(out_dir / name, runs[name])]
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already", flush=True)
-    for dataset in {(config.dataset, config.tokenizer) for config in map(load, map(runs.get, waiting))}:
+    for dataset in {
+        (config.dataset, config.tokenizer) for _, config in map(configure, map(runs.get, waiting))
+    }:
         open_dataset(*dataset)  # prepared once, rather than by several runs at a time
     jobs = jobs or max((os.cpu_count() or 1) // threads, 1)
     running: dict[str, subprocess.Popen] = {}
@@ -98,7 +102,7 @@ def is_done(folder: Path, argv: list[str]) -> bool:
     """Whether the folder holds this run, finished. Raises UserError if it holds one with other values."""
     if not any((folder / name).exists() for name in checkpoint.CHECKPOINTS):
         return False
-    wanted, held = asdict(load(argv)), asdict(checkpoint.read_config(folder))
+    wanted, held = (asdict(a) | asdict(b) for a, b in (configure(argv), read_knobs(folder)))
     for knob in wanted:
         if knob not in ANY_VALUE and wanted[knob] != held[knob]:
             raise UserError(

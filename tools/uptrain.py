@@ -15,7 +15,9 @@ from pathlib import Path
 
 from model import GPTConfig
 from nanokv import checkpoint
-from nanokv.config import Config, UserError, cli, parse
+from nanokv.config import cli, parse, run_python
+from nanokv.metrics import kv_elements_per_token_layer
+from train import TrainConfig, read_knobs
 
 ROOT = Path(__file__).resolve().parents[1]
 OF_A_RUN = {  # knobs that are each run's own, not taken from the source
@@ -40,14 +42,14 @@ def main(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-"):
         argv = [f"--run={argv[0]}", *argv[1:]]
     options = parse(Options, argv, "python -m tools.uptrain RUN [--key=value ...]")
-    source, out = checkpoint.read_config(Path(options.run)), Path(options.out_dir)
+    (model_config, source), out = read_knobs(Path(options.run)), Path(options.out_dir)
     shares = [float(share) for share in options.shares.split(",")]
     targets = {f"{n} key/value heads": ["to-gqa", f"--n_kv_head={n}"] for n in options.n_kv_heads.split(",")}
     targets |= {f"latent of {r}": ["to-mla", f"--kv_lora_rank={r}"] for r in options.kv_lora_ranks.split(",")}
     before = evaluate(options.run, source, options)
+    cached = kv_elements_per_token_layer(model_config)
     print(
-        f"{options.run}: {source.attention}, {cached(source)} numbers cached, val loss {before:.4f}",
-        flush=True,
+        f"{options.run}: {model_config.attention}, {cached} numbers cached, val loss {before:.4f}", flush=True
     )
     rows = []
     for name, command in targets.items():
@@ -64,10 +66,10 @@ def main(argv: list[str]) -> None:
                     "--overwrite=True",
                 ]
             )
-        config = checkpoint.read_config(folder / "converted")
+        config, _ = read_knobs(folder / "converted")
         row = {
             "target": name,
-            "cached": cached(config),
+            "cached": kv_elements_per_token_layer(config),
             "converted": evaluate(folder / "converted", source, options),
         }
         for share in shares:
@@ -92,23 +94,18 @@ def main(argv: list[str]) -> None:
     print(table(rows, before, f"scratch, {shares[-1]:g} %"))
 
 
-def cached(config: GPTConfig) -> int:
-    return config.kv_elements_per_token_layer()
-
-
-def inherited(source: Config) -> list[str]:
+def inherited(source: TrainConfig) -> list[str]:
     """The source's knobs of data and optimizer, as arguments."""
-    model = {field.name for field in fields(GPTConfig)}
-    names = [field.name for field in fields(Config) if field.name not in OF_A_RUN | model]
+    names = [field.name for field in fields(TrainConfig) if field.name not in OF_A_RUN]
     return [f"--{name}={getattr(source, name)}" for name in names]
 
 
-def evaluate(run_dir: str | Path, source: Config, options: Options) -> float:
+def evaluate(run_dir: str | Path, source: TrainConfig, options: Options) -> float:
     knobs = [f"--init_from={run_dir}", "--eval_only=True", f"--eval_iters={options.eval_iters}"]
     return float(run(["train.py", *inherited(source), *knobs]).rsplit("val loss ", 1)[1].split(",")[0])
 
 
-def train(run_dir: Path, source: Config, steps: int, knobs: list[str], options: Options) -> float:
+def train(run_dir: Path, source: TrainConfig, steps: int, knobs: list[str], options: Options) -> float:
     """Val loss after training for `steps` into `run_dir`, where that is not done yet."""
     if not checkpoint.is_finished(run_dir):
         own = [
@@ -123,10 +120,7 @@ def train(run_dir: Path, source: Config, steps: int, knobs: list[str], options: 
 
 
 def run(command: list[str]) -> str:
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{' '.join(command[:2])}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
-    return done.stdout
+    return run_python(command, cwd=ROOT, stdout=subprocess.PIPE)
 
 
 def table(rows: list[dict], before: float, scratch: str) -> str:

@@ -18,7 +18,6 @@ from nanokv.config import UserError, cli, parse
 from nanokv.dataset_writer import Writer, out_dir
 from nanokv.tokenizer import IdsTokenizer
 
-ON_FIRST_USE = True
 ANSWER_BIT = 15
 BATCH = 1000  # examples made at a time
 POWER = 0.01  # of the distribution of distances; Zoology's

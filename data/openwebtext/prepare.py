@@ -9,8 +9,6 @@ if not __package__:
 from nanokv.config import cli
 from nanokv.hub import prepare_streamed
 
-ON_FIRST_USE = False
-
 
 def main(argv: list[str]) -> None:
     prepare_streamed(argv, __file__, repo="Skylion007/openwebtext", revision="refs/convert/parquet")

@@ -16,7 +16,6 @@ from nanokv.config import UserError, cli, parse
 from nanokv.dataset_writer import Flags, Piece, prepare
 
 INPUT = Path(__file__).with_name("input.txt")
-ON_FIRST_USE = True
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 

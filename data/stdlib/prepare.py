@@ -15,7 +15,6 @@ if not __package__:
 from nanokv.config import cli, parse
 from nanokv.dataset_writer import Flags, Piece, prepare, split_of
 
-ON_FIRST_USE = True
 SKIPPED_FOLDERS = {
     *("site-packages", "dist-packages", "__pycache__"),  # not the standard library
     *("test", "tests", "idle_test"),

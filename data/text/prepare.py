@@ -18,7 +18,6 @@ if not __package__:
 from nanokv.config import UserError, cli, parse
 from nanokv.dataset_writer import Flags, Piece, find_files, prepare, split_of
 
-ON_FIRST_USE = False
 READ_BYTES = 1 << 20
 FEW_FILES = 50  # up to so many .txt files are cut in two; more are split file by file
 

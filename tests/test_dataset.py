@@ -295,11 +295,12 @@ def test_unknown_tokenizer():
         open_dataset("stdlib", tokenizer="bite")
 
 
-def bare_root(tmp_path, monkeypatch, *names):
-    """data/ as in a fresh clone."""
-    for name in names:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "prepare.py").touch()
+def bare_root(tmp_path, monkeypatch, name, before=""):
+    """data/ as in a fresh clone, with one set, whose prepare.py first does what `before` says."""
+    (tmp_path / name).mkdir()
+    lines = ["import sys, sysconfig", f"sys.path.insert(0, {str(REPO)!r})", before]
+    lines += ["from nanokv.config import cli", f"from data.{name}.prepare import main", "cli(main)"]
+    (tmp_path / name / "prepare.py").write_text("\n".join(lines))
     monkeypatch.setattr(data, "ROOT", tmp_path)
 
 
@@ -311,13 +312,25 @@ def test_a_missing_set_that_needs_the_network_says_what_to_run(tmp_path, monkeyp
 
 def test_a_set_tokenised_otherwise_is_kept_apart(tmp_path, monkeypatch):
     small_stdlib(tmp_path / "lib", monkeypatch)
-    bare_root(tmp_path, monkeypatch, "stdlib")
+    library = f"sysconfig.get_paths = lambda: {{'stdlib': {str(tmp_path / 'lib')!r}}}"
+    bare_root(tmp_path, monkeypatch, "stdlib", before=library)
     with pytest.raises(UserError, match="not prepared"):
         open_dataset("stdlib", prepare=False)
     assert open_dataset("stdlib", tokenizer="byte").dir == tmp_path / "stdlib" / "byte"
     assert open_dataset("stdlib").meta["tokenizer"] == "bpe"
     assert open_dataset("stdlib", tokenizer="bpe").dir == tmp_path / "stdlib"
     assert open_dataset("stdlib", tokenizer="byte", prepare=False).vocab_size == 257
+
+
+def test_what_a_prepare_script_says_of_a_fault_comes_through_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as one of several ranks sees it
+    bare_root(tmp_path, monkeypatch, "mqar")
+    with pytest.raises(UserError) as fault:
+        open_dataset("mqar", tokenizer="byte")
+    assert str(fault.value) == "command line: unknown key 'tokenizer'; see --help"
+    bare_root(tmp_path / "mqar", monkeypatch, "stdlib", before="raise SystemExit(3)")
+    with pytest.raises(UserError, match="prepare.py --out_dir=.* failed: exit code 3"):
+        open_dataset("stdlib")
 
 
 def test_the_wrong_tokenizer_for_a_folder(tmp_path):

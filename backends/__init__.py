@@ -1,0 +1,98 @@
+"""Faster implementations of the model's maths, attached from outside.
+
+`accelerate` swaps the classes of the modules that a backend knows. Parameters, names, hooks, copies and
+checkpoints stay what they were, and each class computes as model.py does wherever it cannot be faster.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from nanokv.config import UserError
+
+CHOICES = ("auto", "none", "cpu", "cuda")
+_notes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # why nothing was taken
+
+
+class Piece(NamedTuple):
+    """A class of model.py or nanokv, and the subclass that computes the same sooner."""
+
+    name: str
+    pure: type[nn.Module]
+    fast: type[nn.Module]
+    stands_for: tuple[str, ...]  # the functions that `fast` does not call, see fingerprints.py
+
+
+def pieces() -> list[Piece]:
+    from backends import cpu_train
+
+    return [Piece(*piece) for piece in cpu_train.PIECES]
+
+
+def accelerate(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Swap in the faster classes, in place, as NANOKV_BACKEND says: `auto` (the fastest), `none`, `cpu` or
+    `cuda`. Returns the module. Only modules whose type is exactly one that a backend knows are swapped.
+    dtype: of activations, where autocast makes it another than that of the weights.
+
+    Raises UserError for another value of NANOKV_BACKEND.
+    """
+    choice = os.environ.get("NANOKV_BACKEND") or "auto"
+    if choice not in CHOICES:
+        raise UserError(f"NANOKV_BACKEND must be one of {', '.join(CHOICES)}, not {choice!r}")
+    _notes[module] = why_not(module, choice, dtype)
+    if not _notes[module]:
+        swaps = {piece.pure: piece.fast for piece in pieces() if not is_edited(piece)}
+        for part in module.modules():
+            part.__class__ = swaps.get(type(part), type(part))
+    return module
+
+
+def why_not(module: nn.Module, choice: str, dtype: torch.dtype | None) -> str:
+    """Why no class can be swapped; empty if some can."""
+    if choice == "none":
+        return "none: torch"
+    if choice == "cuda":
+        return "cuda: torch (no kernels of this backend yet)"
+    weights = list(module.parameters())
+    if not all(w.is_cpu for w in weights):
+        return f"{weights[0].device.type}: torch"
+    dtypes = {dtype} if dtype else {w.dtype for w in weights} or {torch.float32}
+    if torch.float32 not in dtypes:
+        return "cpu: torch (C computes in fp32 only)"
+    from backends import cpu_library
+
+    reason = cpu_library.why_not()
+    return reason and f"cpu: torch ({reason})"
+
+
+def is_edited(piece: Piece) -> bool:
+    from backends import fingerprints
+
+    return bool(fingerprints.edited(piece.stands_for))
+
+
+def pure(module: nn.Module) -> nn.Module:
+    """Undo `accelerate`, in place. Returns the module."""
+    swaps = {piece.fast: piece.pure for piece in pieces()}
+    for part in module.modules():
+        part.__class__ = swaps.get(type(part), type(part))
+    return module
+
+
+def describe(module: nn.Module) -> str:
+    """One line: which backend computes what, and what was left to torch, and why."""
+    types = {type(part) for part in module.modules()}
+    present = [piece for piece in pieces() if {piece.pure, piece.fast} & types]
+    taken = [piece.name for piece in present if piece.fast in types]
+    left = [piece.name for piece in present if piece.fast not in types and is_edited(piece)]
+    if not taken and (_notes.get(module) or not left):
+        return f"backend {_notes.get(module) or 'none: torch'}"
+    threads = torch.get_num_threads()
+    by_c = f"{', '.join(taken)} in C ({threads} thread{'s' * (threads > 1)})" if taken else ""
+    reasons = [f"{name}: torch (its code was edited)" for name in left]
+    return "backend cpu: " + "; ".join([by_c] * bool(by_c) + reasons)

@@ -1,0 +1,402 @@
+/* One decoding step of a whole model in one call, in fp32: the next token of each row in, final hidden states out.
+
+   What it computes is GPT.hidden of model.py for one token a row over a KVCache: embedding, blocks (grouped-query
+   attention, or MLA in its absorbed form; SwiGLU), final norm. cpu_decode.py fills in the structs below and calls it.
+
+   Why: at batch 1 a step reads each weight once, for one multiplication, so reading bounds it. Through torch it is
+   bound by the number of operators instead: each costs about as much as the arithmetic in it.
+
+   How: one parallel region for the whole step. Every thread runs `decode_step`'s loop over the layers, and the loops
+   marked `omp for` divide their iterations among the threads. A thread waits for the others at the end of such a loop,
+   unless it says `nowait`. Without OpenMP one thread does all of it. The work is divided in the same way at each call
+   with the same number of threads, so results repeat bit for bit.
+
+   Shapes: B batch, C width, H query heads, G key heads, D head width, r latent width, dn dr dv as in model.py. */
+#include "cpu.h"
+#include "cpu_attention.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+enum { MIN_SHARE = 64 }; /* fewest keys that are worth a share of their own */
+
+typedef struct {
+    const float *weight;
+    float eps;
+} norm;
+
+typedef struct { /* one block; what its attention does not have is NULL */
+    norm attention_norm, mlp_norm, q_norm, k_norm, q_a_norm, kv_a_norm;
+    const float *q_a, *q, *k, *v, *kv_a, *kv_b, *o; /* q: q_proj, or q_b_proj after q_a */
+    const float *gate, *up, *down;
+    float *keys, *values; /* its cache: (B, G, slots, D) each; for MLA both are [c | k_rope] (B, slots, r + dr) */
+    long inner, slots, window, sinks;
+} layer;
+
+typedef struct {
+    const float *embedding; /* (V, C) */
+    norm final_norm;
+    const layer *layers;
+    const float *frequency; /* (rope / 2) RoPE's, in radians a token */
+    int64_t *lengths;       /* (B) tokens that the cache holds of each row */
+    float *scratch;         /* decode_scratch(m) numbers */
+    long n_layer, batch, width, vocab, heads, groups, max_len, endless;
+    long head, rope;             /* width of a head's query; how much of it RoPE rotates */
+    long rank, q_rank, nope, dv; /* of MLA only: r, width of the query's latent or 0, dn, dv */
+    long threads;
+    float scale;                 /* of scores */
+} model;
+
+/* Intermediate results, in m->scratch. "packed": what matrix products read at B > 1, see `pack`. */
+typedef struct {
+    float *x, *q, *k, *v, *q_latent, *mixed, *context, *out, *cosine, *sine, *rms, *packed, *inner, *parts;
+    float *own;    /* of each thread, `own_size` apart: a normalized row, then a group's queries, then `p` and so on */
+    long own_size; /* numbers */
+    long size;     /* of all of them, in numbers */
+} buffers;
+
+static long thread_number(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+static long max2(long a, long b) { return a > b ? a : b; }
+
+/* Widths of the keys and values that attention reads: those of a head, or for MLA those of the latent. */
+static long key_width(const model *m) { return m->rank ? m->rank + m->rope : m->head; }
+static long value_width(const model *m) { return m->rank ? m->rank : m->head; }
+static long widest_input(const model *m) {
+    return max2(m->width, max2(m->q_rank, m->heads * (m->rank ? m->dv : m->head)));
+}
+
+/* The next n numbers of the scratch memory. They begin a cache line, so that threads do not share one. */
+static float *take(const model *m, buffers *s, long n) {
+    float *begin = m->scratch ? m->scratch + s->size : NULL;
+    s->size += whole_columns(n);
+    return begin;
+}
+
+static buffers divide_scratch(const model *m) {
+    buffers s = {0};
+    long B = m->batch, H = m->heads, kv = m->rank ? m->rank + m->rope : m->groups * m->head, inner = 0;
+    long queries = H / m->groups, d = key_width(m), dv = value_width(m);
+    for (long i = 0; i < m->n_layer; i++) inner = max2(inner, m->layers[i].inner);
+    s.x = take(m, &s, B * m->width), s.q = take(m, &s, B * H * m->head), s.k = take(m, &s, B * kv);
+    s.v = take(m, &s, B * kv), s.q_latent = take(m, &s, B * m->q_rank), s.mixed = take(m, &s, m->rank ? B * H * d : 0);
+    s.context = take(m, &s, m->rank ? B * H * dv : 0), s.out = take(m, &s, B * H * (m->rank ? m->dv : m->head));
+    s.cosine = take(m, &s, B * m->rope), s.sine = take(m, &s, B * m->rope), s.rms = take(m, &s, B);
+    s.packed = take(m, &s, whole_columns(B) * widest_input(m)), s.inner = take(m, &s, whole_columns(B) * inner);
+    s.parts = take(m, &s, m->threads > 1 ? B * m->groups * m->threads * queries * (dv + 2) : 0);
+    s.own_size = whole_columns(max2(widest_input(m), queries * (d + BLOCK + 3)));
+    s.own = take(m, &s, s.own_size * m->threads);
+    return s;
+}
+
+/* How many numbers a step of m needs as scratch memory. */
+long decode_scratch(const model *m) { return divide_scratch(m).size; }
+
+/* x (B, n), times the weight and each row's 1 / rms if there is a weight, in the order in which `project` reads it:
+   (B / COLUMNS, n, COLUMNS), so that one number of all 16 rows makes two vectors. The last row fills the columns left. */
+static void pack(const float *x, const float *rms, const float *weight, float *y, long batch, long n) {
+#pragma omp for schedule(static)
+    for (long i = 0; i < n; i++)
+        for (long c = 0; c < batch; c += COLUMNS)
+            for (long u = 0; u < COLUMNS; u++) {
+                long b = min2(c + u, batch - 1);
+                y[c * n + i * COLUMNS + u] = x[b * n + i] * (weight ? rms[b] * weight[i] : 1);
+            }
+}
+
+/* RMSNorm of each row of x (B, n), as `project` reads it. With one row each thread makes its own copy: that is quicker
+   than to wait for one thread's. */
+static const float *normalize(const model *m, const buffers *s, const float *x, const norm *w, long n) {
+    if (m->batch == 1) {
+        float *y = s->own + thread_number() * s->own_size;
+        norm_row(x, w->weight, y, n, w->eps);
+        return y;
+    }
+#pragma omp for schedule(static)
+    for (long b = 0; b < m->batch; b++) s->rms[b] = 1 / sqrtf(dot(x + b * n, x + b * n, n) / n + w->eps);
+    pack(x, s->rms, w->weight, s->packed, m->batch, n);
+    return s->packed;
+}
+
+/* y = x W^T, or plus + x W^T: x (B, n), packed if B > 1; w (rows, n); y and plus (B, rows). Threads do not wait at its
+   end, so that several products of one x can follow each other; the caller puts a barrier behind the last. */
+static void project(long batch, const float *w, const float *x, const float *plus, float *y, long rows, long n) {
+    if (batch == 1) {
+#pragma omp for schedule(static) nowait
+        for (long r = 0; r < rows; r++) y[r] = (plus ? plus[r] : 0) + dot(w + r * n, x, n);
+        return;
+    }
+#pragma omp for schedule(static) nowait
+    for (long r = 0; r < rows; r += ROWS)
+        for (long c = 0; c < batch; c += COLUMNS) {
+            float sums[ROWS][COLUMNS];
+            tile(w + r * n, n, 1, rows - r, x + c * n, COLUMNS, n, sums[0], COLUMNS, 0);
+            for (long b = c; b < batch && b < c + COLUMNS; b++)
+                for (long i = r; i < rows && i < r + ROWS; i++)
+                    y[b * rows + i] = (plus ? plus[b * rows + i] : 0) + sums[i - r][b - c];
+        }
+}
+
+/* y = silu(gate x) * up x, packed as x is: a tile of a product has that order already. */
+static void gate_up(const layer *l, const float *x, float *y, long batch, long n) {
+    const float *gate = l->gate, *up = l->up;
+    if (batch == 1) {
+#pragma omp for schedule(static)
+        for (long r = 0; r < l->inner; r += LANES) {
+            float g[LANES] = {0}, u[LANES] = {0};
+            for (long i = 0; i < LANES && r + i < l->inner; i++)
+                g[i] = dot(gate + (r + i) * n, x, n), u[i] = dot(up + (r + i) * n, x, n);
+            gated(g, u, NULL, y + r, NULL, l->inner - r);
+        }
+        return;
+    }
+#pragma omp for schedule(static)
+    for (long r = 0; r < l->inner; r += ROWS)
+        for (long c = 0; c < batch; c += COLUMNS) {
+            float g[ROWS][COLUMNS], u[ROWS][COLUMNS], *out = y + c * l->inner + r * COLUMNS;
+            tile(gate + r * n, n, 1, l->inner - r, x + c * n, COLUMNS, n, g[0], COLUMNS, 0);
+            tile(up + r * n, n, 1, l->inner - r, x + c * n, COLUMNS, n, u[0], COLUMNS, 0);
+            for (long i = 0; i < ROWS * COLUMNS && r * COLUMNS + i < l->inner * COLUMNS; i += LANES)
+                gated(g[0] + i, u[0] + i, NULL, out + i, NULL, LANES);
+        }
+}
+
+/* x += down_proj(silu(gate_proj h) * up_proj h), h = norm(x). */
+static void mlp(const model *m, const layer *l, const buffers *s) {
+    gate_up(l, normalize(m, s, s->x, &l->mlp_norm, m->width), s->inner, m->batch, m->width);
+    project(m->batch, l->down, s->inner, s->x, s->x, m->width, l->inner);
+#pragma omp barrier
+}
+
+/* In how many shares to cut the keys of each of `groups` key heads, so that no thread is idle for long: the smallest
+   number from which no other takes a tenth off the work of the busiest thread. */
+static long count_shares(long groups, long keys, long threads) {
+    long best = 1;
+    for (long n = 2; n <= threads && n * MIN_SHARE <= keys; n++) {
+        long most = (groups * n + threads - 1) / threads, now = (groups * best + threads - 1) / threads;
+        if (10 * most * best < 9 * now * n) best = n;
+    }
+    return best;
+}
+
+/* The slot of the token at position p. The slots behind the sinks are a ring. */
+static long slot_of(const layer *l, long p) {
+    long ring = max2(l->slots - l->sinks, 1);
+    return p < l->sinks ? p : p - (p - l->sinks) / ring * ring;
+}
+
+/* How many shares this layer's attention is cut in; all rows have the same number. */
+static long shares_of(const model *m, const layer *l) {
+    long most = 0;
+    for (long b = 0; b < m->batch; b++) most = max2(most, min2(m->lengths[b] + 1, l->slots));
+    return count_shares(m->batch * m->groups, most, m->threads);
+}
+
+/* The first of the keys in a share of row b, and how many there are: none if it has few keys. */
+static long first_key(const model *m, const layer *l, long b, long share, long shares, long *count) {
+    long keys = min2(m->lengths[b] + 1, l->slots), each = ((keys + shares - 1) / shares + BLOCK - 1) / BLOCK * BLOCK;
+    *count = min2(max2(keys - share * each, 0), each);
+    return share * each;
+}
+
+/* Attention of the queries q (H / G, d) of group g in row b to one share of its keys. If it is the only one, the
+   result goes to y (B, H, dv), else to parts, for `combine`. */
+static void attend(const model *m, const layer *l, const buffers *s, const float *q, float *y, long b, long g,
+                   long share, long shares) {
+    long n = m->heads / m->groups, d = key_width(m), dv = value_width(m), group = b * m->groups + g, count;
+    long first = first_key(m, l, b, share, shares, &count), at = (group * l->slots + first) * d;
+    float *own = s->own + thread_number() * s->own_size + n * d, *sum = own + n * (BLOCK + 1), *top = sum + n;
+    float *part = s->parts + (group * shares + share) * n * (dv + 2), *out = y + group * n * dv;
+    if (shares > 1) out = part, sum = part + n * dv, top = sum + n;
+    share_of_softmax(q, l->keys + at, l->values + at, out, sum, top, own, n, count, d, dv, d, m->scale);
+    if (shares == 1)
+        for (long i = 0; i < n * dv; i++) out[i] /= sum[i / dv];
+}
+
+/* y (B, H, dv) from the shares of each softmax ("Flash-Decoding", Dao et al. 2023). */
+static void combine(const model *m, const buffers *s, float *y, long shares) {
+    long n = m->heads / m->groups, dv = value_width(m), size = n * (dv + 2);
+#pragma omp for schedule(static)
+    for (long row = 0; row < m->batch * m->heads; row++) {
+        const float *parts = s->parts + row / n * shares * size, *sums = parts + n * dv + row % n, *tops = sums + n;
+        float best = -FLT_MAX, sum = 0, *out = y + row * dv;
+        for (long i = 0; i < shares; i++) best = fmaxf(best, tops[i * size]);
+        memset(out, 0, dv * sizeof(float));
+        for (long i = 0; i < shares; i++) {
+            const float *part = parts + i * size + row % n * dv, weight = expf(tops[i * size] - best);
+            sum += weight * sums[i * size];
+            for (long c = 0; c < dv; c++) out[c] += weight * part[c];
+        }
+        for (long c = 0; c < dv; c++) out[c] /= sum;
+    }
+}
+
+/* x += o_proj(out) */
+static void project_out(const model *m, const layer *l, const buffers *s, long n) {
+    if (m->batch > 1) pack(s->out, NULL, NULL, s->packed, m->batch, n);
+    project(m->batch, l->o, m->batch > 1 ? s->packed : s->out, s->x, s->x, m->width, n);
+#pragma omp barrier
+}
+
+/* The head at x of row b: qk_norm if it has one, then RoPE. */
+static void norm_and_rotate(const model *m, const buffers *s, const norm *w, float *x, long b, long rows) {
+    if (w->weight)
+        for (long i = 0; i < rows; i++) norm_row(x + i * m->head, w->weight, x + i * m->head, m->head, w->eps);
+    rotate(x, s->cosine + b * m->rope, s->sine + b * m->rope, rows, m->head, m->rope, 1);
+}
+
+/* x += GroupedQueryAttention(norm(x)). A share's queries are made by the thread that needs them; the new key and value
+   are stored by the one whose share they are in, which alone reads them. */
+static void grouped_query(const model *m, const layer *l, const buffers *s) {
+    long n = m->heads / m->groups, d = m->head, shares = shares_of(m, l);
+    const float *h = normalize(m, s, s->x, &l->attention_norm, m->width);
+    project(m->batch, l->q, h, NULL, s->q, m->heads * d, m->width);
+    project(m->batch, l->k, h, NULL, s->k, m->groups * d, m->width);
+    project(m->batch, l->v, h, NULL, s->v, m->groups * d, m->width);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (long t = 0; t < m->batch * m->groups * shares; t++) {
+        long group = t / shares, b = group / m->groups, slot = slot_of(l, m->lengths[b]), count;
+        long first = first_key(m, l, b, t % shares, shares, &count);
+        float *q = s->own + thread_number() * s->own_size, *k = s->k + group * d;
+        memcpy(q, s->q + group * n * d, n * d * sizeof(float));
+        norm_and_rotate(m, s, &l->q_norm, q, b, n);
+        if (first <= slot && slot < first + count) {
+            norm_and_rotate(m, s, &l->k_norm, k, b, 1);
+            memcpy(l->keys + (group * l->slots + slot) * d, k, d * sizeof(float));
+            memcpy(l->values + (group * l->slots + slot) * d, s->v + group * d, d * sizeof(float));
+        }
+        attend(m, l, s, q, s->out, b, group % m->groups, t % shares, shares);
+    }
+    if (shares > 1) combine(m, s, s->out, shares);
+    project_out(m, l, s, m->heads * d);
+}
+
+/* The queries that attend to latents, mixed (B, H, r + dr) = [q_nope W_uk | RoPE(q_rope)], 32 columns at a time. In
+   kv_b are each head's W_uk (dn, r) and W_uv (dv, r). */
+static void absorb_queries(const model *m, const layer *l, const buffers *s) {
+    long wide = key_width(m), r = m->rank, blocks = (r + BLOCK - 1) / BLOCK + 1;
+#pragma omp for schedule(static)
+    for (long t = 0; t < m->heads * blocks; t++) {
+        long h = t / blocks, c = t % blocks * BLOCK, n = min2(r - c, BLOCK);
+        const float *w_uk = l->kv_b + h * (m->nope + m->dv) * r + c;
+        for (long b = 0; b < m->batch; b++) {
+            const float *q = s->q + (b * m->heads + h) * m->head;
+            float *y = s->mixed + (b * m->heads + h) * wide;
+            if (t % blocks == blocks - 1) { /* one more than the columns need */
+                memcpy(y + r, q + m->nope, m->rope * sizeof(float));
+                rotate(y + r, s->cosine + b * m->rope, s->sine + b * m->rope, 1, 0, m->rope, 1);
+            } else if (n == BLOCK) {
+                vec sums[BLOCK / LANES] = {{0}};
+                for (long j = 0; j < m->nope; j++)
+                    for (long u = 0; u < BLOCK / LANES; u++) sums[u] += q[j] * load(w_uk + j * r + u * LANES);
+                for (long u = 0; u < BLOCK / LANES; u++) store(y + c + u * LANES, sums[u]);
+            } else {
+                memset(y + c, 0, n * sizeof(float));
+                for (long j = 0; j < m->nope; j++)
+                    for (long i = 0; i < n; i++) y[c + i] += q[j] * w_uk[j * r + i];
+            }
+        }
+    }
+}
+
+/* x += MultiHeadLatentAttention(norm(x)) in its absorbed form: all heads attend to the latents in the cache. */
+static void multi_head_latent(const model *m, const layer *l, const buffers *s) {
+    long wide = key_width(m), r = m->rank, rows = m->heads * m->dv, shares = shares_of(m, l);
+    const float *h = normalize(m, s, s->x, &l->attention_norm, m->width);
+    project(m->batch, l->kv_a, h, NULL, s->k, wide, m->width);
+    if (m->q_rank) {
+        project(m->batch, l->q_a, h, NULL, s->q_latent, m->q_rank, m->width);
+#pragma omp barrier
+        h = normalize(m, s, s->q_latent, &l->q_a_norm, m->q_rank);
+    }
+    project(m->batch, l->q, h, NULL, s->q, m->heads * m->head, m->q_rank ? m->q_rank : m->width);
+#pragma omp barrier
+#pragma omp for schedule(static) nowait
+    for (long b = 0; b < m->batch; b++) { /* [c | k_rope] to the cache */
+        float *own = s->k + b * wide;
+        norm_row(own, l->kv_a_norm.weight, own, r, l->kv_a_norm.eps);
+        rotate(own + r, s->cosine + b * m->rope, s->sine + b * m->rope, 1, 0, m->rope, 1);
+        memcpy(l->keys + (b * l->slots + slot_of(l, m->lengths[b])) * wide, own, wide * sizeof(float));
+    }
+    absorb_queries(m, l, s);
+#pragma omp for schedule(static)
+    for (long t = 0; t < m->batch * shares; t++)
+        attend(m, l, s, s->mixed + t / shares * m->heads * wide, s->context, t / shares, 0, t % shares, shares);
+    if (shares > 1) combine(m, s, s->context, shares);
+#pragma omp for schedule(static)
+    for (long i = 0; i < rows; i++) { /* W_uv: from the mean latents to values */
+        long head = i / m->dv;
+        const float *w_uv = l->kv_b + (head * (m->nope + m->dv) + m->nope + i % m->dv) * r;
+        for (long b = 0; b < m->batch; b++)
+            s->out[b * rows + i] = dot(w_uv, s->context + (b * m->heads + head) * r, r);
+    }
+    project_out(m, l, s, rows);
+}
+
+/* x = the tokens' embeddings, and the angles of RoPE at their positions. The product of position and frequency is
+   rounded to fp32 as in model.rope_angles. */
+static void begin(const model *m, const buffers *s, const int64_t *ids, long step) {
+    long half = m->rope / 2;
+#pragma omp for schedule(static)
+    for (long b = 0; b < m->batch; b++) {
+        float *cosine = s->cosine + b * m->rope, *sine = s->sine + b * m->rope;
+        memcpy(s->x + b * m->width, m->embedding + ids[b * step] * m->width, m->width * sizeof(float));
+        for (long i = 0; i < half; i++) {
+            float angle = (float)m->lengths[b] * m->frequency[i];
+            cosine[i] = cosine[i + half] = cosf(angle), sine[i + half] = sinf(angle), sine[i] = -sine[i + half];
+        }
+    }
+}
+
+/* Whether this step can be taken here: each id is a token, there is room for it, and its query sees every key that a
+   layer holds, so that no mask is needed. */
+static int can_step(const model *m, const int64_t *ids, long step) {
+    for (long b = 0; b < m->batch; b++) {
+        if (ids[b * step] < 0 || ids[b * step] >= m->vocab) return 0;
+        if (m->lengths[b] < 0 || (m->lengths[b] >= m->max_len && !m->endless)) return 0;
+        for (const layer *l = m->layers; l < m->layers + m->n_layer; l++)
+            if (l->window && min2(m->lengths[b] + 1, l->slots) > l->sinks + l->window) return 0;
+    }
+    return 1;
+}
+
+/* One step of m: token ids (B), `step` apart -> hidden states (B, C); the cache then holds a token more of each row.
+   Returns 1 if it could not do it, and has then changed nothing, else 0. */
+int decode_step(const model *m, const int64_t *ids, long step, float *hidden) {
+    if (!can_step(m, ids, step)) return 1;
+    const buffers s = divide_scratch(m);
+#pragma omp parallel num_threads(m->threads)
+    {
+        begin(m, &s, ids, step);
+        for (const layer *l = m->layers; l < m->layers + m->n_layer; l++) {
+            m->rank ? multi_head_latent(m, l, &s) : grouped_query(m, l, &s);
+            mlp(m, l, &s);
+        }
+#pragma omp for schedule(static)
+        for (long b = 0; b < m->batch; b++)
+            norm_row(s.x + b * m->width, m->final_norm.weight, hidden + b * m->width, m->width, m->final_norm.eps);
+    }
+    for (long b = 0; b < m->batch; b++) m->lengths[b]++;
+    return 0;
+}
+
+/* y (B, rows) = x W^T for few rows of x (B, n), by `threads` threads. Returns 1 if there is no memory, else 0. */
+int few_rows_linear(const float *w, const float *x, float *y, long batch, long rows, long n, long threads) {
+    (void)threads; /* not used without OpenMP */
+    float *packed = batch > 1 ? malloc(whole_columns(batch) * n * sizeof(float)) : NULL;
+    if (batch > 1 && !packed) return 1;
+#pragma omp parallel num_threads(threads)
+    {
+        if (batch > 1) pack(x, NULL, NULL, packed, batch, n);
+        project(batch, w, batch > 1 ? packed : x, NULL, y, rows, n);
+    }
+    free(packed);
+    return 0;
+}

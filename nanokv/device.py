@@ -1,0 +1,77 @@
+"""The machine: which device and dtype a run computes on, and how its memory is kept."""
+
+import ctypes
+import re
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+
+from nanokv import distributed as parallel
+from nanokv.config import UserError
+
+DEVICES = r"auto|cpu|mps|cuda(:[0-9]{1,2})?"
+
+
+def check_device_name(name: str) -> None:
+    """Raises UserError if `name` is no value of a `device` knob."""
+    if not re.fullmatch(DEVICES, name):
+        raise UserError(f"unknown device {name!r}; it is auto, cpu, cuda, cuda:N or mps")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a `device` knob names. Raises UserError if this machine has no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    check_device_name(name)
+    device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("this machine or this build of PyTorch has no device mps; use --device=auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"this machine or this build of PyTorch has no device {name}; use --device=auto")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a `dtype` knob names; auto: bfloat16 where the hardware computes in it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # AVX512-BF16 or AMX; without them bfloat16 is emulated, slower than float32
+        fast = device.type == "cpu" and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+    return torch.bfloat16 if fast else torch.float32
+
+
+class Hardware(NamedTuple):
+    """What this rank computes on."""
+
+    device: torch.device
+    dtype: torch.dtype  # of activations
+    compile: bool
+
+    def autocast(self) -> AbstractContextManager:
+        exact = self.dtype == torch.float32
+        return nullcontext() if exact else torch.autocast(self.device.type, self.dtype)
+
+
+def pick_hardware(device: str, dtype: str, compile: bool | str) -> Hardware:
+    """What the knobs `device`, `dtype` and `compile` stand for on this rank of this machine."""
+    own = parallel.own_device(pick_device(device))
+    # on a CPU compiling takes longer than it saves in a run of minutes
+    return Hardware(own, pick_dtype(dtype, own), own.type == "cuda" if compile == "auto" else compile)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed instead of returning it to the kernel, to be faulted in again every step.
+
+    Without it a step on a CPU is some 5 to 10 % slower. Does nothing where there is no glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, 2**31 - 1)
