@@ -2,13 +2,14 @@
 # make compare the picture and the table of the README: quality against cache, resumable
 # make recall  what a small cache forgets: recall against cache, resumable
 # make test    the test suite
+# make machines  the test suite as on other machines: without C, and where `auto` is bfloat16
 # make lint    ruff
 
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= config/mla.py
 
-.PHONY: train compare recall test lint clean
+.PHONY: train compare recall test machines lint clean
 
 train: .venv/run
 	$(BIN)/python train.py $(CONFIG) $(ARGS)
@@ -23,6 +24,11 @@ recall: .venv/run
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q -n 2 --dist=loadfile
+
+machines: .venv/dev
+	NANOKV_BACKEND=none $(BIN)/python -m pytest -q -n 2 --dist=loadfile
+	PYTHONPATH=tests/bf16_machine $(BIN)/python -m pytest -q -n 2 --dist=loadfile
+	CC=/bin/false XDG_CACHE_HOME=/nonexistent $(BIN)/python -m pytest -q -n 2 --dist=loadfile -m "not slow"
 
 lint: .venv/dev
 	$(BIN)/ruff check .
