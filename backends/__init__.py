@@ -29,9 +29,9 @@ class Piece(NamedTuple):
 
 
 def pieces() -> list[Piece]:
-    from backends import cpu_train
+    from backends import cpu_decode, cpu_train
 
-    return [Piece(*piece) for piece in cpu_train.PIECES]
+    return [Piece(*piece) for piece in (*cpu_train.PIECES, *cpu_decode.PIECES)]
 
 
 def accelerate(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from backends.torch_private import plain_operators
 
 SOURCES = sorted(Path(__file__).parent.glob("cpu*.[ch]"))
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"]
@@ -33,6 +34,9 @@ SIGNATURES = {
     "cross_entropy": [P] * 3 + [N] * 2,
     "causal": [P] * 5 + [N] * 6 + [R],
     "causal_backward": [P] * 9 + [N] * 6 + [R],
+    "decode_scratch": [P],
+    "decode_step": [P] * 2 + [N, P],
+    "few_rows_linear": [P] * 3 + [N] * 4,
 }
 WITHOUT_RESULT = ("rms_norm", "swiglu", "cross_entropy")
 
@@ -66,6 +70,7 @@ def load() -> tuple[ctypes.CDLL | None, str, int]:
             getattr(lib, name).argtypes = types
         for name in WITHOUT_RESULT:
             getattr(lib, name).restype = None
+        lib.decode_scratch.restype = N
     except (OSError, Unusable) as error:
         return None, str(error), os.getpid()
     except AttributeError as error:
@@ -118,13 +123,10 @@ def compile_to(path: Path) -> None:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether C functions may compute with these now: numbers in fp32 on the CPU, where nothing compiles,
-    traces, transforms or watches the operators of torch, or wants another precision.
+    """Whether C functions may compute with these now: numbers in fp32 on the CPU, and nothing compiles, traces,
+    transforms or watches the operators of torch, or wants another precision.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
-        return False
-    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    if modes or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if not plain_operators():
         return False
     for t in tensors:
         plain = type(t) in (Tensor, torch.nn.Parameter)  # a subclass may have no memory of its own

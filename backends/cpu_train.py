@@ -12,25 +12,31 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
+from backends.cpu_decode import IMPORTED, CpuGPT, torch_functions
 from backends.cpu_library import N, P, call, takes
+from backends.cpu_structs import CannotDecode, check
 from backends.fingerprints import is_known
 from model import GPT, MLP, Attend, Linear, RMSNorm
 from nanokv.loss import LanguageModelLoss
 
 COLUMNS, LONGEST = 16, 1024  # attention's widths are multiples of it; most tokens, so that scores stay cached
 LOGITS = 1 << 20  # at a time, to stay in the cache; but at least 256 rows
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+CROSS_ENTROPY = F.cross_entropy
 
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether it is a Linear that computes x weight^T, and nobody watches."""
-    own = vars(linear)
-    if type(linear) is not Linear or Linear.forward is not nn.Linear.forward or linear.bias is not None:
+    try:
+        return check(linear, Linear).bias is None and Linear.forward is nn.Linear.forward
+    except CannotDecode:
         return False
-    watched = "forward" in own or own.get("_compiled_call_impl") or any(own[hooks] for hooks in HOOKS)
-    return not watched and not _has_any_global_hook()
+
+
+def unpatched(name: str, function: Callable) -> bool:
+    """Whether the function is that which its class here stands for, and torch's are torch's."""
+    torch_is = torch_functions() == IMPORTED and F.cross_entropy is CROSS_ENTROPY
+    return torch_is and is_known(name, function)
 
 
 def differentiable(pure: Callable, ctx, inputs: tuple, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -43,7 +49,7 @@ def differentiable(pure: Callable, ctx, inputs: tuple, grad: Tensor) -> tuple[Te
 class CpuRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         fits = takes(x, self.weight) and self.weight.shape == x.shape[-1:]
-        if fits and is_known("model.RMSNorm.forward", RMSNorm.forward):
+        if fits and unpatched("model.RMSNorm.forward", RMSNorm.forward):
             return Norm.apply(x, self.weight, self.eps)
         return super().forward(x)
 
@@ -80,7 +86,7 @@ def as_rows(x: Tensor) -> Tensor:
 class CpuAttend(Attend):
     def forward(self, q: Tensor, k, v, mask=None, cache=None, key_factor=None) -> Tensor:
         plain = mask is None and key_factor is None and not (self.training and self.dropout)
-        if plain and takes(q, k, v) and is_known("model.Attend.forward", Attend.forward):
+        if plain and takes(q, k, v) and unpatched("model.Attend.forward", Attend.forward):
             (B, H, T, D), G = q.shape, k.size(1)
             fits = k.shape == (B, G, T, D) and v.shape[:3] == (B, G, T) and H % G == 0 and self.scale > 0
             whole = D % COLUMNS == v.size(-1) % COLUMNS == 0 and T <= LONGEST
@@ -131,7 +137,7 @@ def call_strided(name: str, tensors: tuple[Tensor, ...], logs: Tensor, *numbers:
 class CpuMLP(MLP):
     def forward(self, x: Tensor) -> Tensor:
         children = self.gate_proj, self.up_proj, self.down_proj
-        if all(is_plain(child) for child in children) and is_known("model.MLP.forward", MLP.forward):
+        if all(is_plain(child) for child in children) and unpatched("model.MLP.forward", MLP.forward):
             gate, up, down = weights = [child.weight for child in children]
             shapes = (gate.size(0), x.size(-1)), (gate.size(0), x.size(-1)), (x.size(-1), gate.size(0))
             if takes(x, *weights) and tuple(w.shape for w in weights) == shapes:
@@ -177,8 +183,8 @@ def halves(wide: Tensor) -> tuple[Tensor, Tensor]:
 class CpuLanguageModelLoss(LanguageModelLoss):
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         weight = head_weight(self.model)
-        known = is_known("nanokv.loss.LanguageModelLoss.cross_entropy", LanguageModelLoss.cross_entropy)
-        known = known and is_known("nanokv.loss.LanguageModelLoss.total", LanguageModelLoss.total)
+        known = unpatched("nanokv.loss.LanguageModelLoss.cross_entropy", LanguageModelLoss.cross_entropy)
+        known = known and unpatched("nanokv.loss.LanguageModelLoss.total", LanguageModelLoss.total)
         if weight is not None and known and type(self).total is LanguageModelLoss.total:
             fits = takes(hidden, weight) and hidden.size(1) == weight.size(1)
             if fits and are_tokens(targets, len(hidden), len(weight)):
@@ -189,9 +195,12 @@ class CpuLanguageModelLoss(LanguageModelLoss):
 
 def head_weight(model: nn.Module) -> Tensor | None:
     """The matrix (V, C) that makes logits of hidden states; None where the head is more than a matrix."""
-    if "head" in vars(model) or getattr(type(model), "head", None) is not GPT.head:
-        return None
-    if not is_known("model.GPT.head", GPT.head):
+    head = getattr(type(model), "head", None)
+    if (
+        "head" in vars(model)
+        or head not in (GPT.head, CpuGPT.head)
+        or not unpatched("model.GPT.head", GPT.head)
+    ):
         return None
     if model.config.tie_embeddings:
         return model.embed_tokens.weight

@@ -33,12 +33,16 @@ STATES = find(PRIVATE)
 
 
 def plain_eager() -> bool:
-    """Whether operators on the CPU run now, once and as they are: no gradients, autocast, tracing, compiling,
-    function or dispatch modes, functorch transforms, or hooks on all modules. Takes about a microsecond.
+    """Whether operators on the CPU run as in `plain_operators`, and nothing records gradients."""
+    return not torch.is_grad_enabled() and plain_operators()
+
+
+def plain_operators() -> bool:
+    """Whether operators on the CPU run now, once and as they are: no autocast, tracing, compiling, function or
+    dispatch modes, functorch transforms, forward-mode gradients, or hooks on all modules. Takes a microsecond.
     """
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or STATES is None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or STATES is None:
         return False
     if getattr(forward_ad, "_current_level", 0) >= 0:  # -1 outside of forward-mode differentiation
         return False
-    states = [state() for state in STATES]
-    return not (any(states) or torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return not (torch.is_autocast_enabled("cpu") or any([state() for state in STATES]))

@@ -145,7 +145,7 @@ def make_optimizers(
     """
     embedding, heads, matrices, vectors = [], [], defaultdict(list), []
     row_groups = {
-        module.weight: getattr(module, "row_groups", getattr(module, "parts", ()))
+        module.weight: getattr(module, "row_groups", ())
         for module in model.modules()
         if isinstance(module, nn.Linear)
     }

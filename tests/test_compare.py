@@ -193,13 +193,13 @@ def test_names_in_the_picture_do_not_overlap(tmp_path):
     axes.set_xscale("log", base=2)
     axes.plot([row["kv_cache/bytes_per_token"] for row in rows], [row["best/val_bpb"] for row in rows], "o")
     axes.legend(["runs"])
-    compare.name_points(figure, axes, rows, "best/val_bpb")
+    plots.name_points(figure, axes, rows, "best/val_bpb")
     boxes = [text.get_window_extent().extents for text in axes.texts]
     frame = axes.get_window_extent().extents
     assert len(boxes) == len(shapes)
     for i, box in enumerate(boxes):
-        assert compare.overlap(box, frame) == pytest.approx(compare.overlap(box, box))
-        assert all(compare.overlap(box, other) == 0 for other in boxes[:i])
+        assert plots.overlap(box, frame) == pytest.approx(plots.overlap(box, box))
+        assert all(plots.overlap(box, other) == 0 for other in boxes[:i])
     plt.close(figure)
 
 
