@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from contextlib import suppress
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -235,13 +236,19 @@ def checkout(corpus, tmp_path_factory) -> Path:
     small += 'max_iters = 6\neval_interval = 6\nsample_tokens = 8\nwarmup_iters = 2\ndevice = "cpu"\n'
     with open(root / "config/gta.py", "a") as file:
         file.write(small)
+    runs = root / "config/gta.txt"
+    runs.write_text("".join(runs.read_text("utf-8").splitlines(keepends=True)[:2]), "utf-8")
     return root
 
 
 def run(words: list[str], root: Path) -> str:
-    """Standard output of a command, which must succeed; without the compiler's cache of other tests."""
+    """Standard output of a command, which must succeed."""
     module = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[words[0]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [
+        file for word in words for file in (sorted(glob(word, root_dir=root)) if "*" in word else [word])
+    ]
+    words += ["--tokens=256"] if "tools.bench" in words else []
     done = subprocess.run(
         [sys.executable, *module, *words[1:]], cwd=root, env=environment, capture_output=True, text=True
     )
@@ -253,7 +260,7 @@ def run(words: list[str], root: Path) -> str:
 def test_the_recipe_of_a_new_attention_is_enough(checkout):
     said = {shlex.join(words): run(words, checkout) for words in commands(RECIPE, ("sh",))}
     (tested,) = [text for command, text in said.items() if "pytest" in command]
-    assert int(re.search(r"(\d+) passed", tested)[1]) >= 60
+    assert int(re.search(r"(\d+) passed", tested)[1]) >= 50
     summary = json.loads((checkout / "out/gta/summary.json").read_text())
     assert summary["attention"] == "gta" and summary["kv_cache/elements_per_token_layer"] == 2 * 32 + 16
     assert summary["final/val_loss"] < 5.5
