@@ -60,10 +60,10 @@ class LayerLayout:
         """
         buffers = {}
         for name, part in self.parts.items():
-            if dtype not in QUANTIZED:
-                buffers[name] = part.heads, part.width, dtype
-                continue
             coded = part.width - part.exact
+            if dtype not in QUANTIZED or not coded:
+                buffers[name] = part.heads, part.width, torch.bfloat16 if dtype in QUANTIZED else dtype
+                continue
             buffers[name] = part.heads, coded, dtype
             buffers[f"{name}_scale"] = part.heads, math.ceil(coded / GROUP), torch.bfloat16
             if part.exact:
@@ -172,7 +172,6 @@ class LayerCache:
 
     def __init__(self, plan: Plan, buffers: dict[str, Tensor]):
         self.plan, self.buffers = plan, buffers
-        self.quantized = any(buffer.dtype in QUANTIZED for buffer in buffers.values())
         self.joined: dict[str, Tensor] = {}  # of a chunk in a ring: old and new tokens, until they are read
 
     @property
@@ -223,7 +222,7 @@ class LayerCache:
 
     def encode(self, name: str, value: Tensor) -> dict[str, Tensor]:
         """value (..., width) as what is stored of it, by the names of the buffers."""
-        if not self.quantized:
+        if f"{name}_scale" not in self.buffers:
             return {name: value}
         dtype, width = self.buffers[name].dtype, self.buffers[name].size(-1)
         codes, scale = quantize(value[..., :width], dtype)
@@ -232,7 +231,7 @@ class LayerCache:
 
     def decode(self, parts: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
         """The inverse of `encode`, in the dtype of `like`."""
-        if not self.quantized:
+        if f"{name}_scale" not in parts:
             return parts[name].to(like.dtype)
         value = dequantize(parts[name], parts[f"{name}_scale"], like.dtype)
         exact = parts.get(f"{name}_exact")
