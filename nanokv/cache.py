@@ -180,11 +180,11 @@ class LayerCache:
         return self.plan.first
 
     @property
-    def positions(self) -> tuple[Tensor, Tensor]:
+    def positions(self) -> tuple:
         """Positions of the queries (B, T), and of the keys (B, S) that attention reads, -1 for none."""
         return self.plan.queries, self.plan.keys
 
-    def append(self, **new: Tensor) -> list[Tensor | str]:
+    def append(self, **new: Tensor) -> list:
         """Store the new tokens of each part, (B, heads, T, width), quantized here and once.
 
         Returns what attention is to read of each part: the new values themselves in a first chunk, else the
@@ -214,7 +214,7 @@ class LayerCache:
         if buffer.dtype.itemsize == 1:  # codes: torch has no `where` for fp8
             buffer, part = buffer.view(torch.uint8), part.view(torch.uint8)
         buffer, part = buffer.transpose(1, 2), part.transpose(1, 2)  # (B, slots or T, heads, width)
-        if plan.source is not None:
+        if plan.source is not None and plan.kept is not None:
             part = torch.where(
                 plan.kept[..., None, None], part[rows, plan.source].to(buffer.dtype), buffer[rows, plan.slot]
             )
@@ -288,7 +288,7 @@ class KVCache:
     def host_lengths(self) -> list[int]:
         """The lengths as Python integers; waits for the device only after a compiled step."""
         if self.host_copy is None:
-            self.host_copy = self.lengths.tolist()
+            self.host_copy = [int(length) for length in self.lengths.tolist()]
         return self.host_copy
 
     def expect(self, counts: Sequence[int]) -> None:

@@ -14,9 +14,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from os.path import commonprefix
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanokv.cache import KVCache
 
@@ -46,7 +47,7 @@ class Stats:
 
 
 @torch.inference_mode()
-def prefill(model: nn.Module, prompts: Sequence[list[int]], cache: KVCache) -> Tensor:
+def prefill(model: Any, prompts: Sequence[list[int]], cache: KVCache) -> Tensor:
     """Run prompts, of any lengths, through an empty cache; fp32 logits (B, V) after each one's last token."""
     lengths, weight = [len(prompt) for prompt in prompts], model.embed_tokens.weight
     longest = max(lengths)
@@ -65,7 +66,7 @@ def prefill(model: nn.Module, prompts: Sequence[list[int]], cache: KVCache) -> T
 
 
 @torch.inference_mode()
-def decode_one_token(model: nn.Module, tokens: Tensor, cache: KVCache) -> Tensor:
+def decode_one_token(model: Any, tokens: Tensor, cache: KVCache) -> Tensor:
     """The next token of each row (B,) -> fp32 logits (B, V) after it."""
     return model.head(model.hidden(tokens[:, None], cache)[:, -1]).float()
 
@@ -120,7 +121,7 @@ def uniforms(seed: int, rows: int, device) -> Iterator[Tensor]:
         yield from torch.stack([torch.rand(256, generator=g) for g in generators], 1).to(device)
 
 
-def make_room(model: nn.Module, cache: KVCache, held: list[list[int]], dtype: torch.dtype | None) -> None:
+def make_room(model: Any, cache: KVCache, held: list[list[int]], dtype: torch.dtype | None) -> None:
     """Cut the rows that fill their cache, unless it is endless, to the last block_size // 2 tokens they hold.
 
     Positions start at 0 again, so these tokens are computed anew, in a cache of their own: the other rows are
@@ -139,7 +140,7 @@ def make_room(model: nn.Module, cache: KVCache, held: list[list[int]], dtype: to
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
@@ -161,7 +162,7 @@ def generate(
     row, never changes the text: every token uses the random number it would have used without drafts.
     Raises ValueError if a prompt is empty or an option is out of range.
     """
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_sampling(**options)
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and in each prompt at least one token")
@@ -180,8 +181,8 @@ def generate(
     def draw(logits: Tensor, numbers: Tensor) -> Tensor:
         return sample(logits[:, :n_vocab], numbers, **options)
 
-    how = (speculative_decode, draft, stats) if draft else (decode,)
-    steps = how[0](model, cache, held, uniform, draw, cache_dtype, *how[1:])
+    arguments = model, cache, held, uniform, draw, cache_dtype
+    steps = speculative_decode(*arguments, draft, stats) if draft else decode(*arguments)
     live = [True] * len(held)
     for made, tokens in enumerate(islice(stats.timed(steps, clock), max_new_tokens)):
         live = [alive and token not in stop_ids for alive, token in zip(live, tokens, strict=True)]
@@ -192,7 +193,7 @@ def generate(
 
 
 def decode(
-    model: nn.Module, cache: KVCache, held: list[list[int]], uniform: Iterator[Tensor], draw: Callable, dtype
+    model: Any, cache: KVCache, held: list[list[int]], uniform: Iterator[Tensor], draw: Callable, dtype
 ) -> Iterator[list[int]]:
     """The token that each row draws, after each pass of the model. `held`: the tokens in each row."""
     logits = prefill(model, held, cache)
@@ -207,7 +208,7 @@ def decode(
 
 
 def speculative_decode(
-    model: nn.Module,
+    model: Any,
     cache: KVCache,
     held: list[list[int]],
     uniform: Iterator[Tensor],
@@ -267,7 +268,7 @@ class DraftModel:
 
     num_draft_tokens = 4
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model, k = model, self.num_draft_tokens
         self.cache = model.new_cache(1, max(model.config.block_size, 4 * k), spare=k)
         self.held: list[int] = []  # tokens in the cache, the drafted ones included
@@ -298,7 +299,7 @@ class DraftModel:
         return drafted
 
 
-def generate_lists(model: nn.Module, prompts: Sequence[Sequence[int]], *args, **options) -> list[list[int]]:
+def generate_lists(model: Any, prompts: Sequence[Sequence[int]], *args, **options) -> list[list[int]]:
     """The new tokens of each row; arguments as for `generate`."""
     rows = [[] for _ in prompts]
     for tokens in generate(model, prompts, *args, **options):
