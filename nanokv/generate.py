@@ -1,10 +1,10 @@
 """Cached generation: token ids in, token ids out, for batches of prompts of any lengths.
 
 `generate` yields tokens as they come. What a row gets depends on its prompt, its seed and the options, never
-on the rows beside it, nor on a draft that guesses ahead.
+on the rows beside it, nor on a draft.
 
 At the context's end, when a row holds block_size tokens, it keeps its last block_size // 2 and goes on. Where
-every layer has a window, and none has sinks, there is no such end: the cache slides on.
+every layer has a window within the context, and none has sinks, there is no such end: the cache slides on.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Stats:
     prefill_seconds: float = 0.0  # until the first token of each row
     decode_tokens: int = 0  # all later ones
     decode_seconds: float = 0.0
-    cache_bytes: int = 0  # allocated at a time
+    cache_bytes: int = 0  # of the largest main cache
     drafted: int = 0
     accepted: int = 0  # of the drafted tokens, those that were then drawn
 
     def timed(self, steps: Iterator[list[int]], started: float) -> Iterator[list[int]]:
-        """The steps, the time that each takes added to these; the first one's began at `started`."""
+        """Yield `steps`, adding the time of each; the first began at `started`."""
         for i, tokens in enumerate(steps):
             seconds = time.perf_counter() - started
             self.prefill_seconds += 0 if i else seconds
@@ -96,7 +96,7 @@ def sample(
 
     In this order: temperature (0: the likeliest token), the top_k likeliest, of these the fewest likeliest
     that reach top_p (Holtzman et al. 2020), of these the ones at least min_p times as likely as the first
-    (Nguyen et al. 2024); then the token at which the cumulated probability passes `uniform`. Drawing one
+    (Nguyen et al. 2024); then the token at which the cumulative probability passes `uniform`. Drawing one
     number a row leaves rows independent without a random generator, or a launch, for each in every step.
     """
     if temperature == 0:
@@ -108,14 +108,14 @@ def sample(
     if filtered:
         keep = (p.cumsum(-1) - p < top_p) & (p >= min_p * p[:, :1])
         p = p * keep
-    cumulated = p.cumsum(-1)
-    choice = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)  # (B, 1)
+    cumulative = p.cumsum(-1)
+    choice = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)  # (B, 1)
     choice = choice.clamp(max=p.size(-1) - 1)  # out of range only if the logits are not finite
     return (order.gather(-1, choice) if filtered else choice)[:, 0]
 
 
 def uniforms(seed: int, rows: int, device) -> Iterator[Tensor]:
-    """Endless vectors (rows,) in [0, 1), drawn some steps ahead; row i's come from seed + i on any device."""
+    """Endless vectors (rows,) in [0, 1), 256 at a time; row i's come from seed + i on any device."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(rows)]
     while True:
         yield from torch.stack([torch.rand(256, generator=g) for g in generators], 1).to(device)
@@ -220,8 +220,8 @@ def speculative_decode(
     """The tokens of a single row, often several after a pass of the model (Leviathan et al. 2023).
 
     A pass over the last token and some drafted ones gives the logits after each. From them the tokens are
-    drawn, with the numbers that `decode` would use: drafted ones are accepted as far as they are the same,
-    and the first that is not the same still stands as drawn. So the text is that of `decode`.
+    drawn, with the numbers that `decode` would use. Drafts are accepted up to the first mismatch, where the
+    drawn token is used. So the text is that of `decode`.
     """
     logits, numbers, drafted = prefill(model, held, cache), [], []
     while True:
@@ -245,20 +245,23 @@ def speculative_decode(
 
 
 class PromptLookup:
-    """Drafts what followed the last three tokens the time before (prompt lookup decoding, Saxena 2023)."""
+    """Proposes what followed the last earlier occurrence of the last three tokens (prompt lookup decoding,
+    Saxena 2023).
+    """
 
     num_draft_tokens = 8
 
     def __init__(self):
-        self.places, self.seen = {}, 0  # where the text went on after three tokens; how far it was read
+        self.places: dict[tuple[int, ...], int] = {}  # of three tokens, where the text goes on after them
+        self.text: list[int] = []  # as far as `places` knows it
 
     def propose(self, text: list[int], k: int, numbers: list[Tensor], draw: Callable) -> list[int]:
         """Up to k tokens to follow `text`."""
-        if len(text) < self.seen:  # another text
-            self.places, self.seen = {}, 0
-        for end in range(max(self.seen, 3), len(text)):
+        if text[: len(self.text)] != self.text:  # another text
+            self.places, self.text = {}, []
+        for end in range(max(len(self.text), 3), len(text)):
             self.places[tuple(text[end - 3 : end])] = end
-        self.seen = len(text)
+        self.text = list(text)
         place = self.places.get(tuple(text[-3:]), len(text))
         return text[place : place + k]
 
@@ -272,18 +275,20 @@ class DraftModel:
         self.model, k = model, self.num_draft_tokens
         self.cache = model.new_cache(1, max(model.config.block_size, 4 * k), spare=k)
         self.held: list[int] = []  # tokens in the cache, the drafted ones included
-        self.seen = self.start = 0  # length of the last text; where in it the cache starts
+        self.text: list[int] = []  # the last text
+        self.start = 0  # where in it the cache starts
 
     def propose(self, text: list[int], k: int, numbers: list[Tensor], draw: Callable) -> list[int]:
         """k tokens to follow `text`, drawn with the first k of `numbers`, (1,) each."""
-        known = self.seen - self.start  # of the tokens held; the drafted ones after them may have been wrong
-        if len(text) <= self.seen or len(text) - self.start + k > self.cache.max_len:  # another text, or full
-            self.start, known = max(0, len(text) - self.cache.max_len // 2), 0
-        else:
-            known += len(commonprefix([self.held[known:], text[self.seen : -1]]))
+        if len(text) <= len(self.text) or text[: len(self.text)] != self.text:  # another text
+            self.text, self.held, self.start = [], [], 0
+        known = len(self.text) - self.start  # of the tokens held; the drafted ones after them may be wrong
+        known += len(commonprefix([self.held[known:], text[len(self.text) : -1]]))
+        if len(text) - self.start + k > self.cache.max_len:  # full
+            self.start, known = len(text) - self.cache.max_len // 2, 0
         self.cache.rewind([known])
         self.held = text[self.start :]
-        self.seen, new = len(text), self.held[known:]
+        self.text, new = list(text), self.held[known:]
         if known:
             idx = torch.tensor([new], device=self.cache.device)
             logits = self.model.head(self.model.hidden(idx, self.cache)[:, -1]).float()

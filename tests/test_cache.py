@@ -294,6 +294,45 @@ def test_cache_refuses_what_does_not_fit():
     assert cache.host_lengths() == [8, 3]
 
 
+def test_counts_of_a_padded_chunk_do_not_outlive_it():
+    model, cache = small_model(), small_model().new_cache(2, 8)
+    for wrong in (lambda: model(tokens(3, 2), cache=cache), lambda: model(tokens(2, 1), cache=cache)):
+        cache.expect([2, 1])
+        with pytest.raises(ValueError):
+            wrong()
+        model(tokens(2, 2), cache=cache)
+        assert cache.host_lengths() == [2, 2]
+        cache.expect([0, 0])
+        cache.rewind([0, 0])
+
+
+def test_a_forward_pass_that_fails_leaves_the_cache_as_it_was():
+    model = small_model()
+    cache = model.new_cache(1, 8)
+    with pytest.raises(IndexError):
+        model(torch.tensor([[VOCAB]]), cache=cache)
+    model(tokens(1, 0), cache=cache)
+    assert cache.first and cache.lengths.tolist() == cache.host_lengths() == [0]
+    with pytest.raises(ValueError, match="at least one row"):
+        model.new_cache(0, 8)
+
+
+def test_rows_are_replaced_by_as_many_of_a_cache_with_the_same_spare():
+    model = small_model(window=4)
+    cache = model.new_cache(3, 20, spare=2)
+    cached_logits(model, tokens(3, 9), [9], cache)
+    for rows, other in ([0, 1], model.new_cache(1, 9, spare=2)), ([0], model.new_cache(1, 9, spare=1)):
+        with pytest.raises(ValueError, match="cannot replace"):
+            cache.replace_rows(rows, other)
+    other = model.new_cache(1, 10, spare=2)
+    cached_logits(model, tokens(1, 10, seed=5), [10], other)
+    cache.replace_rows([1], other)
+    assert cache.host_lengths() == cache.lengths.tolist() == [9, 10, 9]
+    new = tokens(3, 1, seed=6)
+    expected = model(torch.cat((tokens(1, 10, seed=5), new[1:2]), 1))[0][:, -1:]
+    assert_close(model(new, cache=cache)[0][1:2], expected)
+
+
 @every_case
 def test_causality(knobs):
     model, idx = small_model(**knobs), tokens(1, 16)
@@ -373,7 +412,7 @@ def test_a_part_that_is_exact_throughout_is_kept_in_bf16():
     assert cache.nbytes == 5 * layout.bytes_per_token(torch.int8)
     rope, v = torch.randn(1, 2, 5, 8).bfloat16().float(), torch.randn(1, 1, 5, 8)
     for t in range(5):
-        cache.advance(1)
+        cache.advance(1, 1)
         cache.layers[0].append(rope=rope[:, :, t : t + 1], v=v[:, :, t : t + 1])
     assert torch.equal(cache.layers[0].read("rope", like=v), rope)
     assert_close(cache.layers[0].read("v", like=v), v, 0.05)

@@ -334,3 +334,26 @@ def test_padding_of_the_vocabulary_is_never_drawn(model):
             generate_lists(model, [[1]] * 8, 40, temperature=temperature, n_vocab=n) for n in (None, 50)
         )
         assert max(map(max, free)) >= 50 > max(map(max, bounded))
+
+
+@pytest.mark.parametrize("attention, dtype", [("gqa", torch.bfloat16), ("mla", torch.int8)], ids=str)
+def test_a_draft_changes_nothing_where_a_ring_rounds(attention, dtype):
+    """The tokens of a drafted chunk see each other as the cache holds them, not as they were computed."""
+    model = sharp_model(attention=attention, window=8, **ATTENTIONS[attention])
+    options = dict(temperature=1.0, seed=3, cache_dtype=dtype)
+    (expected,) = generate_lists(model, [[1, 2, 3]], 60, **options)
+    stats = Stats()
+    (drafted,) = generate_lists(model, [[1, 2, 3]], 60, draft=DraftModel(model), stats=stats, **options)
+    assert drafted == expected and stats.accepted > 0
+
+
+@pytest.mark.parametrize("make", [PromptLookup, lambda: DraftModel(sharp_model())])
+def test_a_draft_serves_one_text_after_another(make):
+    model, used = sharp_model(), make()
+    generate_lists(model, [[5, 6, 7, 8] * 2], 20, draft=used, temperature=0)
+    counts = []
+    for draft in (used, make()):
+        stats = Stats()
+        generate_lists(model, [[9, 8, 7, 6, 5, 4] * 6], 20, draft=draft, stats=stats, temperature=0)
+        counts.append((stats.drafted, stats.accepted))
+    assert counts[0] == counts[1]

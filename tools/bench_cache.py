@@ -303,7 +303,7 @@ def filled_steps(model: GPT, batch: int, context: int, n: int) -> list[float]:
     for layer in cache.layers:
         for buffer in layer.buffers.values():
             buffer.normal_()
-    cache.advance(context - 1)  # count them as held
+    cache.advance(batch, context - 1)  # count them as held
     times = []
     for _ in range(n + 1):
         ids = decode_one_token(model, ids, cache).argmax(-1)
