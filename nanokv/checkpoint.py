@@ -37,7 +37,7 @@ from torch.overrides import TorchFunctionMode
 
 from nanokv.config import UserError
 
-CHECKPOINTS = tuple(name + suffix for name in ("last", "best") for suffix in ("", ".new", ".old"))
+CHECKPOINTS = ("last", "last.new", "last.old", "best", "best.new", "best.old")
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "wandb_id", "launch_id", *CHECKPOINTS)
 PARTS = ("model.safetensors", "optimizer.safetensors", "state.json")
 STATE = {  # what state.json must hold
@@ -66,16 +66,12 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as e:
         reason = getattr(e, "strerror", None) or str(e).rpartition("I/O error: ")[2]
-        raise UserError(
-            f"cannot write {path}: {reason}; what was there stays; mend it and go on with --init_from=resume"
-        ) from e
+        remedy = "what was there stays; mend it and go on with --init_from=resume"
+        raise UserError(f"cannot write {path}: {reason}; {remedy}") from e
 
 
 def write_json(path: Path, value) -> None:
-    """Replace a JSON file in one step, so that a reader sees the old one or the new one, whole.
-
-    Raises UserError if it cannot be written.
-    """
+    """Replace a JSON file in one step: a reader sees the old one or the new one. Raises UserError."""
     aside = path.with_name(path.name + ".new")
     with writing(path), open(aside, "w") as f:
         json.dump(value, f, indent=2)
@@ -102,7 +98,7 @@ def claim(run_dir: Path, resume: bool, overwrite: bool, launch: str | None = Non
     UserError if there is a run that would be overwritten, or no way to write there.
     """
     try:
-        exists = any((run_dir / name).exists() for name in CHECKPOINTS)
+        exists = holds_checkpoint(run_dir)
     except (OSError, ValueError) as e:
         raise UserError(f"out_dir is not a usable path: {e}") from e
     if exists and not resume and not overwrite:
@@ -124,20 +120,21 @@ def claim(run_dir: Path, resume: bool, overwrite: bool, launch: str | None = Non
         raise UserError(f"cannot write to out_dir {run_dir}: {e.strerror}; choose another --out_dir") from e
 
 
+def holds_checkpoint(run_dir: Path, of: str = "") -> bool:
+    """Whether a folder holds a checkpoint, finished or not, whose name begins with `of`."""
+    return any((run_dir / name).exists() for name in CHECKPOINTS if name.startswith(of))
+
+
 def launched_by(run_dir: Path) -> str | None:
     """The launch that claimed `run_dir` last; None if it holds no checkpoint, or none that has a name."""
-    if not any((run_dir / name).exists() for name in CHECKPOINTS):
-        return None
     path = run_dir / "launch_id"
-    return path.read_text() if path.exists() else None
+    return path.read_text() if holds_checkpoint(run_dir) and path.exists() else None
 
 
 def is_finished(run_dir: Path) -> bool:
     """Whether a run came to its end and reported."""
     path = run_dir / "summary.json"
-    if not path.exists():
-        return False
-    summary = read_json(path)
+    summary = read_json(path) if path.exists() else None
     return isinstance(summary, dict) and "final/val_loss" in summary
 
 
@@ -151,13 +148,13 @@ def read_config(run_dir: Path) -> dict:
 
     Raises UserError if the folder is no run, or its config is damaged.
     """
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is not a run folder: no such folder")
-    if not (run_dir / "config.json").exists():
-        raise UserError(f"{run_dir} is not a run folder: it has no config.json")
-    values = read_json(run_dir / "config.json")
+    path = run_dir / "config.json"
+    if not path.exists():
+        fault = "it has no config.json" if run_dir.is_dir() else "no such folder"
+        raise UserError(f"{run_dir} is not a run folder: {fault}")
+    values = read_json(path)
     if not isinstance(values, dict):
-        raise UserError(f"{run_dir / 'config.json'} is damaged: it is no JSON object")
+        raise UserError(f"{path} is damaged: it is no JSON object")
     return values
 
 
@@ -178,11 +175,11 @@ class Saver:
     def save(self, names: Sequence[str], checkpoint: Checkpoint) -> None:
         """Copy the tensors to CPU memory and return; later they are on the disk, under each of `names`."""
         self.wait()
-        copy = Checkpoint(
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in checkpoint.model.items()},
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in checkpoint.optimizer.items()},
-            deepcopy(checkpoint.state),
+        weights, optimizer = (
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for tensors in (checkpoint.model, checkpoint.optimizer)
         )
+        copy = Checkpoint(weights, optimizer, deepcopy(checkpoint.state))
         self.pending = self.thread.submit(lambda: [save(self.run_dir, name, copy) for name in names])
 
     def check(self) -> None:
@@ -198,24 +195,21 @@ class Saver:
 
 
 def save(run_dir: Path, name: str, checkpoint: Checkpoint) -> None:
-    """Write `run_dir/name`; until it is whole the one before stays in place.
-
-    Raises UserError, with the one before in place, if it cannot be written or if a weight is not finite: from
-    that no run could go on.
+    """Write `run_dir/name`. Raises UserError, with the one before still in place, if it cannot be written or
+    if a weight is not finite: from that no run could go on.
     """
     target, new = run_dir / name, run_dir / f"{name}.new"
     for key, tensor in checkpoint.model.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(
-                f"step {checkpoint.state['step']} is not saved: {key} holds nan or inf; {target} is kept; "
-                "go on from it with --init_from=resume and a lower learning rate"
-            )
+            remedy = f"{target} is kept; go on from it with --init_from=resume and a lower learning rate"
+            step = checkpoint.state["step"]
+            raise UserError(f"step {step} is not saved: {key} holds nan or inf; {remedy}")
     with writing(target):
         if (new / "manifest.json").exists():
             _swap_in(run_dir, name)  # the process before was stopped just short of this
         _remove(new)
         new.mkdir()
-        for part, tensors in zip(PARTS, (checkpoint.model, checkpoint.optimizer), strict=False):
+        for part, tensors in zip(PARTS[:2], (checkpoint.model, checkpoint.optimizer), strict=True):
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
             save_file(tensors, new / part)
             _sync(new / part)
@@ -265,10 +259,9 @@ def load_newest(run_dir: Path) -> Checkpoint:
         except UserError as fault:
             faults.append(fault)
             continue
+        source = f"{run_dir / name}, step {checkpoint.state['step']}"
         for fault in faults:
-            print(
-                f"going on from {run_dir / name}, step {checkpoint.state['step']}: {fault}", file=sys.stderr
-            )
+            print(f"going on from {source}: {fault}", file=sys.stderr)
         return checkpoint
     raise UserError(f"{faults[0]}, but no other is whole" if faults else f"{run_dir} has no checkpoint")
 
@@ -290,19 +283,15 @@ def find(path: str | Path, which: str = "best") -> tuple[Path, str]:
 
     `which` counts for the former, and falls back to last where there is no best.
     """
-    path = Path(path)
-    if path.absolute().name in ("best", "last") and not (path / "config.json").exists():
-        return path.absolute().parent, path.absolute().name
+    path, whole = Path(path), Path(path).absolute()
+    if whole.name in ("best", "last") and not (path / "config.json").exists():
+        return whole.parent, whole.name
     return path, best_or_last(path) if which == "best" else which
 
 
 def best_or_last(run_dir: Path) -> str:
     """The name of the checkpoint to use of a run: last where there is no best."""
-    return (
-        "best"
-        if any((run_dir / name).exists() for name in CHECKPOINTS if name.startswith("best"))
-        else "last"
-    )
+    return "best" if holds_checkpoint(run_dir, of="best") else "last"
 
 
 def load_weights(run_dir: Path, name: str) -> dict[str, Tensor]:
@@ -346,14 +335,12 @@ def _verified(run_dir: Path, name: str, parts: tuple[str, ...]) -> Path:
         raise UserError(f"checkpoint {folder} is damaged: it has no manifest.json; use another one")
     manifest = read_json(folder / "manifest.json")
     for part in parts:
-        try:
+        sound = False
+        with suppress(OSError, KeyError, TypeError):
             sound = manifest[part] == _fingerprint(folder / part)
-        except (OSError, KeyError, TypeError):
-            sound = False
         if not sound:
-            raise UserError(
-                f"checkpoint {folder} is damaged: {part} does not match its manifest; use another one"
-            )
+            fault = f"{part} does not match its manifest; use another one"
+            raise UserError(f"checkpoint {folder} is damaged: {fault}")
     return folder
 
 
@@ -382,5 +369,4 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        with suppress(FileNotFoundError):
-            path.unlink()
+        path.unlink(missing_ok=True)
