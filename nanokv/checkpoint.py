@@ -98,26 +98,23 @@ def claim(run_dir: Path, resume: bool, overwrite: bool, launch: str | None = Non
     UserError if there is a run that would be overwritten, or no way to write there.
     """
     try:
-        exists = holds_checkpoint(run_dir)
-    except (OSError, ValueError) as e:
-        raise UserError(f"out_dir is not a usable path: {e}") from e
-    if exists and not resume and not overwrite:
-        raise UserError(
-            f"{run_dir} already holds a run; continue it with --init_from=resume, choose another --out_dir, "
-            "or give it up with --overwrite=True"
-        )
-    try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / ".writable"
         probe.touch()
         probe.unlink()
-        if not resume:
-            for name in RUN_FILES:
-                _remove(run_dir / name)
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"cannot write to out_dir {run_dir}: {reason}; choose another --out_dir") from e
+    if holds_checkpoint(run_dir) and not resume and not overwrite:
+        remedy = (
+            "continue it with --init_from=resume, choose another --out_dir, or give it up with --overwrite"
+        )
+        raise UserError(f"{run_dir} already holds a run; {remedy}")
+    with writing(run_dir):
+        for name in RUN_FILES if not resume else ():
+            _remove(run_dir / name)
         if launch is not None:
             (run_dir / "launch_id").write_text(launch)
-    except OSError as e:
-        raise UserError(f"cannot write to out_dir {run_dir}: {e.strerror}; choose another --out_dir") from e
 
 
 def holds_checkpoint(run_dir: Path, of: str = "") -> bool:

@@ -204,7 +204,7 @@ def _literal(text: str) -> Any:
 
 
 def read_file(path: str) -> Iterator[tuple[str, tuple, str]]:
-    """(key, (value,), "file:line") of each assignment in a config file. Names that begin with _ are helpers."""
+    """(key, (value,), "file:line") of each assignment in a config file. A name with a leading _ is none."""
     try:
         tree = ast.parse(Path(path).read_bytes())
     except SyntaxError as error:

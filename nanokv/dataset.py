@@ -13,6 +13,7 @@ import os
 import pickle
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -36,8 +37,7 @@ def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) 
 
     A named set that is missing is prepared if that needs no network. `tokenizer`, a kind or a folder that has
     one, asks for a named set under another than its own (kept in data/NAME/TOKENIZER), or tells that of a
-    folder that does not. Raises UserError: unknown, missing, unfinished, empty or damaged set, unknown
-    tokenizer.
+    folder that does not. Raises UserError: unknown, missing, unfinished or damaged set, unknown tokenizer.
     """
     key, value, kind = "tokenizer", tokenizer, tokenizer
     if tokenizer is not None and tokenizers.is_saved(tokenizer):
@@ -48,19 +48,17 @@ def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) 
     ours = sorted(path.parent.name for path in ROOT.glob("*/prepare.py"))
     if name in ours:
         folder = ROOT / name
-        if tokenizer is not None and not (_is_set(folder) and _read_meta(folder).get(key) == value):
+        if tokenizer is not None and (_read_meta(folder) or {}).get(key) != value:
             folder = folder / value[:16]
-        if not _is_set(folder):
+        if _read_meta(folder) is None:
             _prepare(name, folder, tokenizer, prepare)
-    elif Path(name).is_dir():
-        folder = Path(name)
-    elif (ROOT / name).is_dir():
-        folder = ROOT / name
-    else:
-        close = difflib.get_close_matches(name, ours, 1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(ours)}, or give a folder"
-        raise UserError(f"unknown data set {name!r}: {hint}")
-    return Dataset(folder, kind)
+        return Dataset(folder, kind)
+    for folder in (Path(name), ROOT / name):
+        if folder.is_dir():
+            return Dataset(folder, kind)
+    close = difflib.get_close_matches(name, ours, 1)
+    hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(ours)}, or give a folder"
+    raise UserError(f"unknown data set {name!r}: {hint}")
 
 
 class Dataset:
@@ -72,18 +70,16 @@ class Dataset:
     def __init__(self, folder: Path, tokenizer: str | None = None):
         self.dir = folder
         self.meta = _read_meta(folder)
-        if tokenizer is not None and self.meta.setdefault("tokenizer", tokenizer) != tokenizer:
-            raise UserError(
-                f"{folder} was tokenised with {self.meta['tokenizer']}, not {tokenizer}: prepare it again, "
-                f"or leave --tokenizer out"
-            )
-        self.meta.setdefault("tokenizer", "gpt2")
-        if "vocab_size" in self.meta:
-            self.vocab_size = self.meta["vocab_size"]
-        elif self.meta["tokenizer"] == "gpt2":  # without loading it, which may need the network
-            self.vocab_size = tokenizers.GPT2_N_VOCAB
-        else:
-            self.vocab_size = self.tokenizer.n_vocab
+        if self.meta is None:
+            lacks = "no meta.json, no train.bin and val.bin, no llm.c shards"
+            raise UserError(f"{folder} holds no complete data set: {lacks}")
+        kind = self.meta.setdefault("tokenizer", tokenizer or "gpt2")
+        if tokenizer not in (None, kind):
+            remedy = "prepare it again, or leave --tokenizer out"
+            raise UserError(f"{folder} was tokenised with {kind}, not {tokenizer}: {remedy}")
+        if kind == "gpt2":  # known without loading it, which may need the network
+            self.meta.setdefault("vocab_size", tokenizers.GPT2_N_VOCAB)
+        self.vocab_size = self.meta.get("vocab_size") or self.tokenizer.n_vocab
         self._answer_bit = self.meta.get("answer_bit")
         self.train = self._open_split("train")
         self.val = self._open_split("val")
@@ -97,9 +93,8 @@ class Dataset:
         from an offset of its own. No state: a rank or a resumed run just asks for the samples it needs.
         """
         self.check_block_size(block_size)
-        starts = sample_starts(
-            first, count, len(self.train), block_size, seed, aligned="example_len" in self.meta
-        )
+        aligned = "example_len" in self.meta
+        starts = sample_starts(first, count, len(self.train), block_size, seed, aligned)
         return self._inputs_and_targets(self.train.windows(starts, block_size + 1))
 
     def val_batches(
@@ -118,8 +113,7 @@ class Dataset:
         starts = np.arange(wanted) * n // wanted * stride
         for i in range(0, wanted, ranks * batch_size):
             mine = starts[i + rank * batch_size :][:batch_size]
-            if not len(mine):
-                mine = np.array([len(self.val)])  # beyond the end: padding
+            mine = mine if len(mine) else np.array([len(self.val)])  # beyond the end: padding
             yield self._inputs_and_targets(self.val.windows(mine, block_size + 1))
 
     def check_block_size(self, block_size: int) -> None:
@@ -129,10 +123,9 @@ class Dataset:
             raise UserError(f"the examples of {self.dir} are {fit} tokens long: set --block_size={fit}")
         for split, shards in (("train", self.train), ("val", self.val)):
             if len(shards) < block_size + 1:
-                raise UserError(
-                    f"the {split} split of {self.dir} has {len(shards)} tokens, fewer than block_size + 1 = "
-                    f"{block_size + 1}: lower --block_size or prepare a larger set"
-                )
+                fault = f"has {len(shards)} tokens, fewer than block_size + 1 = {block_size + 1}"
+                remedy = "lower --block_size or prepare a larger set"
+                raise UserError(f"the {split} split of {self.dir} {fault}: {remedy}")
 
     def fit(self, block_size: int, vocab_size: int) -> int:
         """The vocabulary of a model that is trained on this set: its own size, or `vocab_size` if not 0.
@@ -141,15 +134,13 @@ class Dataset:
         """
         self.check_block_size(block_size)
         if 0 < vocab_size < self.vocab_size:
-            raise UserError(
-                f"vocab_size = {vocab_size} is less than the {self.vocab_size} token ids of {self.dir}; "
-                "remove it or raise it"
-            )
+            fault = f"is less than the {self.vocab_size} token ids of {self.dir}; remove it or raise it"
+            raise UserError(f"vocab_size = {vocab_size} {fault}")
         return vocab_size or self.vocab_size
 
     @cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """Raises UserError if it is damaged or lost, or is gpt2's, not kept with the set, and offline."""
+        """Raises UserError if it is damaged, lost, or cannot be downloaded."""
         if "chars" in self.meta:
             return tokenizers.CharTokenizer(self.meta["chars"])
         if "tokenizer_sha256" in self.meta:
@@ -176,29 +167,28 @@ class Dataset:
         paths = sorted(self.dir.glob(f"{split}*.bin" if ours else f"*{split}*.bin"))
         shards = Shards(paths, np.dtype(self.meta.get("dtype", "uint16")))
         again = f"prepare {self.dir} again"
-        if len(shards) != self.meta.get(f"{split}_tokens", len(shards)):
-            expected = self.meta[f"{split}_tokens"]
+        expected = self.meta.get(f"{split}_tokens", len(shards))
+        if len(shards) != expected:
             raise UserError(f"the {split} split has {len(shards)} tokens, meta.json says {expected}: {again}")
         if not len(shards):
             raise UserError(f"empty corpus: the {split} split of {self.dir} has no tokens; {again}")
         largest = max(int(self._ids(raw).max()) for raw in shards.chunks(CHECK_ALL_BELOW))
         if largest >= self.vocab_size:
-            raise UserError(
-                f"the {split} split of {self.dir} holds token id {largest}, beyond its vocabulary of "
-                f"{self.vocab_size}: {again}, or name the right --tokenizer"
-            )
+            fault = f"token id {largest}, beyond its vocabulary of {self.vocab_size}"
+            remedy = f"{again}, or name the right --tokenizer"
+            raise UserError(f"the {split} split of {self.dir} holds {fault}: {remedy}")
         return shards
 
     def _inputs_and_targets(self, raw: np.ndarray) -> tuple[Tensor, Tensor]:
         """(B, T + 1), -1 beyond the end -> x, y (B, T)."""
         x, y = np.maximum(self._ids(raw[:, :-1]), 0), self._ids(raw[:, 1:])
         if self._answer_bit:
-            y = np.where(raw[:, 1:] >> self._answer_bit, y, -1)
+            y = np.where(raw[:, 1:] >> self._answer_bit > 0, y, -1)
         return torch.from_numpy(x), torch.from_numpy(np.ascontiguousarray(y))
 
     def _ids(self, raw: np.ndarray) -> np.ndarray:
-        """Tokens as stored, less the bit that marks answers."""
-        return raw & (1 << self._answer_bit) - 1 if self._answer_bit else raw
+        """Tokens as stored, less the bit that marks answers; -1 stays."""
+        return np.where(raw < 0, raw, raw & (1 << self._answer_bit) - 1) if self._answer_bit else raw
 
 
 class Shards:
@@ -309,20 +299,12 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ x >> np.uint64(31)
 
 
-def _is_set(folder: Path) -> bool:
-    return (folder / "meta.json").exists() or _foreign(folder)
-
-
 def _foreign(folder: Path) -> bool:
     """nanoGPT's or llm.c's files. Shards of ours without their meta.json have neither name nor header."""
-    if all((folder / f"{split}.bin").exists() for split in ("train", "val")):
+    if (folder / "train.bin").exists() and (folder / "val.bin").exists():
         return True
-    headers = [
-        path.open("rb").read(4)
-        for split in ("train", "val")
-        for path in sorted(folder.glob(f"*{split}*.bin"))
-    ]
-    return bool(headers) and all(h == np.array(LLMC_MAGIC, "<i4").tobytes() for h in headers)
+    headers = [np.fromfile(p, "<i4", 1) for split in ("train", "val") for p in folder.glob(f"*{split}*.bin")]
+    return bool(headers) and all(header.tolist() == [LLMC_MAGIC] for header in headers)
 
 
 def _prepare(name: str, folder: Path, tokenizer: str | None, allowed: bool) -> None:
@@ -335,21 +317,17 @@ def _prepare(name: str, folder: Path, tokenizer: str | None, allowed: bool) -> N
     run_python([str(ROOT / name / "prepare.py"), *flags])
 
 
-def _read_meta(folder: Path) -> dict:
+def _read_meta(folder: Path) -> dict | None:
+    """What is known of the set in a folder; None if it holds none. Raises UserError if meta is damaged."""
     path = folder / "meta.json"
     if path.exists():
-        try:
+        with suppress(ValueError, LookupError, TypeError):
             meta = json.loads(path.read_text(encoding="utf-8"))
-            complete = meta["dtype"] in ("uint16", "uint32") and meta["vocab_size"] > 0 and meta["tokenizer"]
-        except (ValueError, LookupError, TypeError):
-            complete = False
-        if not complete:
-            raise UserError(f"{path} is damaged: prepare the set again")
-        return meta
+            if meta["dtype"] in ("uint16", "uint32") and meta["vocab_size"] > 0 and meta["tokenizer"]:
+                return meta
+        raise UserError(f"{path} is damaged: prepare the set again")
     if not _foreign(folder):
-        raise UserError(
-            f"{folder} holds no complete data set: no meta.json, no train.bin and val.bin, no llm.c shards"
-        )
+        return None
     if (folder / "meta.pkl").exists():
         chars = _read_nanogpt_chars(folder / "meta.pkl")
         return {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}
