@@ -13,14 +13,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from nanokv import tokenizer
-from nanokv.config import UserError
+from nanokv.config import UserError, check_range
 
 SPLITS = ("train", "val")
 SHARD_TOKENS = 100_000_000
@@ -36,8 +35,7 @@ class Flags:
     out_dir: str = ""  # folder to write; empty: the one that holds this prepare.py
 
     def __post_init__(self):
-        if not 0 < self.val_fraction < 1:
-            raise UserError(f"val_fraction must be above 0 and below 1, not {self.val_fraction}")
+        check_range(self, "val_fraction", above=0, below=1)
 
 
 class Piece(NamedTuple):
@@ -55,31 +53,26 @@ class Writer:
         """Without `state` it starts over: what an earlier writer left unfinished in `out_dir` goes."""
         self.out_dir, self.aside, self.tok = out_dir, out_dir / UNFINISHED, tok
         self.dtype = np.dtype(dtype or (np.uint16 if tok.n_vocab <= 1 << 16 else np.uint32))
-        self.state = state or {
-            "shard": 0,
-            "tokens": dict.fromkeys(SPLITS, 0),
-            "bytes": dict.fromkeys(SPLITS, 0),
-            "corpus_sha256": "",
-        }
-        self.shard_start = dict(self.state["tokens"])
+        self.state = state or {"shard": 0, "corpus_sha256": "", "tokens": {}, "bytes": {}}
         self.last_print = self.started = time.monotonic()
         if state is None:
+            self.state |= {"tokens": dict.fromkeys(SPLITS, 0), "bytes": dict.fromkeys(SPLITS, 0)}
             make_folder(out_dir)
             shutil.rmtree(self.aside, ignore_errors=True)
             make_folder(self.aside)
             tokenizer.save(tok, self.aside)
-        self.files = {}
         self._open_shard()
 
     def add(self, pieces: list[Piece]) -> None:
         rows = self.tok.encode_ordinary_batch([p.text for p in pieces], num_threads=os.cpu_count())
+        ids, contents = {split: [] for split in SPLITS}, {split: [] for split in SPLITS}
         for piece, row in zip(pieces, rows, strict=True):
             if piece.starts_document and self.tok.eot_token is not None:
-                row.insert(0, self.tok.eot_token)
+                ids[piece.split].append(self.tok.eot_token)
+            ids[piece.split] += row
+            contents[piece.split].append(piece.text.encode("utf-8", "replace"))
         for split in SPLITS:
-            mine = [(p, row) for p, row in zip(pieces, rows, strict=True) if p.split == split]
-            ids = np.fromiter(chain.from_iterable(row for _, row in mine), self.dtype)
-            self.write(split, ids, [p.text.encode("utf-8", "replace") for p, _ in mine])
+            self.write(split, np.array(ids[split], self.dtype), contents[split])
 
     def write(self, split: str, ids: np.ndarray, contents: list[bytes]) -> None:
         """Appends `ids` (n,), the tokens of `contents`."""
@@ -93,45 +86,36 @@ class Writer:
             self._print_progress()
 
     def tokens_in_shard(self) -> int:
-        return self.state["tokens"]["train"] - self.shard_start["train"]
+        return self.state["tokens"]["train"] - self.shard_start
 
     def next_shard(self, **more_state) -> None:
         """Ends the open shards and records how to go on after them."""
         self._close_shard()
         self.state |= more_state
         replace_json(self.aside / "progress.json", self.state)
-        self.shard_start = dict(self.state["tokens"])
         self._open_shard()
 
     def finish(self, **more_meta) -> None:
         """Moves the set into place. Raises UserError if a split is empty."""
-        for split in SPLITS:
-            if not self.state["tokens"][split]:
-                raise UserError(
-                    f"empty corpus: no text was found for the {split} split; "
-                    "give more text, or another --val_fraction"
-                )
+        for split, count in self.state["tokens"].items():
+            if not count:
+                remedy = "give more text, or another --val_fraction"
+                raise UserError(f"empty corpus: no text was found for the {split} split; {remedy}")
         self._close_shard()
         self._print_progress()
-        meta = {
-            "dtype": self.dtype.name,
-            "vocab_size": self.tok.n_vocab,
-            "tokenizer": self.tok.name,
-            "tokenizer_sha256": tokenizer.sha256(self.tok),
-            **{
-                f"{split}_{what}": self.state[what][split] for what in ("tokens", "bytes") for split in SPLITS
-            },
-            "corpus_sha256": self.state["corpus_sha256"],
-            **more_meta,
+        meta = {"dtype": self.dtype.name, "vocab_size": self.tok.n_vocab, "tokenizer": self.tok.name}
+        meta["tokenizer_sha256"] = tokenizer.sha256(self.tok)
+        meta |= {
+            f"{split}_{what}": self.state[what][split] for what in ("tokens", "bytes") for split in SPLITS
         }
+        meta["corpus_sha256"] = self.state["corpus_sha256"]
         (self.out_dir / "meta.json").unlink(missing_ok=True)
-        for split in SPLITS:
-            for path in self.out_dir.glob(f"{split}_[0-9]*.bin"):
-                path.unlink()
         (self.aside / "progress.json").unlink(missing_ok=True)
+        for path in [path for split in SPLITS for path in self.out_dir.glob(f"{split}_[0-9]*.bin")]:
+            path.unlink()
         for path in self.aside.iterdir():
             path.replace(self.out_dir / path.name)
-        replace_json(self.out_dir / "meta.json", meta)
+        replace_json(self.out_dir / "meta.json", meta | more_meta)
         self.aside.rmdir()
         print(f"wrote {self.out_dir}")
 
@@ -139,8 +123,9 @@ class Writer:
         return self.aside / f"{split}_{self.state['shard']:06d}.bin"
 
     def _open_shard(self) -> None:
-        for split in SPLITS:
-            self.files[split] = open(f"{self._shard_path(split)}.tmp", "wb")  # noqa: SIM115
+        self.shard_start = self.state["tokens"]["train"]
+        paths = {split: Path(f"{self._shard_path(split)}.tmp") for split in SPLITS}
+        self.files = {split: path.open("wb") for split, path in paths.items()}
 
     def _close_shard(self) -> None:
         for split, file in self.files.items():
@@ -152,12 +137,9 @@ class Writer:
 
     def _print_progress(self) -> None:
         self.last_print = time.monotonic()
-        tokens, size = self.state["tokens"], sum(self.state["bytes"].values())
-        print(
-            f"{size / 1e6:,.1f} MB: train {tokens['train']:,} tokens, val {tokens['val']:,} tokens, "
-            f"{self.last_print - self.started:.0f} s",
-            flush=True,
-        )
+        megabytes, seconds = sum(self.state["bytes"].values()) / 1e6, self.last_print - self.started
+        tokens = ", ".join(f"{split} {count:,} tokens" for split, count in self.state["tokens"].items())
+        print(f"{megabytes:,.1f} MB: {tokens}, {seconds:.0f} s", flush=True)
 
 
 def prepare(flags: Flags, here: str, documents: Callable[[], Iterable[Piece]], **more_meta) -> None:
@@ -201,9 +183,8 @@ def find_files(patterns: str, suffixes: tuple[str, ...]) -> list[Path]:
             inside = (p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
             found.update(inside if path.is_dir() else [path])
     if not found:
-        raise UserError(
-            f"--input={patterns} names no {', '.join(suffixes)} file: give files, folders or globs"
-        )
+        kinds = ", ".join(suffixes)
+        raise UserError(f"--input={patterns} names no {kinds} file: give files, folders or globs")
     return sorted(found)
 
 

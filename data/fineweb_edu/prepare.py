@@ -1,10 +1,9 @@
 """FineWeb-Edu (Penedo et al. 2024): educational web pages, its sample of about 10 B tokens."""
 
 import sys
-from pathlib import Path
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path.insert(0, f"{sys.path[0]}/../..")
 
 from nanokv.config import cli
 from nanokv.hub import prepare_streamed

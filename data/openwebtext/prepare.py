@@ -1,10 +1,9 @@
 """OpenWebText: pages that Reddit linked to, an open copy of the corpus of GPT-2, 40 GB, about 9 B tokens."""
 
 import sys
-from pathlib import Path
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path.insert(0, f"{sys.path[0]}/../..")
 
 from nanokv.config import cli
 from nanokv.hub import prepare_streamed
