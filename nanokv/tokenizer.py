@@ -24,9 +24,8 @@ KINDS = ("byte", "char", "bpe", "gpt2")
 END_OF_TEXT = "<|endoftext|>"
 BPE_SAMPLE_CHARS = 100_000_000  # bpe is trained on this much text from the start of the corpus
 # GPT-4's split but for two things: numbers go by two digits, and a newline stays with the indent that follows
-BPE_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
-)
+BPE_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}"
+BPE_PATTERN += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_N_VOCAB = 50257
 DOWNLOAD_SECONDS = 60
@@ -56,8 +55,7 @@ class CharTokenizer(_PlainTokenizer):
     name = "char"
 
     def __init__(self, chars: str):
-        self.chars = chars
-        self.n_vocab = len(chars)
+        self.chars, self.n_vocab = chars, len(chars)
         self._ids = {c: i for i, c in enumerate(chars)}
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -65,10 +63,8 @@ class CharTokenizer(_PlainTokenizer):
         try:
             return [self._ids[c] for c in text]
         except KeyError as e:
-            raise UserError(
-                f"the char tokenizer does not know the character {e.args[0]!r}: leave it out, "
-                "or train with another tokenizer (byte or bpe)"
-            ) from None
+            remedy = "leave it out, or train with another tokenizer (byte or bpe)"
+            raise UserError(f"the char tokenizer does not know the character {e.args[0]!r}: {remedy}") from e
 
     def decode_single_token_bytes(self, token: int) -> bytes:
         return self.chars[token].encode()
@@ -99,14 +95,18 @@ class BpeTokenizer(tiktoken.Encoding):
 
     def __init__(
         self,
-        name: str,
+        name,
         pattern: str,
-        ranks: dict[bytes, int],  # id of each token, which is also its priority in merging
+        ranks: dict[bytes, int],
         special_tokens: dict[str, int],
-        end_of_text: str | None = END_OF_TEXT,  # which of them ends a document
-        nfc: bool = False,  # whether text is put into Unicode's normal form C first
+        end_of_text: str | None = END_OF_TEXT,
+        nfc: bool = False,
     ):
-        """Raises ValueError if the ids are not 0, 1, ... or a single byte has none."""
+        """ranks: id of each token, which is also its priority in merging. end_of_text: the special token that
+        ends a document. nfc: whether text is put into Unicode's normal form C first.
+
+        Raises ValueError if the ids are not 0, 1, ... or a single byte has none.
+        """
         super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
         if sorted([*ranks.values(), *special_tokens.values()]) != list(range(self.n_vocab)):
             raise ValueError("ids must be distinct and begin at 0, without gaps")
@@ -127,9 +127,7 @@ Tokenizer = BpeTokenizer | CharTokenizer | IdsTokenizer
 
 
 def train(kind: str, texts: Iterable[str], vocab_size: int = 0) -> Tokenizer:
-    """The tokenizer `kind`, or the one in the folder `kind`.
-
-    `char` and `bpe` are made from `texts`, `vocab_size` is for `bpe`.
+    """The tokenizer `kind`, or the one in the folder `kind`; `char` and `bpe` are made from `texts`.
 
     Raises UserError: unknown kind, no text, vocab_size too small, rustbpe missing, gpt2 without network.
     """
@@ -169,9 +167,8 @@ def save(tok: Tokenizer, folder: str | Path) -> None:
 
 def load(folder: str | Path) -> Tokenizer:
     """The tokenizer that `save` wrote. Raises UserError if there is none or it is damaged."""
-    path = Path(folder) / "tokenizer_spec.json"
     try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
+        spec = json.loads((Path(folder) / "tokenizer_spec.json").read_text(encoding="utf-8"))
         if spec["kind"] == "char":
             tok = CharTokenizer(spec["chars"])
         elif spec["kind"] == "ids":
@@ -185,16 +182,14 @@ def load(folder: str | Path) -> Tokenizer:
             if len(set(ids)) < len(ids):
                 raise ValueError("two tokens share an id")  # on which tiktoken would panic
             tok = BpeTokenizer(spec["kind"], spec["pattern"], ranks, specials, **more)
-        damaged = sha256(tok) != spec["sha256"]
+        if sha256(tok) != spec["sha256"]:
+            raise ValueError("it is another one than was saved")
+        return tok
     except FileNotFoundError as e:
-        raise UserError(f"{folder} holds no tokenizer: {Path(e.filename).name} is missing") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        damaged = True
-    if damaged:
-        raise UserError(
-            f"the tokenizer in {folder} is damaged: copy {path.name} from its data set, or prepare again"
-        )
-    return tok
+        raise UserError(f"{folder} holds no tokenizer: {Path(e.filename).name} is missing") from e
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        remedy = "copy tokenizer_spec.json from its data set, or prepare again"
+        raise UserError(f"the tokenizer in {folder} is damaged: {remedy}") from e
 
 
 def sha256(tok: Tokenizer) -> str:
@@ -232,15 +227,12 @@ def _describe(tok: Tokenizer) -> tuple[dict, bytes]:
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     if vocab_size < 257:
-        raise UserError(
-            f"--vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}) for bpe, not {vocab_size}"
-        )
+        least = f"257 (256 bytes and {END_OF_TEXT})"
+        raise UserError(f"--vocab_size must be at least {least} for bpe, not {vocab_size}")
     try:
         import rustbpe
-    except ImportError:
-        raise UserError(
-            "the bpe tokenizer is trained by rustbpe: `pip install rustbpe`, or use --tokenizer=byte"
-        ) from None
+    except ImportError as e:
+        raise UserError("rustbpe trains bpe: `pip install rustbpe`, or use --tokenizer=byte") from e
 
     seen = 0
 
@@ -276,11 +268,7 @@ def _gpt2() -> BpeTokenizer:
     thread.start()
     thread.join(DOWNLOAD_SECONDS)
     if isinstance(outcome[0], str):
-        raise UserError(
-            f"cannot download the gpt2 tokenizer ({outcome[0]}): connect to the network, "
-            "or set TIKTOKEN_CACHE_DIR to a folder that holds it"
-        )
+        remedy = "connect to the network, or set TIKTOKEN_CACHE_DIR to a folder that holds it"
+        raise UserError(f"cannot download the gpt2 tokenizer ({outcome[0]}): {remedy}")
     tokens = [outcome[0].decode_single_token_bytes(i) for i in range(GPT2_N_VOCAB - 1)]
-    return _encoding(
-        "gpt2", GPT2_PATTERN, tokens
-    )  # our own pattern: tiktoken's wording of it varies by version
+    return _encoding("gpt2", GPT2_PATTERN, tokens)  # tiktoken's wording of the pattern varies by version
