@@ -143,7 +143,7 @@ def train(argv: list[str]) -> dict:
     optimizers = new_optimizers(config, model, optimizer_state)
     if config.eval_only:
         windows = model_config.block_size, config.batch_size, config.eval_iters
-        metrics = measure.evaluate(loss_model, dataset, *windows, hardware.autocast())
+        metrics = measure.evaluate(loss_model, dataset, windows, hardware.autocast())
         if parallel.rank() == 0:
             print(quality(metrics))
         return metrics
@@ -420,7 +420,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def evaluate_and_log(run: Run) -> tuple[bool, bool]:
     """Whether the model was evaluated (a signal ends it early), and whether it is the best so far."""
-    metrics = measure.evaluate(run.loss_model, run.dataset, *run.windows, run.autocast, run.stop.agreed)
+    metrics = measure.evaluate(run.loss_model, run.dataset, run.windows, run.autocast, run.stop.agreed)
     evaluated, improved = not run.stop.agreed(), False
     if evaluated:
         improved = metrics["val/loss"] < run.state["best"].get("best/val_loss", math.inf)

@@ -2,8 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 train.py config/124m/mla.py [--parallel=fsdp]
 
-Without torchrun there is one rank, and nothing here costs it anything. Ranks meet over NCCL on GPUs and over
-gloo on CPUs; no GPU has run this file yet.
+Without torchrun there is one rank. Ranks meet over NCCL on GPUs and over gloo on CPUs.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -112,7 +112,7 @@ def collective_errors() -> Iterator[None]:
         failed = False
     finally:
         lowest = size() - all_reduce_max(size() - rank() if failed else 0)  # of the ranks that failed
-        if lowest < size() and lowest != rank():
+        if lowest not in (size(), rank()):
             sys.exit(2)
 
 
@@ -140,10 +140,9 @@ def share(micro_steps: int, rows: int) -> tuple[int, int]:
     mine, sequences = -(-micro_steps // size()), micro_steps * rows
     rows, rest = divmod(sequences, mine * size())
     if rest:
-        raise UserError(
-            f"{size()} ranks of {mine} micro-batches cannot share a step of {sequences} sequences evenly; "
-            f"make gradient_accumulation_steps x batch_size a multiple of {mine * size()}"
-        )
+        fault = f"{size()} ranks of {mine} micro-batches cannot share a step of {sequences} sequences evenly"
+        remedy = f"make gradient_accumulation_steps x batch_size a multiple of {mine * size()}"
+        raise UserError(f"{fault}; {remedy}")
     return mine, rows
 
 
@@ -171,22 +170,19 @@ def parallelize(
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(device.type, (size(),))
-        fp32 = torch.float32
+        # autocast decides on the inputs, as it does without FSDP: RoPE's angles need fp32
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks:
             if compile:
                 block.compile()
-            # autocast decides on the inputs, as it does without FSDP: RoPE's angles need fp32
-            policy = MixedPrecisionPolicy(dtype, reduce_dtype=fp32, cast_forward_inputs=False)
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        policy = MixedPrecisionPolicy(reduce_dtype=fp32, cast_forward_inputs=False)
+            fully_shard(block, mesh=mesh, mp_policy=replace(policy, param_dtype=dtype))
         return fully_shard(loss_model, mesh=mesh, mp_policy=policy)
     if size() > 1:
         ids = [device] if device.type == "cuda" else None
         # the model has no buffers, so none are broadcast
         loss_model = DistributedDataParallel(loss_model, device_ids=ids, gradient_as_bucket_view=True)
-    return (
-        torch.compile(loss_model) if compile else loss_model
-    )  # outside DDP, so that it cuts graphs at its buckets
+    # outside DDP, so that it cuts graphs at its buckets
+    return torch.compile(loss_model) if compile else loss_model
 
 
 def sync_gradients(loss_model: nn.Module, now: bool) -> None:
@@ -221,11 +217,9 @@ def full_state_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, put together from all ranks, on rank 0; nothing on the others. All must call it."""
     gathered = {}
     for name, tensor in tensors.items():
-        if is_dtensor(tensor):
-            tensor = tensor.full_tensor()
-            tensor = tensor.cpu() if rank() == 0 else tensor
+        whole = tensor.full_tensor() if is_dtensor(tensor) else tensor
         if rank() == 0:
-            gathered[name] = tensor
+            gathered[name] = whole.cpu() if is_dtensor(tensor) else whole
     return gathered
 
 
@@ -239,9 +233,7 @@ def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
     return value
 
 
-def each_matrix_once(
-    function: Callable[[Tensor], Tensor], values: list[Tensor], parameters: list[Tensor]
-) -> list[Tensor]:
+def each_matrix_once(function: Callable, values: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:
     """function((N, m, n)) -> (N, m, n) of N matrices, each computed whole and on one rank only.
 
     `values` is what this rank holds of them, as it does of the like-shaped `parameters`: all, or with FSDP

@@ -11,8 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import timeit
 from pathlib import Path
 
 import torch
@@ -23,21 +22,9 @@ from nanokv.cache import kv_bytes
 from nanokv.dataset import Dataset
 from nanokv.generate import decode_one_token, prefill
 
-# Dense peak in FLOP/s in 16 bits, by a word of the device's name (vendors' data sheets, without sparsity).
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "4090": 165e12,
-    "3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
+# Dense peak in TFLOP/s in 16 bits, by a word of the device's name (vendors' data sheets, without sparsity).
+PEAK_TFLOPS = {"B200": 2250, "GH200": 989, "H200": 989, "H100": 989, "A100": 312, "V100": 125, "T4": 65}
+PEAK_TFLOPS |= {"L40S": 362, "L4": 121, "A10G": 70, "4090": 165, "3090": 71}
 
 
 def n_params(model: nn.Module, embedding: bool = True) -> int:
@@ -95,19 +82,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak FLOP/s: of a GPU from its data sheet (None if unknown), of a CPU by timing a matrix product."""
     if device.type == "cuda":
         words = torch.cuda.get_device_name(device).replace("-", " ").split()
-        peak = next((flops for model, flops in PEAK_FLOPS.items() if model in words), None)
+        peak = next((tflops * 1e12 for model, tflops in PEAK_TFLOPS.items() if model in words), None)
         if peak and dtype == torch.float32:  # as TF32, which Ampere brought
             peak = peak / 2 if torch.cuda.get_device_capability(device) >= (8, 0) else None
         return peak
     if device.type != "cpu":
         return None
     a = torch.ones(1024, 1024, dtype=dtype)
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - begin)
-    return 2 * 1024**3 / min(seconds)
+    return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
 
 
 def peak_memory(device: torch.device) -> int:
@@ -139,30 +121,24 @@ def git_sha() -> str | None:
     describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 @torch.no_grad()
 def evaluate(
-    loss_model: nn.Module,
-    dataset: Dataset,
-    block_size: int,
-    batch_size: int,
-    max_batches: int,
-    autocast: AbstractContextManager,
-    until: Callable[[], bool] = lambda: False,
+    loss_model: nn.Module, dataset: Dataset, windows: tuple[int, int, int], autocast, until=lambda: False
 ) -> dict[str, float | None]:
     """Mean loss in nats a token and bits per byte, over the same validation tokens on any number of ranks.
 
-    max_batches: of all ranks, evenly spaced; 0: the whole validation split. Draws nothing from any random
-    state. Ends early, with what it has, when `until()` says so.
+    windows: block_size, batch_size and how many batches of all ranks, evenly spaced; 0: the whole split.
+    Draws nothing from any random state. Ends early, with what it has, when `until()` says so.
     """
     device = next(loss_model.parameters()).device
     loss_model.eval()
     loss, count = torch.zeros((), device=device), 0
-    for x, y in dataset.val_batches(block_size, batch_size, max_batches, parallel.rank(), parallel.size()):
+    for x, y in dataset.val_batches(*windows, parallel.rank(), parallel.size()):
         n = int((y >= 0).sum())
         with autocast:
             mean = loss_model(x.to(device), y.to(device))
@@ -197,8 +173,5 @@ def decode_probe(
             ids = decode_one_token(model, ids, cache).argmax(-1)
             ids.tolist()
         seconds.append(time.perf_counter() - clock)
-    return {
-        "decode/tokens_per_s": n / statistics.median(seconds[1:]),
-        "decode/context": context,
-        "kv_cache/allocated_bytes": cache.nbytes,
-    }
+    figures = {"decode/tokens_per_s": n / statistics.median(seconds[1:]), "decode/context": context}
+    return figures | {"kv_cache/allocated_bytes": cache.nbytes}

@@ -53,11 +53,10 @@ def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
     """Token ids of a prompt. An empty one begins a document: with <|endoftext|>, else as in nanoGPT with a
     newline, else with id 0. Raises UserError if the tokenizer cannot encode the text.
     """
+    if text and not tokenizer.encode_ordinary(text):
+        raise UserError(f"the prompt {text!r} holds no token; give another --start")
     if text:
-        ids = tokenizer.encode_ordinary(text)
-        if not ids:
-            raise UserError(f"the prompt {text!r} holds no token; give another --start")
-        return ids
+        return tokenizer.encode_ordinary(text)
     if tokenizer.eot_token is not None:
         return [tokenizer.eot_token]
     with suppress(UserError):

@@ -29,11 +29,9 @@ class SkippedSteps:
             return True
         self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
         if self.in_a_row >= self.limit:
-            raise UserError(
-                f"step {number}: the gradient was not finite for {self.in_a_row} steps in a row, which were "
-                "skipped; the last checkpoint stays; go on from it with --init_from=resume and a lower "
-                "learning rate"
-            )
+            fault = f"step {number}: the gradient was not finite for {self.in_a_row} steps in a row"
+            remedy = "go on from it with --init_from=resume and a lower learning rate"
+            raise UserError(f"{fault}, which were skipped; the last checkpoint stays; {remedy}")
         self.say(f"step {number} is skipped: its gradient norm is {grad_norm}")
         return False
 
