@@ -100,22 +100,6 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class Throughput:
-    """How fast training goes: tokens a second, and what share that is of the machine's peak (MFU)."""
-
-    def __init__(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None):
-        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
-        self.peak_flops = peak_flops  # of all ranks
-
-    def restart(self, step: int) -> None:
-        self.since, self.first = time.perf_counter(), step
-
-    def since_restart(self, step: int) -> dict[str, float | None]:
-        rate = (step - self.first) * self.tokens_per_step / (time.perf_counter() - self.since)
-        mfu = rate * self.flops_per_token / self.peak_flops if self.peak_flops else None
-        return {"train/tokens_per_s": rate, "train/mfu": mfu}
-
-
 def git_sha() -> str | None:
     """The commit of this code, with a + if files differ from it; None outside a git checkout."""
     describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
