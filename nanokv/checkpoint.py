@@ -1,12 +1,9 @@
 """What a run writes and reads back.
 
 A run folder holds `config.json` (every knob, resolved), `metrics.jsonl` (a line an event), `summary.json`,
-the tokenizer, and the checkpoints `last/` and `best/`, each of them
-
-    model.safetensors      the weights
-    optimizer.safetensors  the optimizers' state
-    state.json             step, best loss and other counters
-    manifest.json          size and SHA-256 of the three; written last
+the tokenizer, and the checkpoints `last/` and `best/`, each of them model.safetensors (the weights),
+optimizer.safetensors (the optimizers' state), state.json (step, best loss and other counters) and
+manifest.json (size and SHA-256 of these three; written last).
 
 A checkpoint is written aside (`last.new/`), synced, compared with what it is to hold, and swapped in; it is
 verified when read. What `last/` was before stays beside it as `last.old/`, so that a run can go on from there
@@ -40,16 +37,9 @@ from nanokv.config import UserError
 CHECKPOINTS = ("last", "last.new", "last.old", "best", "best.new", "best.old")
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "wandb_id", "launch_id", *CHECKPOINTS)
 PARTS = ("model.safetensors", "optimizer.safetensors", "state.json")
-STATE = {  # what state.json must hold
-    "step": int,
-    "samples": int,
-    "time": float,
-    "evaluated": int | None,  # the step of the last evaluation
-    "best": dict,
-    "skipped_steps": int,
-    "corpus_sha256": str,
-    "scaler": dict,
-}
+# what state.json must hold; evaluated: the step of the last evaluation
+STATE = {"step": int, "samples": int, "time": float, "evaluated": int | None, "best": dict}
+STATE |= {"skipped_steps": int, "corpus_sha256": str, "scaler": dict}
 
 
 @dataclass
@@ -92,10 +82,8 @@ def read_json(path: Path):
 
 
 def claim(run_dir: Path, resume: bool, overwrite: bool, launch: str | None = None) -> None:
-    """Make `run_dir` ready to be written. A run that is there survives, unless `overwrite` gives it up.
-
-    Without a checkpoint there is no run to lose. `launch` names the command that writes from now on. Raises
-    UserError if there is a run that would be overwritten, or no way to write there.
+    """Make `run_dir` ready to be written by the command that `launch` names. Raises UserError if there is no
+    way to write there, or if a run is there, one with a checkpoint, which only `overwrite` gives up.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -141,10 +129,7 @@ def write_config(run_dir: Path, *configs) -> None:
 
 
 def read_config(run_dir: Path) -> dict:
-    """Every knob of a run, as it was written: check it with `config.from_dict` or `config.only_fields`.
-
-    Raises UserError if the folder is no run, or its config is damaged.
-    """
+    """Every knob of a run, not yet checked. Raises UserError if the folder is no run or config is damaged."""
     path = run_dir / "config.json"
     if not path.exists():
         fault = "it has no config.json" if run_dir.is_dir() else "no such folder"
@@ -156,10 +141,8 @@ def read_config(run_dir: Path) -> dict:
 
 
 class Saver:
-    """Writes a run's checkpoints in a thread of its own, while training goes on.
-
-    What goes wrong there is raised by the next call of a method: a UserError, and the checkpoints before are
-    as they were. Python waits for the thread before it exits.
+    """Writes a run's checkpoints in a thread, while training goes on. What goes wrong there is raised by the
+    next call of a method: a UserError, and the checkpoints before are as they were.
     """
 
     def __init__(self, run_dir: Path):
@@ -236,9 +219,9 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def load_newest(run_dir: Path) -> Checkpoint:
-    """The newest checkpoint of a run that is whole, whatever its name.
+    """The newest checkpoint of a run that is whole. If a newer one is damaged, a line on stderr says so.
 
-    Where that is not the newest there is, a line on stderr says so. Raises UserError if none is whole.
+    Raises UserError if none is whole.
     """
     steps = {}
     for name in CHECKPOINTS:
@@ -253,13 +236,14 @@ def load_newest(run_dir: Path) -> Checkpoint:
     for name in sorted(steps, key=steps.get, reverse=True):  # of equals last/ comes first
         try:
             checkpoint = load(run_dir, name)
+            for fault in faults:
+                print(
+                    f"going on from {run_dir / name}, step {checkpoint.state['step']}: {fault}",
+                    file=sys.stderr,
+                )
+            return checkpoint
         except UserError as fault:
             faults.append(fault)
-            continue
-        source = f"{run_dir / name}, step {checkpoint.state['step']}"
-        for fault in faults:
-            print(f"going on from {source}: {fault}", file=sys.stderr)
-        return checkpoint
     raise UserError(f"{faults[0]}, but no other is whole" if faults else f"{run_dir} has no checkpoint")
 
 
@@ -276,9 +260,8 @@ def load(run_dir: Path, name: str) -> Checkpoint:
 
 
 def find(path: str | Path, which: str = "best") -> tuple[Path, str]:
-    """Run folder and name of the checkpoint that `path` stands for: a run folder, or best/ or last/ in it.
-
-    `which` counts for the former, and falls back to last where there is no best.
+    """Run folder and name of the checkpoint that `path` stands for: best/ or last/ of a run, or a run folder,
+    of which `which` is meant, or last where there is no best.
     """
     path, whole = Path(path), Path(path).absolute()
     if whole.name in ("best", "last") and not (path / "config.json").exists():
@@ -311,7 +294,7 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def build(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
-    """The module that `make` makes, in eval mode; its parameters are `weights` themselves, not copies.
+    """The module that `make` makes, in eval mode, with `weights` themselves, not copies, as parameters.
 
     Raises RuntimeError if their names or shapes do not fit.
     """
@@ -356,10 +339,8 @@ def _fingerprint(path: Path) -> dict:
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

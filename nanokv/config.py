@@ -10,6 +10,7 @@ loader knows no dataclass of its own and does not import torch, so that commands
 import ast
 import difflib
 import inspect
+import itertools
 import operator
 import os
 import re
@@ -32,17 +33,12 @@ class UserError(ValueError):
     """The user's fault, not the program's: one line that names the fault and the remedy."""
 
 
-def load(
-    argv: list[str],
-    *classes: type,
-    usage: str = "",
-    fill_in: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-) -> tuple:
+def load(argv: list[str], *classes: type, usage: str = "", fill_in: Callable[[dict], dict] = dict) -> tuple:
     """`[config.py] [--key=value ...]` as an instance of each dataclass, typed by their annotations.
 
     A bare `--key` sets a bool. The command line overrides the file, and the last of two equal keys counts.
-    `fill_in` is told the values that were given and returns those to use, such as with those of the run that
-    goes on; defaults are for the rest. `--help` prints `usage` and every field, and exits. Raises UserError.
+    `fill_in` is told the values that were given and returns those to use; defaults are for the rest. `--help`
+    prints `usage` and every field, and exits. Raises UserError.
     """
     if "--help" in argv or "-h" in argv:
         print(describe(classes, usage))
@@ -58,8 +54,7 @@ def load(
                 raise UserError(f"--{key} needs a value: --{key}=...")
             readings = (_literal(text), text) if equals else (True,)
             settings.append((key, readings, "command line"))
-    given = _check(settings, hints)
-    return _build(classes, fill_in(given) if fill_in else given)
+    return _build(classes, fill_in(_check(settings, hints)))
 
 
 def parse(cls: type[T], argv: list[str], usage: str = "") -> T:
@@ -68,9 +63,8 @@ def parse(cls: type[T], argv: list[str], usage: str = "") -> T:
 
 
 def from_dict(values: dict[str, Any], where: str, *classes: type) -> tuple:
-    """An instance of each dataclass from one flat dict, with the checks of `load`.
-
-    Raises UserError, which names `where` (a file), also for a key that none of the dataclasses has.
+    """An instance of each dataclass from one flat dict, with the checks of `load`. Raises UserError, which
+    names `where` (a file), also for a key that none of the dataclasses has.
     """
     return _build(classes, _check([(key, (value,), where) for key, value in values.items()], _hints(classes)))
 
@@ -81,9 +75,8 @@ def only_fields(cls: type[T], values: dict[str, Any], where: str) -> T:
 
 
 def check_range(config, names: str, **bounds: float) -> None:
-    """Raises ValueError if one of these fields (names with spaces between) is out of its bounds.
-
-    The bounds are some of at_least, at_most, above and below.
+    """Raises ValueError if one of these fields (names with spaces between) is out of its bounds, some of
+    at_least, at_most, above and below.
     """
     tests = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
     for name in names.split():
@@ -96,7 +89,7 @@ def check_range(config, names: str, **bounds: float) -> None:
 def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
     """Run a command: main(arguments), with faults of the user's as one line on stderr and exit code 2.
 
-    Only with `ranks` does the command know what to do as one of several that torchrun started.
+    ranks: whether it can run as one of several processes that torchrun started.
     """
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not ranks:
@@ -151,17 +144,16 @@ def _check(settings: Iterable[tuple[str, tuple, str]], hints: dict[str, Any]) ->
 
 def _build(classes: Iterable[type], values: dict[str, Any]) -> tuple:
     """An instance of each class from the values of all."""
-    instances = []
-    for cls in classes:
-        own = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        for field in fields(cls):
-            if field.name not in own and field.default is MISSING:
-                raise UserError(f"--{field.name}=... is required")
-        try:
-            instances.append(cls(**own))
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    return tuple(instances)
+    for field in (field for cls in classes for field in fields(cls)):
+        if field.name not in values and field.default is MISSING:
+            raise UserError(f"--{field.name}=... is required")
+    try:
+        return tuple(
+            cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+            for cls in classes
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _fit(value: Any, hint: Any) -> Iterator[Any]:
@@ -233,8 +225,7 @@ def read_file(path: str) -> Iterator[tuple[str, tuple, str]]:
 
 def _nearby(path: str) -> str:
     """A hint at the config files there are: those of a like name, else all."""
-    folder = Path(__file__).parents[1] / "config"
-    there = sorted(os.path.relpath(file) for file in folder.rglob("*.py"))
+    there = sorted(os.path.relpath(file) for file in Path(__file__).parents[1].glob("config/**/*.py"))
     same_name = [file for file in there if Path(file).stem == Path(path).stem]
     close = same_name or difflib.get_close_matches(path, there)
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(there)}"
@@ -295,22 +286,18 @@ def describe(classes: Iterable[type], usage: str = "") -> str:
             knobs[field.name] = f"  --{field.name}={'...' if field.default is MISSING else field.default}"
     column = max(map(len, knobs.values())) + 2
     width = max(shutil.get_terminal_size((110, 24)).columns, column + 30)
-    lines, last_section = [usage.strip()] if usage else [], None
-    for name, knob in knobs.items():
-        section, comment = comments[name]
-        if section != last_section:
-            last_section = section
-            lines += ["", section] if section else [""]
-        text = f"{comment} [{_type_name(hints[name])}]"
-        lines += textwrap.wrap(text, width, initial_indent=knob.ljust(column), subsequent_indent=" " * column)
+    lines = [usage.strip()] if usage else []
+    for section, names in itertools.groupby(knobs, lambda name: comments[name][0]):
+        lines += ["", section] if section else [""]
+        for name in names:
+            text, first = f"{comments[name][1]} [{_type_name(hints[name])}]", knobs[name].ljust(column)
+            lines += textwrap.wrap(text, width, initial_indent=first, subsequent_indent=" " * column)
     return "\n".join(lines)
 
 
 def _comments(cls: type) -> dict[str, tuple[str, str]]:
-    """Field -> (section, comment), read from the source of cls and its bases.
-
-    A field's comment is the one beside it, or if there is none the lines right above it. Any other line of
-    comment is the title of the section that begins there.
+    """Field -> (section, comment), read from the source of cls and its bases. A field's comment is the one
+    beside it, or else the lines right above it. Any other comment is the title of a section.
     """
     result = {}
     for base in filter(is_dataclass, reversed(cls.__mro__)):

@@ -26,7 +26,6 @@ from nanokv.config import UserError, run_python
 
 ROOT = Path(__file__).resolve().parents[1] / "data"
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4
-_ONE, _HALF = np.uint64(1), np.uint64(32)
 PREPARED_ON_FIRST_USE = ("mqar", "shakespeare_char", "stdlib")  # they are small
 CHUNK = 1 << 20  # tokens that are read at a time to check or count them
 CHECK_ALL_BELOW = 100_000_000  # a split of more tokens is checked in this many tokens, spread over it
@@ -81,8 +80,7 @@ class Dataset:
             self.meta.setdefault("vocab_size", tokenizers.GPT2_N_VOCAB)
         self.vocab_size = self.meta.get("vocab_size") or self.tokenizer.n_vocab
         self._answer_bit = self.meta.get("answer_bit")
-        self.train = self._open_split("train")
-        self.val = self._open_split("val")
+        self.train, self.val = self._open_split("train"), self._open_split("val")
         if "corpus_sha256" not in self.meta:
             self.meta["corpus_sha256"] = hashlib.sha256(self.train.sample() + self.val.sample()).hexdigest()
 
@@ -103,8 +101,8 @@ class Dataset:
         """x, y (B, T) int64: each token of the val split but the first is a target once, in order.
 
         The last window is padded with y = -1, the last batch may have fewer rows: weigh losses by targets.
-        max_batches: that many batches of windows spread evenly over the split instead of all. The ranks take
-        turns at batches, equally many each, if need be one of padding alone.
+        max_batches: so many, spread evenly over the split; 0: all. The ranks take turns at batches, equally
+        many each, if need be one of padding alone.
         """
         self.check_block_size(block_size)
         stride = self.meta.get("example_len", block_size)
@@ -118,8 +116,8 @@ class Dataset:
 
     def check_block_size(self, block_size: int) -> None:
         """Raises UserError if windows of `block_size` do not fit this set."""
-        if self.meta.get("example_len", block_size + 1) != block_size + 1:
-            fit = self.meta["example_len"] - 1
+        fit = self.meta.get("example_len", block_size + 1) - 1
+        if fit != block_size:
             raise UserError(f"the examples of {self.dir} are {fit} tokens long: set --block_size={fit}")
         for split, shards in (("train", self.train), ("val", self.val)):
             if len(shards) < block_size + 1:
@@ -128,9 +126,8 @@ class Dataset:
                 raise UserError(f"the {split} split of {self.dir} {fault}: {remedy}")
 
     def fit(self, block_size: int, vocab_size: int) -> int:
-        """The vocabulary of a model that is trained on this set: its own size, or `vocab_size` if not 0.
-
-        Raises UserError if that is less than there are token ids, or windows of `block_size` do not fit.
+        """The vocabulary of a model trained on this set: its own size, or `vocab_size` if not 0. Raises
+        UserError if that is less than there are token ids, or windows of `block_size` do not fit.
         """
         self.check_block_size(block_size)
         if 0 < vocab_size < self.vocab_size:
@@ -192,10 +189,8 @@ class Dataset:
 
 
 class Shards:
-    """Token files read as if they were one array.
-
-    Read by pread rather than mapped: a file that is cut short under a running job is then an error with a
-    name, not a bus error.
+    """Token files read as if they were one array: by pread, not mapped, so that a file which is cut short
+    under a running job is an error with a name, not a bus error.
     """
 
     def __init__(self, paths: list[Path], dtype: np.dtype):
@@ -205,7 +200,7 @@ class Shards:
         self.data_starts = []  # byte at which the tokens of each file start
         self.ends = []  # number of tokens up to the end of each file
         for file in self.files:
-            header = np.frombuffer(file.read(LLMC_HEADER_BYTES).ljust(12, b"\0")[:12], "<i4")
+            header = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4")  # magic, version, tokens
             size = os.fstat(file.fileno()).st_size
             start = LLMC_HEADER_BYTES if header[0] == LLMC_MAGIC else 0
             count, rest = divmod(size - start, dtype.itemsize)
@@ -255,7 +250,7 @@ class Shards:
 
 
 def sample_starts(
-    first: int, count: int, n_tokens: int, block_size: int, seed: int, aligned: bool = False
+    first: int, count: int, n_tokens: int, block_size: int, seed: int, aligned=False
 ) -> np.ndarray:
     """(count,): where samples first .. first + count - 1 begin.
 
@@ -277,15 +272,15 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     A Feistel network permutes a x b pairs, a b just above n, and what lands at n or above goes round again
     (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
-    a = np.uint64(math.isqrt(n - 1) + 1)
+    a, one, half = np.uint64(math.isqrt(n - 1) + 1), np.uint64(1), np.uint64(32)
     b = np.uint64(-(-n // int(a)))
     round_keys = _mix(key + np.arange(1, 7, dtype=np.uint64)[:, None])  # (6, B)
     out, outside = index.copy(), np.arange(len(index))
     while len(outside):
         left, right = np.divmod(out[outside], b)
         for k in round_keys[:, outside].reshape(3, 2, -1):
-            left = (left + ((right + k[0]) * (k[0] | _ONE) >> _HALF)) % a
-            right = (right + ((left + k[1]) * (k[1] | _ONE) >> _HALF)) % b
+            left = (left + ((right + k[0]) * (k[0] | one) >> half)) % a
+            right = (right + ((left + k[1]) * (k[1] | one) >> half)) % b
         out[outside] = left * b + right
         outside = outside[out[outside] >= n]
     return out
@@ -297,14 +292,6 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)
-
-
-def _foreign(folder: Path) -> bool:
-    """nanoGPT's or llm.c's files. Shards of ours without their meta.json have neither name nor header."""
-    if (folder / "train.bin").exists() and (folder / "val.bin").exists():
-        return True
-    headers = [np.fromfile(p, "<i4", 1) for split in ("train", "val") for p in folder.glob(f"*{split}*.bin")]
-    return bool(headers) and all(header.tolist() == [LLMC_MAGIC] for header in headers)
 
 
 def _prepare(name: str, folder: Path, tokenizer: str | None, allowed: bool) -> None:
@@ -326,7 +313,10 @@ def _read_meta(folder: Path) -> dict | None:
             if meta["dtype"] in ("uint16", "uint32") and meta["vocab_size"] > 0 and meta["tokenizer"]:
                 return meta
         raise UserError(f"{path} is damaged: prepare the set again")
-    if not _foreign(folder):
+    nanogpt = (folder / "train.bin").exists() and (folder / "val.bin").exists()
+    headers = [np.fromfile(p, "<i4", 1) for split in ("train", "val") for p in folder.glob(f"*{split}*.bin")]
+    llmc = headers and all(header.tolist() == [LLMC_MAGIC] for header in headers)
+    if not (nanogpt or llmc):  # shards of ours without their meta.json have neither name nor header
         return None
     if (folder / "meta.pkl").exists():
         chars = _read_nanogpt_chars(folder / "meta.pkl")

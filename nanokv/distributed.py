@@ -101,10 +101,8 @@ def own_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def collective_errors() -> Iterator[None]:
-    """If this block (or function, as a decorator) fails on one rank, it ends on all of them.
-
-    The lowest rank that failed raises its error; the others exit. Without it they would wait for ever in
-    their next collective. No collective may be called in the block.
+    """If this block, which must call no collective, fails on one rank, it ends on all: the lowest that failed
+    raises its error, the others exit. Else they would wait for ever in their next collective.
     """
     failed = True
     try:
@@ -118,24 +116,23 @@ def collective_errors() -> Iterator[None]:
 
 def all_reduce_max(value: int) -> int:
     """The greatest `value` of all ranks. All must call it, as any collective."""
-    return int(_all_reduce(value, torch.int64, dist.ReduceOp.MAX)) if size() > 1 else value
+    tensor = torch.tensor(value, dtype=torch.int64)  # on the CPU: a GPU is not made to wait
+    if size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
 
 
 def all_reduce_sum(*values: float) -> list[float]:
     """The sum over ranks of each value, in float64."""
-    return _all_reduce(values, torch.float64, dist.ReduceOp.SUM).tolist() if size() > 1 else list(values)
-
-
-def _all_reduce(values, dtype: torch.dtype, op) -> Tensor:
-    values = torch.tensor(values, dtype=dtype)  # on the CPU: a GPU is not made to wait
-    dist.all_reduce(values, op)
-    return values
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if size() > 1:
+        dist.all_reduce(tensor)
+    return tensor.tolist()
 
 
 def share(micro_steps: int, rows: int) -> tuple[int, int]:
     """How many micro-batches of how many rows each rank takes of a step of `micro_steps` batches of `rows`.
-
-    As few micro-batches as keep them within `rows`. Raises UserError if the ranks cannot share evenly.
+    As few as keep them within `rows`. Raises UserError if the ranks cannot share evenly.
     """
     mine, sequences = -(-micro_steps // size()), micro_steps * rows
     rows, rest = divmod(sequences, mine * size())
@@ -234,10 +231,9 @@ def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def each_matrix_once(function: Callable, values: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:
-    """function((N, m, n)) -> (N, m, n) of N matrices, each computed whole and on one rank only.
-
-    `values` is what this rank holds of them, as it does of the like-shaped `parameters`: all, or with FSDP
-    its ceil(m / size) rows of each, fewer at the end. So is the result.
+    """function((N, m, n)) -> (N, m, n) of N matrices, each computed whole and on one rank only. `values` and
+    the result are what this rank holds, as of the like-shaped `parameters`: all, or with FSDP its
+    ceil(m / size) rows of each, fewer at the end.
     """
     if size() == 1:
         return list(function(torch.stack(values)).unbind())

@@ -59,9 +59,7 @@ def kv_bytes_in_context(config, dtype: torch.dtype = torch.bfloat16) -> float:
 
 
 def kv_ratio_to_mha(config) -> float:
-    """Cache of a full context relative to that of multi-head attention of this width without windows, which
-    holds 2 n_embd numbers a token a layer.
-    """
+    """Cache of a full context relative to that of multi-head attention without windows."""
     held = kv_bytes_in_context(config) / config.kv_bytes_per_token()
     return held * kv_elements_per_token_layer(config) / (2 * config.n_embd)
 

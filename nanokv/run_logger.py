@@ -16,12 +16,9 @@ from nanokv import checkpoint
 class RunLogger:
     """Without a run folder, on all ranks but the first, it only keeps the summary."""
 
-    def __init__(
-        self, run_dir: Path | None, facts: dict, resume_step: int | None = None, wandb: dict | None = None
-    ):
-        """facts: what the summary begins with. resume_step: where an earlier run is gone on with.
-
-        wandb: arguments of wandb.init (project, name, config) to log to W&B too.
+    def __init__(self, run_dir: Path | None, facts: dict, resume_step=None, wandb: dict | None = None):
+        """facts: what the summary begins with. resume_step: where an earlier run is gone on with. wandb:
+        arguments of wandb.init (project, name, config) to log to W&B too.
         """
         self.run_dir, self.summary, self.bar = run_dir, dict(facts), sys.stdout.isatty()
         if run_dir is None:

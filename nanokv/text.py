@@ -69,17 +69,9 @@ def stop_ids(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
     return () if tokenizer.eot_token is None else (tokenizer.eot_token,)
 
 
-def generate_text(
-    model: nn.Module,
-    tokenizer: tokenizers.Tokenizer,
-    max_new_tokens: int,
-    start: str = "",
-    temperature: float = 0.8,
-    top_k: int = 200,
-    **options,
-) -> str:
+def generate_text(model: nn.Module, tokenizer, max_new_tokens: int, start: str = "", **options) -> str:
     """One sample as text, `start` included, of a model in eval mode; options as for `generate`."""
-    options |= dict(temperature=temperature, top_k=top_k)
+    options = dict(temperature=0.8, top_k=200) | options
     options |= dict(stop_ids=stop_ids(tokenizer), n_vocab=tokenizer.n_vocab)
     (tokens,) = generate_lists(model, [encode_prompt(tokenizer, start)], max_new_tokens, **options)
     stream = TextStream(tokenizer)

@@ -93,26 +93,17 @@ class IdsTokenizer(_PlainTokenizer):
 class BpeTokenizer(tiktoken.Encoding):
     """tiktoken's byte-pair encoding, with any name for the token that ends a document, or none."""
 
-    def __init__(
-        self,
-        name,
-        pattern: str,
-        ranks: dict[bytes, int],
-        special_tokens: dict[str, int],
-        end_of_text: str | None = END_OF_TEXT,
-        nfc: bool = False,
-    ):
-        """ranks: id of each token, which is also its priority in merging. end_of_text: the special token that
-        ends a document. nfc: whether text is put into Unicode's normal form C first.
-
-        Raises ValueError if the ids are not 0, 1, ... or a single byte has none.
+    def __init__(self, name: str, pattern: str, ranks, specials, end_of_text=END_OF_TEXT, nfc: bool = False):
+        """ranks: dict, id of each token (bytes), which is also its priority in merging. specials: dict, id of
+        each special token (str). end_of_text: the one that ends a document, or None. nfc: whether text is put
+        into Unicode's normal form C first. Raises ValueError if the ids are not 0, 1, ... or a byte has none.
         """
-        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
-        if sorted([*ranks.values(), *special_tokens.values()]) != list(range(self.n_vocab)):
+        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+        if sorted([*ranks.values(), *specials.values()]) != list(range(self.n_vocab)):
             raise ValueError("ids must be distinct and begin at 0, without gaps")
         if not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError("each single byte must be a token")
-        self.pattern, self.ranks, self.specials = pattern, ranks, special_tokens
+        self.pattern, self.ranks, self.specials = pattern, ranks, specials
         self.end_of_text, self.nfc = end_of_text, nfc
 
     @property
@@ -161,8 +152,8 @@ def save(tok: Tokenizer, folder: str | Path) -> None:
     spec, ranks = _describe(tok)
     if ranks:
         (Path(folder) / "tokenizer.tiktoken").write_bytes(ranks)
-    spec["sha256"] = sha256(tok)
-    (Path(folder) / "tokenizer_spec.json").write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
+    content = json.dumps(spec | {"sha256": sha256(tok)}, indent=1) + "\n"
+    (Path(folder) / "tokenizer_spec.json").write_text(content, encoding="utf-8")
 
 
 def load(folder: str | Path) -> Tokenizer:

@@ -19,8 +19,7 @@ class SkippedSteps:
 
     def __init__(self, limit: int, total: int, say: Callable[[str], None]):
         """limit: how many in a row are too many; total: those of the run so far."""
-        self.limit, self.total, self.say = limit, total, say
-        self.in_a_row = 0
+        self.limit, self.total, self.say, self.in_a_row = limit, total, say, 0
 
     def step(self, number: int, grad_norm: float) -> bool:
         """Whether the optimizers may step. Raises UserError when too many in a row may not."""
@@ -42,8 +41,7 @@ class LossSpikes:
     DECAY, DEVIATIONS, SHARE, WARM_UP = 0.9, 6, 0.1, 10
 
     def __init__(self, say: Callable[[str], None]):
-        self.say = say
-        self.seen, self.mean, self.variance = 0, 0.0, 0.0
+        self.say, self.seen, self.mean, self.variance = say, 0, 0.0, 0.0
 
     def see(self, number: int, loss: float) -> None:
         """Says so if the loss at step `number` is 6 deviations and 10 % above the mean of those before."""
@@ -64,8 +62,7 @@ class StallWatchdog:
 
     def __init__(self, seconds: float, say: Callable[[str], None]):
         self.seconds, self.say = seconds, say
-        self.since: float | None = None
-        self.closed = threading.Event()
+        self.since, self.closed = None, threading.Event()
         threading.Thread(target=self._look, daemon=True).start()
 
     def __enter__(self) -> None:
@@ -89,14 +86,12 @@ class StallWatchdog:
 class StopSignal:
     """Remembers the first SIGINT, SIGTERM or SIGUSR1 on any rank, so that all end the loop at a whole step.
 
-    A second one kills, but not under torchrun, which passes on what has reached the workers already. Until
-    the first step is taken there is nothing to save, and the first signal ends the run `at_once`: that step
-    may be minutes of compiling.
+    A second one kills, but not under torchrun, which passes on what has reached the workers already. Before
+    the first step, which may be minutes of compiling, the first signal ends the run `at_once`.
     """
 
     def __init__(self):
-        self.at_once = True
-        self.signal: signal.Signals | None = None
+        self.at_once, self.signal = True, None
         caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         self.before = {number: signal.signal(number, self.catch) for number in caught}
 
