@@ -219,10 +219,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def load_newest(run_dir: Path) -> Checkpoint:
-    """The newest checkpoint of a run that is whole. If a newer one is damaged, a line on stderr says so.
-
-    Raises UserError if none is whole.
-    """
+    """The newest whole checkpoint; stderr names damaged ones that are newer. UserError if none is whole."""
     steps = {}
     for name in CHECKPOINTS:
         folder = run_dir / name
@@ -283,8 +280,7 @@ class NotInitialized(TorchFunctionMode):
     """Skips torch.nn.init, which on meta tensors would first import torch's compiler: two seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        skipped = getattr(func, "__module__", None) == "torch.nn.init"
-        return None if skipped else func(*args, **(kwargs or {}))
+        return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
 
 
 def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
@@ -295,7 +291,6 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
 
 def build(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
     """The module that `make` makes, in eval mode, with `weights` themselves, not copies, as parameters.
-
     Raises RuntimeError if their names or shapes do not fit.
     """
     model = on_meta(make)

@@ -87,9 +87,8 @@ def check_range(config, names: str, **bounds: float) -> None:
 
 
 def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
-    """Run a command: main(arguments), with faults of the user's as one line on stderr and exit code 2.
-
-    ranks: whether it can run as one of several processes that torchrun started.
+    """Run a command, main(arguments): faults of the user's become one line on stderr and exit code 2. ranks:
+    whether it can be one of several processes that torchrun started.
     """
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not ranks:
@@ -108,7 +107,6 @@ def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
 
 def run_python(command: list[str], **options) -> str | None:
     """`python COMMAND` in a process of its own, as none of several ranks; options as for subprocess.run.
-
     Returns what it printed, if `stdout` is a pipe. Raises UserError, with its last line, if it fails.
     """
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}

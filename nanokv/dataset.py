@@ -39,11 +39,9 @@ def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) 
     folder that does not. Raises UserError: unknown, missing, unfinished or damaged set, unknown tokenizer.
     """
     key, value, kind = "tokenizer", tokenizer, tokenizer
-    if tokenizer is not None and tokenizers.is_saved(tokenizer):
-        tok = tokenizers.load(tokenizer)
+    if tokenizer not in (None, *tokenizers.KINDS):
+        tok = tokenizers.train(tokenizer, [])  # that of a folder
         key, value, kind = "tokenizer_sha256", tokenizers.sha256(tok), tok.name
-    elif tokenizer is not None and tokenizer not in tokenizers.KINDS:
-        raise tokenizers.unknown(tokenizer)
     ours = sorted(path.parent.name for path in ROOT.glob("*/prepare.py"))
     if name in ours:
         folder = ROOT / name
@@ -61,10 +59,7 @@ def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) 
 
 
 class Dataset:
-    """Two splits of token ids and what is known about them.
-
-    dir: Path; meta: dict (design, section 4); vocab_size: ids are below it; train, val: Shards.
-    """
+    """Two splits of token ids (train, val: Shards) and what is known about them (meta: dict)."""
 
     def __init__(self, folder: Path, tokenizer: str | None = None):
         self.dir = folder

@@ -104,10 +104,9 @@ class Writer:
         self._close_shard()
         self._print_progress()
         meta = {"dtype": self.dtype.name, "vocab_size": self.tok.n_vocab, "tokenizer": self.tok.name}
+        meta |= {f"{split}_tokens": count for split, count in self.state["tokens"].items()}
+        meta |= {f"{split}_bytes": count for split, count in self.state["bytes"].items()}
         meta["tokenizer_sha256"] = tokenizer.sha256(self.tok)
-        meta |= {
-            f"{split}_{what}": self.state[what][split] for what in ("tokens", "bytes") for split in SPLITS
-        }
         meta["corpus_sha256"] = self.state["corpus_sha256"]
         (self.out_dir / "meta.json").unlink(missing_ok=True)
         (self.aside / "progress.json").unlink(missing_ok=True)
@@ -119,20 +118,17 @@ class Writer:
         self.aside.rmdir()
         print(f"wrote {self.out_dir}")
 
-    def _shard_path(self, split: str) -> Path:
-        return self.aside / f"{split}_{self.state['shard']:06d}.bin"
-
     def _open_shard(self) -> None:
         self.shard_start = self.state["tokens"]["train"]
-        paths = {split: Path(f"{self._shard_path(split)}.tmp") for split in SPLITS}
+        paths = {split: self.aside / f"{split}_{self.state['shard']:06d}.bin.tmp" for split in SPLITS}
         self.files = {split: path.open("wb") for split, path in paths.items()}
 
     def _close_shard(self) -> None:
-        for split, file in self.files.items():
+        for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
             file.close()
-            os.replace(file.name, self._shard_path(split))
+            os.replace(file.name, file.name.removesuffix(".tmp"))
         self.state["shard"] += 1
 
     def _print_progress(self) -> None:
@@ -143,10 +139,7 @@ class Writer:
 
 
 def prepare(flags: Flags, here: str, documents: Callable[[], Iterable[Piece]], **more_meta) -> None:
-    """Writes a set from `documents()`, which is called twice: to train the tokenizer and to tokenise.
-
-    `here` is the __file__ of the calling prepare.py.
-    """
+    """Writes the set of the prepare.py `here` from `documents()`, called twice: first for the tokenizer."""
     texts = (p.text for p in documents() if p.split == "train" or flags.tokenizer == "char")
     writer = Writer(out_dir(flags, here), tokenizer.train(flags.tokenizer, texts, flags.vocab_size))
     for pieces in batches(documents()):

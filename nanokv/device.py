@@ -61,9 +61,8 @@ def pick_hardware(device: str, dtype: str, compile: bool | str) -> Hardware:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed instead of returning it to the kernel, to be faulted in again every step.
-
-    Without it a step on a CPU is some 5 to 10 % slower. Does nothing where there is no glibc.
+    """Have glibc, where there is one, keep what is freed instead of returning it to the kernel, to be faulted
+    in again every step. Without it a step on a CPU is some 5 to 10 % slower.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -24,9 +24,8 @@ class HubFlags(dataset_writer.Flags):
 
 
 def prepare_streamed(argv: list[str], here: str, repo: str, **source: str) -> None:
-    """Writes the set of the prepare.py `here`; called again after a kill, goes on after the last whole shard.
-
-    source: subset and revision of the hub's `repo`, if need be.
+    """Writes the set of the prepare.py `here` from the hub's `repo` (source: its subset and revision); called
+    again after a kill, goes on after the last whole shard.
     """
     name = Path(here).parent.name
     flags = parse(HubFlags, argv, f"python data/{name}/prepare.py [--key=value ...]")

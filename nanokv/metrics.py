@@ -1,7 +1,4 @@
-"""Figures of a run: parameters, FLOPs, the size of the cache, memory, decoding speed, the commit.
-
-A model is whatever has the members of model.GPT, and a config those of GPTConfig: this file imports neither.
-"""
+"""Figures of a run: parameters, FLOPs, size of the cache, memory, speed, commit. Imports no model."""
 
 from __future__ import annotations
 
@@ -138,9 +135,8 @@ def evaluate(
 def decode_probe(
     model: nn.Module, context: int, n: int = 32, repeats: int = 5, cache_dtype: torch.dtype | None = None
 ) -> dict[str, float | int]:
-    """Decoding speed at batch 1 over a cache of `context` random tokens, of a model in eval mode.
-
-    The median of `repeats` timings of n tokens each; the keys are those of metrics.jsonl.
+    """Decoding speed at batch 1 over a cache of `context` random tokens, of a model in eval mode: the median
+    of `repeats` timings of n tokens each; the keys are those of metrics.jsonl.
     """
     random = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (context,), generator=random).tolist()

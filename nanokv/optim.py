@@ -94,10 +94,9 @@ class AdamW(Optimizer):
 
 
 class Muon(Optimizer):
-    """Momentum whose every update is orthogonalized (Jordan et al. 2024), for matrices.
-
-    Matrices of one shape are orthogonalized together, each by one of the ranks, in the `row_groups` of their
-    parameter group (see `muon_update`). Weight decay is decoupled.
+    """Momentum whose every update is orthogonalized (Jordan et al. 2024), for matrices. Matrices of one shape
+    go together, each by one of the ranks, in the `row_groups` of their parameter group (see `muon_update`).
+    Weight decay is decoupled.
     """
 
     @torch.no_grad()
@@ -132,9 +131,8 @@ def make_optimizers(
     beta1: float = 0.9,
     beta2: float = 0.95,
 ) -> list[Optimizer]:
-    """The optimizers of a run; each parameter is in one of them. Only matrices and embeddings decay.
-
-    optimizer: "adamw" for all parameters, or "muon" for the matrices in the blocks and AdamW for the rest.
+    """The optimizers of a run: "adamw" for all parameters, or "muon" for the matrices in the blocks and AdamW
+    for the rest. Only matrices and embeddings decay.
     """
     embedding, heads, matrices, vectors = [], [], defaultdict(list), []
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]

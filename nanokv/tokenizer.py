@@ -1,8 +1,5 @@
 """Tokenizers, all with tiktoken's interface: `byte`, `bpe` and `gpt2` are tiktoken encodings, and so is what
-convert.py makes of a tokenizer.json; `char` and `ids` are small classes that look like one. What is used:
-
-    name, n_vocab, eot_token (char, ids: None), encode_ordinary, encode_ordinary_batch, decode, decode_bytes,
-    decode_single_token_bytes
+convert.py makes of a tokenizer.json; `char` and `ids` are small classes that look like one.
 
 Users' text goes through `encode_ordinary`, to which the characters `<|endoftext|>` are text like any other.
 """
@@ -119,32 +116,23 @@ Tokenizer = BpeTokenizer | CharTokenizer | IdsTokenizer
 
 def train(kind: str, texts: Iterable[str], vocab_size: int = 0) -> Tokenizer:
     """The tokenizer `kind`, or the one in the folder `kind`; `char` and `bpe` are made from `texts`.
-
     Raises UserError: unknown kind, no text, vocab_size too small, rustbpe missing, gpt2 without network.
     """
-    if is_saved(kind):
+    if (Path(kind) / "tokenizer_spec.json").exists():
         return load(kind)
     if kind == "byte":
         return _encoding("byte", r"(?s:.+)", [bytes([b]) for b in range(256)])
     if kind == "gpt2":
         return _gpt2()
-    if kind == "char":
-        chars = "".join(sorted(set().union(*texts)))
-        if not chars:
-            raise UserError("empty corpus: there is no text to make a char tokenizer from")
-        return CharTokenizer(chars)
     if kind == "bpe":
         return _train_bpe(texts, vocab_size)
-    raise unknown(kind)
-
-
-def is_saved(folder: str | Path) -> bool:
-    """Whether a folder, such as that of a run, holds a tokenizer."""
-    return (Path(folder) / "tokenizer_spec.json").exists()
-
-
-def unknown(kind: str) -> UserError:
-    return UserError(f"unknown tokenizer {kind!r}: choose one of {', '.join(KINDS)}, or a run folder")
+    if kind != "char":
+        choices = f"choose one of {', '.join(KINDS)}, or a run folder"
+        raise UserError(f"unknown tokenizer {kind!r}: {choices}")
+    chars = "".join(sorted(set().union(*texts)))
+    if not chars:
+        raise UserError("empty corpus: there is no text to make a char tokenizer from")
+    return CharTokenizer(chars)
 
 
 def save(tok: Tokenizer, folder: str | Path) -> None:

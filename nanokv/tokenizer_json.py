@@ -19,10 +19,7 @@ DIGITS_PATTERN = DIGITS_PATTERN.replace(r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)
 
 
 def to_json(tok: Tokenizer) -> dict:
-    """The contents of tokenizer.json: the same ids for every text that `tok.encode_ordinary` takes.
-
-    A character that a char tokenizer lacks is an error there too.
-    """
+    """The contents of tokenizer.json: the same ids, and for unknown characters an error, as of `tok`."""
     blank = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
     blank |= {"normalizer": None, "post_processor": None}
     if isinstance(tok, BpeTokenizer):
@@ -52,10 +49,8 @@ def to_json(tok: Tokenizer) -> dict:
 
 
 def from_json(content: dict, end_of_text: str | None) -> Tokenizer:
-    """Our tokenizer from the contents of a tokenizer.json; `end_of_text` is the special token so used.
-
-    Byte-level byte-pair encodings (GPT-2, Llama 3, Qwen, SmolLM2, ...), and those that `to_json` writes.
-    Raises UserError naming what is not one.
+    """Our tokenizer from a tokenizer.json; `end_of_text` is the special token so used. Raises UserError for
+    what is neither a byte-level byte-pair encoding (GPT-2, Llama 3, Qwen, ...) nor of those of `to_json`.
     """
     model, splitter = content["model"], content["pre_tokenizer"]
     if model["type"] == "WordLevel" and content["added_tokens"] == []:
