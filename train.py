@@ -3,8 +3,6 @@
 On many GPUs or machines: `torchrun --standalone --nproc_per_node=8 train.py config/124m/mla.py`.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time
@@ -330,7 +328,6 @@ def training_loop(run: Run) -> bool:
             save(run, *["best"] * improved, *["last"] * due)
         stopped = run.stop.agreed()
         if at_end or stopped:
-            run.watchdog.close()
             return stopped
 
         factor = learning_rate(run.step, config)

@@ -10,8 +10,6 @@ verified when read. What `last/` was before stays beside it as `last.old/`, so t
 should the disk spoil `last/`. Nothing that is read here can execute code: safetensors and JSON only.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

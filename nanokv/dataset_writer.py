@@ -57,9 +57,11 @@ class Writer:
         self.last_print = self.started = time.monotonic()
         if state is None:
             self.state |= {"tokens": dict.fromkeys(SPLITS, 0), "bytes": dict.fromkeys(SPLITS, 0)}
-            make_folder(out_dir)
             shutil.rmtree(self.aside, ignore_errors=True)
-            make_folder(self.aside)
+            try:
+                self.aside.mkdir(parents=True)
+            except OSError as e:
+                raise UserError(f"cannot write to {out_dir} ({e.strerror}): give another --out_dir") from e
             tokenizer.save(tok, self.aside)
         self._open_shard()
 
@@ -183,15 +185,6 @@ def find_files(patterns: str, suffixes: tuple[str, ...]) -> list[Path]:
 
 def out_dir(flags: Flags, here: str) -> Path:
     return Path(flags.out_dir or Path(here).parent)
-
-
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError("permission denied")
-    except OSError as e:
-        raise UserError(f"cannot write to {path} ({e.strerror or e}): give another --out_dir") from None
 
 
 def replace_json(path: Path, content: dict) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanokv import dataset_writer, tokenizer
 from nanokv.config import UserError, parse
-from nanokv.dataset_writer import UNFINISHED, Piece, Writer
+from nanokv.dataset_writer import SHARD_TOKENS, UNFINISHED, Piece, Writer
 
 
 @dataclass
@@ -16,9 +16,7 @@ class HubFlags(dataset_writer.Flags):
     vocab_size: int = 32768  # ids of the bpe tokenizer, <|endoftext|> included
     val_fraction: float = 0.005  # share of the documents held out for validation
     max_tokens: int = 0  # stop after about so many train tokens; 0: take all
-    shard_tokens: int = (
-        dataset_writer.SHARD_TOKENS
-    )  # train tokens in a shard, and the most that a killed run does again
+    shard_tokens: int = SHARD_TOKENS  # train tokens in a shard, and the most that a killed run does again
     input: str = ""  # local parquet files or folders to read instead of the hub, separated by commas
     text_key: str = "text"  # column that holds the text
 

@@ -1,7 +1,5 @@
 """Figures of a run: parameters, FLOPs, size of the cache, memory, speed, commit. Imports no model."""
 
-from __future__ import annotations
-
 import math
 import resource
 import statistics
@@ -64,13 +62,10 @@ def kv_ratio_to_mha(config) -> float:
 def describe_model(model: nn.Module) -> dict[str, int | float]:
     """The size of a model and of its cache, under the keys of metrics.jsonl."""
     config = model.config
-    return {
-        "params/total": n_params(model),
-        "params/non_embedding": n_params(model, embedding=False),
-        "kv_cache/elements_per_token_layer": kv_elements_per_token_layer(config),
-        "kv_cache/bytes_per_token": int(kv_bytes_in_context(config)),
-        "kv_cache/ratio_to_mha": kv_ratio_to_mha(config),
-    }
+    cache = {"elements_per_token_layer": kv_elements_per_token_layer(config)}
+    cache |= {"bytes_per_token": int(kv_bytes_in_context(config)), "ratio_to_mha": kv_ratio_to_mha(config)}
+    params = {"params/total": n_params(model), "params/non_embedding": n_params(model, embedding=False)}
+    return params | {f"kv_cache/{key}": value for key, value in cache.items()}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -1,7 +1,5 @@
 """Optimizers: Muon for the matrices inside the blocks, AdamW for everything else."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial

@@ -1,7 +1,5 @@
 """What a run tells: metrics.jsonl, summary.json, lines on the terminal, and W&B if asked to."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Between text and token ids, around generation: prompts in, samples out."""
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Collection
 from contextlib import suppress

@@ -1,13 +1,10 @@
 """What a run notices as it trains: steps that cannot be taken, a loss that jumps, late data, signals."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 
 from nanokv import distributed as parallel
@@ -62,25 +59,15 @@ class StallWatchdog:
 
     def __init__(self, seconds: float, say: Callable[[str], None]):
         self.seconds, self.say = seconds, say
-        self.since, self.closed = None, threading.Event()
-        threading.Thread(target=self._look, daemon=True).start()
 
     def __enter__(self) -> None:
-        self.since = time.monotonic()
+        line = f"the data source has not given the next batch in {self.seconds:g} s; still waiting"
+        self.timer = threading.Timer(self.seconds, self.say, [line])
+        self.timer.daemon = True
+        self.timer.start()
 
     def __exit__(self, *fault) -> None:
-        self.since = None
-
-    def close(self) -> None:
-        self.closed.set()
-
-    def _look(self) -> None:
-        told = None  # the fetch of which it was said
-        while not self.closed.wait(self.seconds / 4):
-            since = self.since
-            if since not in (None, told) and time.monotonic() - since > self.seconds:
-                told = since
-                self.say(f"the data source has not given the next batch in {self.seconds:g} s; still waiting")
+        self.timer.cancel()
 
 
 class StopSignal:

@@ -22,5 +22,4 @@ batch_size = 16
 gradient_accumulation_steps = 32  # 2**19 tokens a step
 max_iters = 10 * 10**9 // 2**19  # 10 billion tokens
 warmup_iters = 250
-eval_interval = 250
 eval_iters = 160
