@@ -197,8 +197,8 @@ def new_model(model_config: GPTConfig, seed: int, device: torch.device) -> GPT:
 
 def new_optimizers(config: TrainConfig, model: GPT, state: dict[str, Tensor]) -> list[Optimizer]:
     """The optimizers of the parameters as the ranks hold them, with the state of an earlier run."""
-    names = "optimizer learning_rate muon_lr muon_momentum weight_decay beta1 beta2"
-    optimizers = make_optimizers(model, **{name: getattr(config, name) for name in names.split()})
+    rates = config.learning_rate, config.muon_lr, config.muon_momentum, config.weight_decay
+    optimizers = make_optimizers(model, config.optimizer, *rates, betas=(config.beta1, config.beta2))
     load_state_tensors(model, optimizers, state)
     return optimizers
 

@@ -93,7 +93,7 @@ def claim(run_dir: Path, resume: bool, overwrite: bool, launch: str | None = Non
         raise UserError(f"cannot write to out_dir {run_dir}: {reason}; choose another --out_dir") from e
     if holds_checkpoint(run_dir) and not resume and not overwrite:
         remedy = (
-            "continue it with --init_from=resume, choose another --out_dir, or give it up with --overwrite"
+            "continue it with --init_from=resume, give it up with --overwrite, or choose another --out_dir"
         )
         raise UserError(f"{run_dir} already holds a run; {remedy}")
     with writing(run_dir):
@@ -153,11 +153,9 @@ class Saver:
     def save(self, names: Sequence[str], checkpoint: Checkpoint) -> None:
         """Copy the tensors to CPU memory and return; later they are on the disk, under each of `names`."""
         self.wait()
-        weights, optimizer = (
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            for tensors in (checkpoint.model, checkpoint.optimizer)
-        )
-        copy = Checkpoint(weights, optimizer, deepcopy(checkpoint.state))
+        parts = checkpoint.model, checkpoint.optimizer
+        parts = ({key: t.detach().to("cpu", copy=True) for key, t in tensors.items()} for tensors in parts)
+        copy = Checkpoint(*parts, deepcopy(checkpoint.state))
         self.pending = self.thread.submit(lambda: [save(self.run_dir, name, copy) for name in names])
 
     def check(self) -> None:
@@ -231,11 +229,9 @@ def load_newest(run_dir: Path) -> Checkpoint:
     for name in sorted(steps, key=steps.get, reverse=True):  # of equals last/ comes first
         try:
             checkpoint = load(run_dir, name)
+            step = checkpoint.state["step"]
             for fault in faults:
-                print(
-                    f"going on from {run_dir / name}, step {checkpoint.state['step']}: {fault}",
-                    file=sys.stderr,
-                )
+                print(f"going on from {run_dir / name}, step {step}: {fault}", file=sys.stderr)
             return checkpoint
         except UserError as fault:
             faults.append(fault)

@@ -266,13 +266,11 @@ def _number(value: Any) -> int | float:
 def _not_allowed(node: ast.AST) -> str:
     match node:  # name what is within a bare expression, a target that is no name, a constant, an operation
         case (
-            ast.Expr(node) | ast.Assign([node]) | ast.Constant(node) | ast.BinOp(op=node) | ast.UnaryOp(node)
+            ast.Expr(node) | ast.Assign([node]) | ast.Constant(node) | ast.BinOp(_, node) | ast.UnaryOp(node)
         ):
             pass
-    return (
-        f"{type(node).__name__} is not allowed; a config file is data: it assigns constants, names assigned "
-        "above and arithmetic (+ - * / // % **) on numbers"
-    )
+    allowed = "constants, names assigned above and arithmetic (+ - * / // % **) on numbers"
+    return f"{type(node).__name__} is not allowed; a config file is data: it assigns {allowed}"
 
 
 def describe(classes: Iterable[type], usage: str = "") -> str:

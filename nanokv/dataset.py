@@ -90,10 +90,8 @@ class Dataset:
         starts = sample_starts(first, count, len(self.train), block_size, seed, aligned)
         return self._inputs_and_targets(self.train.windows(starts, block_size + 1))
 
-    def val_batches(
-        self, block_size: int, batch_size: int, max_batches: int = 0, rank: int = 0, ranks: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """x, y (B, T) int64: each token of the val split but the first is a target once, in order.
+    def val_batches(self, block_size: int, batch_size: int, max_batches=0, rank=0, ranks=1) -> Iterator:
+        """Yields x, y (B, T) int64: each token of the val split but the first is a target once, in order.
 
         The last window is padded with y = -1, the last batch may have fewer rows: weigh losses by targets.
         max_batches: so many, spread evenly over the split; 0: all. The ranks take turns at batches, equally

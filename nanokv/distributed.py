@@ -144,12 +144,7 @@ def share(micro_steps: int, rows: int) -> tuple[int, int]:
 
 
 def parallelize(
-    loss_model: nn.Module,
-    device: torch.device,
-    dtype: torch.dtype,
-    compile: bool = False,
-    strategy: str = "ddp",
-    activation_checkpointing: bool = False,
+    loss_model: nn.Module, device, dtype, compile=False, strategy="ddp", activation_checkpointing=False
 ) -> nn.Module:
     """`loss_model` (a LanguageModelLoss) as the ranks train it, to be called in its place.
 

@@ -71,10 +71,8 @@ def open_stream(flags: HubFlags, repo: str, subset: str | None = None, revision:
             huggingface_hub.HfApi().dataset_info(repo, timeout=10)
             stream = datasets.load_dataset(repo, subset, revision=revision, split="train", streaming=True)
         except Exception as e:  # its HTTP client, and so the class of its errors, varies by version
-            remedy = "connect to the network, or give its parquet files by --input"
-            raise UserError(
-                f"cannot reach {repo} on the Hugging Face hub ({type(e).__name__}): {remedy}"
-            ) from e
+            fault = f"cannot reach {repo} on the Hugging Face hub ({type(e).__name__})"
+            raise UserError(f"{fault}: connect to the network, or give parquet files by --input") from e
     if flags.text_key not in (columns := stream.column_names or [flags.text_key]):
         raise UserError(f"no column {flags.text_key!r}: --text_key is one of {', '.join(columns)}")
     return stream

@@ -80,9 +80,8 @@ class AdamW(Optimizer):
                     self.state[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
                     self.state[p]["step"] = torch.zeros((), device=p.device)
             states = [self.state[p] for p in params]
-            means, squares, steps = (
-                local(state[key] for state in states) for key in ("exp_avg", "exp_avg_sq", "step")
-            )
+            keys = "exp_avg", "exp_avg_sq", "step"
+            means, squares, steps = (local(state[key] for state in states) for key in keys)
             torch._foreach_add_(steps, 1)
             beta1, beta2 = group["betas"]
             knobs = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}
@@ -119,15 +118,7 @@ class Muon(Optimizer):
 
 
 def make_optimizers(
-    model: nn.Module,
-    *,
-    optimizer: str = "muon",
-    learning_rate: float = 1e-3,
-    muon_lr: float = 0.02,
-    muon_momentum: float = 0.95,
-    weight_decay: float = 0.1,
-    beta1: float = 0.9,
-    beta2: float = 0.95,
+    model, optimizer, learning_rate=1e-3, muon_lr=0.02, momentum=0.95, weight_decay=0.1, betas=(0.9, 0.95)
 ) -> list[Optimizer]:
     """The optimizers of a run: "adamw" for all parameters, or "muon" for the matrices in the blocks and AdamW
     for the rest. Only matrices and embeddings decay.
@@ -148,11 +139,11 @@ def make_optimizers(
     groups = [{"params": heads}, {"params": vectors, "weight_decay": 0.0}]
     # entries of size 1, each touched by few tokens: they can take, and need, larger steps
     groups.append({"params": embedding, "lr": learning_rate * EMBEDDING_LR})
-    adamw = AdamW(groups, lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay)
+    adamw = AdamW(groups, lr=learning_rate, betas=betas, weight_decay=weight_decay)
     if optimizer == "adamw":
         return [adamw]
     groups = [{"params": alike, "row_groups": rows} for rows, alike in matrices.items()]
-    return [Muon(groups, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay), adamw]
+    return [Muon(groups, lr=muon_lr, momentum=momentum, weight_decay=weight_decay), adamw]
 
 
 def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:

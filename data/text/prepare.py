@@ -59,13 +59,10 @@ def jsonl_rows(path: Path, key: str) -> Iterator[str]:
             try:
                 text = json.loads(line)[key].encode("utf-8", "replace").decode()
             except ValueError as e:
-                raise UserError(
-                    f"{path} line {number} is no JSON in UTF-8: correct it or leave it out"
-                ) from e
+                raise UserError(f"{path} line {number} is no JSON in UTF-8: correct it") from e
             except (LookupError, TypeError, AttributeError) as e:
-                raise UserError(
-                    f"{path} line {number} has no text under {key!r}: name it by --text_key"
-                ) from e
+                fault = f"{path} line {number} has no text under {key!r}"
+                raise UserError(f"{fault}: name it by --text_key") from e
             yield text
 
 
