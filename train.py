@@ -149,10 +149,8 @@ def train(argv: list[str]) -> dict:
 
 
 def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, TrainConfig]:
-    """The knobs that a command line asks for; if `restarted`, those to go on from the last checkpoint.
-
-    What it does not give is as in the run that init_from names, if there is one. out_dir is by default
-    out/<config file's name> or out/<attention>.
+    """The knobs that a command line asks for, or if `restarted`, those to go on from the last checkpoint.
+    What it does not give is as in the run that init_from names, if there is one.
     """
     files = [Path(arg).stem for arg in argv if not arg.startswith("-")]
 
@@ -359,9 +357,8 @@ def batch(run: Run, micro_step: int) -> tuple[Tensor, Tensor]:
 
 
 def optimizer_step(run: Run, factor: float) -> tuple[Tensor, bool]:
-    """Step with all learning rates times `factor`, unless the gradient is not finite.
-
-    Returns the gradient's norm () before clipping, and whether it was finite.
+    """Step with all learning rates times `factor`, unless the gradient is not finite. Returns the gradient's
+    norm () before clipping, and whether it was finite.
     """
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)

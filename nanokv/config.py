@@ -3,8 +3,8 @@
     python train.py config/mla.py --batch_size=32
 
 The fields of several dataclasses are one flat set of knobs. A config file is data: assignments of constants
-and of arithmetic on numbers, parsed and never executed. Whatever is wrong becomes a one-line UserError. The
-loader knows no dataclass of its own and does not import torch, so that commands without it start at once.
+and of arithmetic on numbers, parsed and never executed. Whatever is wrong becomes a one-line UserError. It
+does not import torch, so that commands that need none start at once.
 """
 
 import ast

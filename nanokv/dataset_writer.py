@@ -1,8 +1,7 @@
 """What all prepare.py share: flags, and writing documents as token shards.
 
 A set is `train_NNNNNN.bin`, `val_NNNNNN.bin`, the tokenizer and `meta.json`. It is written in the folder
-`unfinished/` and moved into place when whole, meta.json last: a writer that fails leaves the set that was
-there before, and a folder without meta.json is not taken for a data set.
+`unfinished/` and moved into place when whole, meta.json last: a writer that fails leaves what was there.
 """
 
 import glob
@@ -143,7 +142,8 @@ class Writer:
 def prepare(flags: Flags, here: str, documents: Callable[[], Iterable[Piece]], **more_meta) -> None:
     """Writes the set of the prepare.py `here` from `documents()`, called twice: first for the tokenizer."""
     texts = (p.text for p in documents() if p.split == "train" or flags.tokenizer == "char")
-    writer = Writer(out_dir(flags, here), tokenizer.train(flags.tokenizer, texts, flags.vocab_size))
+    tok = tokenizer.train(flags.tokenizer, texts, flags.vocab_size)
+    writer = Writer(Path(flags.out_dir or Path(here).parent), tok)
     for pieces in batches(documents()):
         writer.add(pieces)
         if writer.tokens_in_shard() >= SHARD_TOKENS:
@@ -181,10 +181,6 @@ def find_files(patterns: str, suffixes: tuple[str, ...]) -> list[Path]:
         kinds = ", ".join(suffixes)
         raise UserError(f"--input={patterns} names no {kinds} file: give files, folders or globs")
     return sorted(found)
-
-
-def out_dir(flags: Flags, here: str) -> Path:
-    return Path(flags.out_dir or Path(here).parent)
 
 
 def replace_json(path: Path, content: dict) -> None:

@@ -150,8 +150,7 @@ def parallelize(
 
     "ddp": each rank holds all of the model and gradients are averaged. "fsdp": each holds its share of every
     parameter (a DTensor, cut along the first dimension) and gathers a block's when it runs it, in `dtype`;
-    what is outside of blocks stays fp32. Gradients are reduced in fp32. One rank is left plain. The model's
-    parameters keep their names.
+    what is outside of blocks stays fp32. Gradients are reduced in fp32. Parameters keep their names.
     """
     blocks = loss_model.model.layers
     if activation_checkpointing:
@@ -171,7 +170,6 @@ def parallelize(
         return fully_shard(loss_model, mesh=mesh, mp_policy=policy)
     if size() > 1:
         ids = [device] if device.type == "cuda" else None
-        # the model has no buffers, so none are broadcast
         loss_model = DistributedDataParallel(loss_model, device_ids=ids, gradient_as_bucket_view=True)
     # outside DDP, so that it cuts graphs at its buckets
     return torch.compile(loss_model) if compile else loss_model

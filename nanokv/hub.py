@@ -25,9 +25,9 @@ def prepare_streamed(argv: list[str], here: str, repo: str, **source: str) -> No
     """Writes the set of the prepare.py `here` from the hub's `repo` (source: its subset and revision); called
     again after a kill, goes on after the last whole shard.
     """
-    name = Path(here).parent.name
-    flags = parse(HubFlags, argv, f"python data/{name}/prepare.py [--key=value ...]")
-    folder = dataset_writer.out_dir(flags, here)
+    own = Path(here).parent
+    flags = parse(HubFlags, argv, f"python data/{own.name}/prepare.py [--key=value ...]")
+    folder = Path(flags.out_dir or own)
     if (folder / "meta.json").exists():
         print(f"{folder} is prepared; to make it anew, remove its meta.json")
         return

@@ -29,10 +29,9 @@ def n_params(model: nn.Module, embedding: bool = True) -> int:
 
 
 def flops_per_token(model: nn.Module, context: int) -> int:
-    """Floating-point operations to train on one token, forward and backward, at a context length.
-
-    PaLM's convention (arXiv 2204.02311, appendix B): 6 a parameter that multiplies, and 6 for each
-    multiply-add with each position of the context, the causal half not deducted.
+    """Floating-point operations to train on one token at a context length, forward and backward, as in PaLM
+    (arXiv 2204.02311, appendix B): 6 a parameter that multiplies, and 6 for each multiply-add with each
+    position of the context, the causal half not deducted.
     """
     config = model.config
     matmul = sum(p.numel() for p in model.parameters() if p.ndim == 2)
@@ -105,7 +104,6 @@ def evaluate(
     loss_model: nn.Module, dataset: Dataset, windows: tuple[int, int, int], autocast, until=lambda: False
 ) -> dict[str, float | None]:
     """Mean loss in nats a token and bits per byte, over the same validation tokens on any number of ranks.
-
     windows: block_size, batch_size and how many batches of all ranks, evenly spaced; 0: the whole split.
     Draws nothing from any random state. Ends early, with what it has, when `until()` says so.
     """

@@ -14,10 +14,9 @@ EMBEDDING_LR = 10  # learning rate of an embedding that is not the head too, in 
 
 
 def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
-    """Matrices (N, m, n) -> the nearest semi-orthogonal ones, roughly, by Newton-Schulz iteration.
-
-    The quintic's coefficients are Keller Jordan's (https://kellerjordan.github.io/posts/muon): they bring all
-    singular values to about 0.7 .. 1.2, which serves as well as 1. In bf16 where the hardware has it.
+    """Matrices (N, m, n) -> the nearest semi-orthogonal ones, roughly, by Newton-Schulz iteration in bf16 or
+    fp32. Keller Jordan's coefficients (https://kellerjordan.github.io/posts/muon) bring all singular values
+    to about 0.7 .. 1.2, which serves as well as 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.bfloat16() if g.is_cuda else g
@@ -35,8 +34,8 @@ def muon_update(g: Tensor, row_groups: tuple[int, ...] = ()) -> Tensor:
     so that their effect on activations does not depend on the shape.
 
     row_groups: sizes of the groups of rows that alternate in a fused matrix, such as (16, 48) for a key and
-    a value. Each group is orthogonalized as a matrix of its own: together, the one with the largest
-    gradient would set the direction for all. The m of its scale is then the rows of one head.
+    a value. Each group is orthogonalized on its own: together, the one with the largest gradient would set
+    the direction for all. The m of its scale is then the rows of one head.
     """
     updates = []
     for group in g.unflatten(1, (-1, sum(row_groups) or g.size(1))).split(row_groups or g.size(1), 2):

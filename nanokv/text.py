@@ -12,10 +12,9 @@ from nanokv.generate import generate_lists
 
 
 class TextStream:
-    """The text of one sample, from its tokens, as far as it is certain; it may end at a stop string.
-
-    Bytes of an unfinished character wait for the rest of it, and what may be the beginning of a stop string
-    waits until it is one or is not. Bytes that are no UTF-8 become U+FFFD.
+    """The text of one sample, from its tokens, as far as it is certain: an unfinished character waits for its
+    last byte, and what may begin a stop string, which ends the sample, waits until it is one or is not. Bytes
+    that are no UTF-8 become U+FFFD.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, stop: Collection[str] = ()):
@@ -51,10 +50,10 @@ def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
     """Token ids of a prompt. An empty one begins a document: with <|endoftext|>, else as in nanoGPT with a
     newline, else with id 0. Raises UserError if the tokenizer cannot encode the text.
     """
-    if text and not tokenizer.encode_ordinary(text):
-        raise UserError(f"the prompt {text!r} holds no token; give another --start")
+    if ids := tokenizer.encode_ordinary(text):
+        return ids
     if text:
-        return tokenizer.encode_ordinary(text)
+        raise UserError(f"the prompt {text!r} holds no token; give another --start")
     if tokenizer.eot_token is not None:
         return [tokenizer.eot_token]
     with suppress(UserError):

@@ -72,9 +72,8 @@ class StallWatchdog:
 
 class StopSignal:
     """Remembers the first SIGINT, SIGTERM or SIGUSR1 on any rank, so that all end the loop at a whole step.
-
-    A second one kills, but not under torchrun, which passes on what has reached the workers already. Before
-    the first step, which may be minutes of compiling, the first signal ends the run `at_once`.
+    Before the first step, which may be minutes of compiling, it ends the run `at_once`. A second signal
+    kills, but not under torchrun, which passes on what has reached the workers already.
     """
 
     def __init__(self):

@@ -7,6 +7,7 @@ ids in 1 .. vocab_size / 2 - 1, values the ids above.
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -14,7 +15,7 @@ if not __package__:
     sys.path.insert(0, f"{sys.path[0]}/../..")
 
 from nanokv.config import check_range, cli, parse
-from nanokv.dataset_writer import Writer, out_dir
+from nanokv.dataset_writer import Writer
 from nanokv.tokenizer import IdsTokenizer
 
 ANSWER_BIT = 15
@@ -62,7 +63,8 @@ def examples(flags: MqarFlags, count: int, rng: np.random.Generator) -> np.ndarr
 
 def main(argv: list[str]) -> None:
     flags = parse(MqarFlags, argv, "python data/mqar/prepare.py [--key=value ...]")
-    writer = Writer(out_dir(flags, __file__), IdsTokenizer(flags.vocab_size), np.uint16)
+    folder = Path(flags.out_dir or Path(__file__).parent)
+    writer = Writer(folder, IdsTokenizer(flags.vocab_size), np.uint16)
     rng = np.random.default_rng(flags.seed)
     for split, total in (("val", flags.n_val), ("train", flags.n_train)):
         for done in range(0, total, BATCH):
