@@ -3,8 +3,6 @@
 On many GPUs or machines: `torchrun --standalone --nproc_per_node=8 train.py config/124m/mla.py`.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from backends import accelerate, describe
 from model import GPT, GPTConfig
@@ -37,9 +35,7 @@ USAGE = "python train.py [config.py] [--key=value ...]"
 
 @dataclass
 class TrainConfig:
-    """The knobs of a run, besides those of its model (GPTConfig). Raises ValueError, one line, if they do not
-    fit together.
-    """
+    """The knobs of a run, besides those of its model. Raises ValueError if they do not fit together."""
 
     # The comment beside a field is what --help prints; a comment above one that has its own is a section.
 
@@ -92,10 +88,8 @@ class TrainConfig:
     sample_tokens: int = 200  # tokens of the sample to print; 0: no sample
 
     def __post_init__(self):
-        if self.lr_decay_iters is None:
-            self.lr_decay_iters = self.max_iters
-        if self.min_lr is None:
-            self.min_lr = self.learning_rate / 10
+        self.lr_decay_iters = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
+        self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
         check_range(self, "eval_iters seed learning_rate muon_lr min_lr weight_decay grad_clip", at_least=0)
         check_range(self, "warmup_iters save_interval sample_tokens", at_least=0)
         check_range(self, "eval_interval log_interval max_iters lr_decay_iters max_skipped_steps", at_least=1)
@@ -106,9 +100,8 @@ class TrainConfig:
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; lower it")
         check_device_name(self.device)
-        for name in ("out_dir", "wandb_run_name", "wandb_project", "dataset", "tokenizer", "init_from"):
-            if getattr(self, name) == "":
-                raise ValueError(f"{name} must not be empty")
+        if empty := [name for name, value in vars(self).items() if value == ""]:
+            raise ValueError(f"{empty[0]} must not be empty")
 
 
 def main(argv: list[str]) -> None:
@@ -120,10 +113,8 @@ def train(argv: list[str]) -> dict:
     """Train as the command line says; returns the run's summary.
 
     Raises UserError for whatever is wrong with the configuration, the data or the run folder, before anything
-    in the folder is changed; later, with the last checkpoint in place, for faults of disk and data, and
-    for training that has come apart. Raises SystemExit (128 + signal) after a checkpoint if SIGINT, SIGTERM
-    or SIGUSR1 ends the run. As one of several ranks it trains on its share of each step; only the first
-    writes and prints.
+    in the folder is changed; later, with the last checkpoint in place, for faults of disk and data and for
+    training that has come apart. A signal ends the run with a checkpoint and SystemExit (128 + signal).
     """
     restarted = parallel.restarted()
     with parallel.collective_errors():
@@ -143,7 +134,7 @@ def train(argv: list[str]) -> dict:
     optimizers = new_optimizers(config, model, optimizer_state)
     if config.eval_only:
         windows = model_config.block_size, config.batch_size, config.eval_iters
-        metrics = measure.evaluate(loss_model, dataset, *windows, hardware.autocast())
+        metrics = measure.evaluate(loss_model, dataset, windows, hardware.autocast())
         if parallel.rank() == 0:
             print(quality(metrics))
         return metrics
@@ -158,26 +149,23 @@ def train(argv: list[str]) -> dict:
 
 
 def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, TrainConfig]:
-    """The knobs that a command line asks for; if `restarted`, those to go on from the last checkpoint.
-
-    What it does not give is as in the run that init_from names, if there is one, and resolves the names: to
-    out/<config file's name> or out/<attention>.
+    """The knobs that a command line asks for, or if `restarted`, those to go on from the last checkpoint.
+    What it does not give is as in the run that init_from names, if there is one.
     """
     files = [Path(arg).stem for arg in argv if not arg.startswith("-")]
 
     def fill_in(given: dict[str, Any]) -> dict[str, Any]:
         name = files[0] if files else given.get("attention", GPTConfig.attention)
-        out_dir = f"out/{name}" if given.get("out_dir") is None else given["out_dir"]
-        values = given | {"out_dir": out_dir}
-        if restarted and checkpoint.launched_by(Path(out_dir)) == parallel.launch():
+        out_dir = given.get("out_dir")
+        values = given | {"out_dir": f"out/{name}" if out_dir is None else out_dir}
+        if restarted and checkpoint.launched_by(Path(values["out_dir"])) == parallel.launch():
             values["init_from"] = "resume"
-        if values.get("init_from", "scratch") == "scratch":
+        source = values.get("init_from", "scratch")
+        if source == "scratch":
             return values
-        resume = values["init_from"] == "resume"
-        model_config, config = read_knobs(Path(out_dir if resume else values["init_from"]))
-        if not resume:
-            return asdict(model_config) | values
-        before = asdict(model_config) | asdict(config)
+        if source != "resume":
+            return asdict(read_knobs(Path(source))[0]) | values
+        before = {k: v for part in read_knobs(Path(values["out_dir"])) for k, v in asdict(part).items()}
         if before["lr_decay_iters"] == before["max_iters"]:
             del before["lr_decay_iters"]  # follows max_iters, which may grow now
         if before["min_lr"] == before["learning_rate"] / 10:
@@ -207,19 +195,17 @@ def new_model(model_config: GPTConfig, seed: int, device: torch.device) -> GPT:
 
 def new_optimizers(config: TrainConfig, model: GPT, state: dict[str, Tensor]) -> list[Optimizer]:
     """The optimizers of the parameters as the ranks hold them, with the state of an earlier run."""
-    names = "optimizer learning_rate muon_lr muon_momentum weight_decay beta1 beta2"
-    optimizers = make_optimizers(model, **{name: getattr(config, name) for name in names.split()})
+    rates = config.learning_rate, config.muon_lr, config.muon_momentum, config.weight_decay
+    optimizers = make_optimizers(model, config.optimizer, *rates, betas=(config.beta1, config.beta2))
     load_state_tensors(model, optimizers, state)
     return optimizers
 
 
 def load_start(config: TrainConfig, model: GPT, dataset: Dataset) -> tuple[dict, dict[str, Tensor]]:
-    """Load the weights that init_from asks for into `model`.
-
-    Returns the state of the run and that of its optimizers: those of the last checkpoint, or new ones.
+    """Load the weights that init_from asks for into `model`. Returns the state of the run and that of its
+    optimizers: those of the last checkpoint, or new ones.
     """
-    state = {"step": 0, "samples": 0, "time": 0.0, "evaluated": None, "best": {}, "skipped_steps": 0}
-    state["scaler"] = {}
+    state = dict(step=0, samples=0, time=0.0, evaluated=None, best={}, skipped_steps=0, scaler={})
     if config.init_from == "scratch":
         return state, {}
     resume = config.init_from == "resume"
@@ -243,18 +229,16 @@ def load_start(config: TrainConfig, model: GPT, dataset: Dataset) -> tuple[dict,
 
 def check_fits(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, source: Path) -> None:
     """Raises UserError if a run's weights do not fit this model or the tokens of `dataset`."""
-    model_before, before = read_knobs(source)
-    saved = asdict(model_before) | asdict(before)
+    saved = {knob: value for part in read_knobs(source) for knob, value in asdict(part).items()}
     knobs = asdict(model_config) | {"optimizer": config.optimizer}
     free = {"dropout"}
     if config.init_from != "resume":  # these may differ in what only starts from it
         free |= {"block_size", "optimizer", "window", "window_pattern", "sink_tokens"}
     for knob in sorted(knobs.keys() - free):
         if knobs[knob] != saved[knob]:
-            raise UserError(
-                f"{knob} = {knobs[knob]} does not fit the checkpoint in {source}, which has {knob} = "
-                f"{saved[knob]}; remove it, or train from scratch in another --out_dir"
-            )
+            fault = f"does not fit the checkpoint in {source}, which has {knob} = {saved[knob]}"
+            remedy = "remove it, or train from scratch in another --out_dir"
+            raise UserError(f"{knob} = {knobs[knob]} {fault}; {remedy}")
     if tokenizers.sha256(tokenizers.load(source)) != tokenizers.sha256(dataset.tokenizer):
         raise UserError(f"{source} was trained with another tokenizer than that of {config.dataset}")
 
@@ -285,14 +269,11 @@ def start_log(
     folder = Path(config.out_dir) if parallel.rank() == 0 else None
     resumed_at = step if config.init_from == "resume" else None
     log = RunLogger(folder, facts, resumed_at, wandb if config.wandb_log else None)
-    device, ranks = hardware.device.type, parallel.size()
-    log.say(
-        f"{model.config.attention}: {facts['params/total']:,} parameters, "
-        f"{facts['kv_cache/bytes_per_token']:,} bytes of cache a token (bf16); "
-        f"{config.dataset}: {len(dataset.train):,} tokens; "
-        f"{f'{ranks} ranks of {device}' if ranks > 1 else device}, "
-        f"{str(hardware.dtype).removeprefix('torch.')}; run folder {config.out_dir}"
-    )
+    ranks = f"{parallel.size()} ranks of " if parallel.size() > 1 else ""
+    machine = f"{ranks}{hardware.device.type}, {str(hardware.dtype).removeprefix('torch.')}"
+    parameters, cache = facts["params/total"], facts["kv_cache/bytes_per_token"]
+    log.say(f"{facts['attention']}: {parameters:,} parameters, {cache:,} bytes of cache a token (bf16)")
+    log.say(f"{config.dataset}: {len(dataset.train):,} tokens; {machine}; run folder {config.out_dir}")
     log.say(backend)
     if hardware.compile:
         log.say("compiling: the first step and the first evaluation take a minute or so")
@@ -303,14 +284,11 @@ class Run:
     """A run under way: what `train` has set up for the loop, and how far the loop has come."""
 
     def __init__(self, config, dataset, model, loss_model, optimizers, hardware, share, log, stop, state):
-        self.config: TrainConfig = config
-        self.dataset: Dataset = dataset
-        self.model: GPT = model
-        self.loss_model: nn.Module = loss_model  # LanguageModelLoss(model) as the ranks train it
-        self.optimizers: list[Optimizer] = optimizers
+        self.config, self.dataset, self.model = config, dataset, model
+        self.loss_model = loss_model  # LanguageModelLoss(model) as the ranks train it
+        self.optimizers, self.autocast = optimizers, hardware.autocast()
         self.device, self.dtype = hardware.device, hardware.dtype
         self.micro_steps, self.rows = share  # of this rank: micro-batches a step, sequences in each of them
-        self.autocast = hardware.autocast()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -322,9 +300,8 @@ class Run:
         self.samples_per_step = config.gradient_accumulation_steps * config.batch_size  # of all ranks
         self.flops_per_token = measure.flops_per_token(model, self.block_size)
         peak = measure.peak_flops(self.device, self.dtype) if parallel.rank() == 0 else None
-        counts = self.samples_per_step * self.block_size, self.flops_per_token
-        self.speed = measure.Throughput(*counts, peak and parallel.size() * peak)
-        self.speed.restart(self.step)
+        self.peak_flops = peak and parallel.size() * peak
+        self.clock = self.step, time.perf_counter()  # from which on the speed is measured
         self.saver = checkpoint.Saver(Path(config.out_dir))
         self.skipped = SkippedSteps(config.max_skipped_steps, state["skipped_steps"], log.say)
         self.spikes, self.watchdog = LossSpikes(log.say), StallWatchdog(config.data_timeout, log.say)
@@ -349,7 +326,6 @@ def training_loop(run: Run) -> bool:
             save(run, *["best"] * improved, *["last"] * due)
         stopped = run.stop.agreed()
         if at_end or stopped:
-            run.watchdog.close()
             return stopped
 
         factor = learning_rate(run.step, config)
@@ -372,8 +348,8 @@ def training_loop(run: Run) -> bool:
 
 def batch(run: Run, micro_step: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets (rows, block_size) of this rank; dropout draws from a state that they name."""
-    seed, first = run.config.seed, (micro_step * parallel.size() + parallel.rank()) * run.rows
-    first += run.samples
+    first = run.samples + (micro_step * parallel.size() + parallel.rank()) * run.rows
+    seed = run.config.seed
     with run.watchdog:
         x, y = run.dataset.train_batch(first, run.rows, run.block_size, seed)
     torch.manual_seed((seed * 0x9E3779B1 + first) % 2**63)  # so that no random state need be kept
@@ -381,9 +357,8 @@ def batch(run: Run, micro_step: int) -> tuple[Tensor, Tensor]:
 
 
 def optimizer_step(run: Run, factor: float) -> tuple[Tensor, bool]:
-    """Step with all learning rates times `factor`, unless the gradient is not finite.
-
-    Returns the gradient's norm () before clipping, and whether it was finite.
+    """Step with all learning rates times `factor`, unless the gradient is not finite. Returns the gradient's
+    norm () before clipping, and whether it was finite.
     """
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
@@ -404,34 +379,31 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """The factor on every learning rate at `step`: linear warm-up, then cosine decay, or stable and a linear
     decay over the last `cooldown` share of the steps (warm-up/stable/decay); down to min_lr / learning_rate.
     """
-    last = config.lr_decay_iters
+    last, linear = config.lr_decay_iters, config.schedule == "wsd"
     floor = config.min_lr / config.learning_rate if config.learning_rate else 0.0
     if step < config.warmup_iters:
         return (step + 1) / (config.warmup_iters + 1)
     if not config.decay_lr:
         return 1.0
-    if config.schedule == "wsd":
-        begin = last - config.cooldown * last
-        ratio = min(max(step - begin, 0) / max(last - begin, 1), 1)
-        return floor + (1 - floor) * (1 - ratio)
-    ratio = min((step - config.warmup_iters) / max(last - config.warmup_iters, 1), 1)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * ratio))
+    begin = last - config.cooldown * last if linear else config.warmup_iters
+    ratio = min(max(step - begin, 0) / max(last - begin, 1), 1)
+    return floor + (1 - floor) * (1 - ratio if linear else 0.5 * (1 + math.cos(math.pi * ratio)))
 
 
 def evaluate_and_log(run: Run) -> tuple[bool, bool]:
     """Whether the model was evaluated (a signal ends it early), and whether it is the best so far."""
-    metrics = measure.evaluate(run.loss_model, run.dataset, *run.windows, run.autocast, run.stop.agreed)
-    evaluated, improved = not run.stop.agreed(), False
-    if evaluated:
-        improved = metrics["val/loss"] < run.state["best"].get("best/val_loss", math.inf)
-        run.state |= {"evaluated": run.step} | metrics
-        if improved:
-            run.state["best"] = {"best/val_loss": metrics["val/loss"], "best/val_bpb": metrics["val/bpb"]}
-        record(run, metrics | run.state["best"])
-        run.log.write_summary()
-        run.log.say(f"step {run.step}: {quality(metrics)}")
-    run.speed.restart(run.step)
-    return evaluated, improved
+    metrics = measure.evaluate(run.loss_model, run.dataset, run.windows, run.autocast, run.stop.agreed)
+    if run.stop.agreed():
+        return False, False
+    improved = metrics["val/loss"] < run.state["best"].get("best/val_loss", math.inf)
+    run.state |= {"evaluated": run.step} | metrics
+    if improved:
+        run.state["best"] = {"best/val_loss": metrics["val/loss"], "best/val_bpb": metrics["val/bpb"]}
+    record(run, metrics | run.state["best"])
+    run.log.write_summary()
+    run.log.say(f"step {run.step}: {quality(metrics)}")
+    run.clock = run.step, time.perf_counter()
+    return True, improved
 
 
 def record(run: Run, metrics: dict) -> None:
@@ -446,24 +418,22 @@ def log_progress(run: Run, losses: list[Tensor], grad_norm: Tensor, lr: float) -
     train_loss = torch.stack(losses).mean().item() if losses else math.nan
     train_loss = parallel.all_reduce_sum(train_loss)[0] / parallel.size()
     run.spikes.see(run.step, train_loss)
-    metrics = {
-        "train/loss": train_loss,
-        "train/grad_norm": grad_norm.item(),
-        "train/skipped_steps": run.skipped.total,
-        "lr": lr,
-        **run.speed.since_restart(run.step),
-        "memory/peak_bytes": measure.peak_memory(run.device),
-    }
-    run.speed.restart(run.step)
+    (first, since), tokens_per_step = run.clock, run.samples_per_step * run.block_size
+    rate = (run.step - first) * tokens_per_step / (time.perf_counter() - since)
+    mfu = rate * run.flops_per_token / run.peak_flops if run.peak_flops else None
+    metrics = {"train/loss": train_loss, "train/grad_norm": grad_norm.item(), "lr": lr}
+    metrics |= {"train/skipped_steps": run.skipped.total, "train/tokens_per_s": rate, "train/mfu": mfu}
+    metrics["memory/peak_bytes"] = measure.peak_memory(run.device)
+    run.clock = run.step, time.perf_counter()
     record(run, metrics)
-    run.log.progress(run.step, run.config.max_iters, metrics, run.speed.tokens_per_step)
+    run.log.progress(run.step, run.config.max_iters, metrics, tokens_per_step)
 
 
 def save(run: Run, *names: str) -> None:
     """Write checkpoints under these names, in the background."""
-    run.state.update(step=run.step, samples=run.samples, time=time.perf_counter() - run.started)
-    run.state.update(skipped_steps=run.skipped.total, scaler=run.scaler.state_dict())
-    run.state.update(corpus_sha256=run.dataset.meta["corpus_sha256"])
+    run.state |= dict(step=run.step, samples=run.samples, time=time.perf_counter() - run.started)
+    run.state |= dict(skipped_steps=run.skipped.total, scaler=run.scaler.state_dict())
+    run.state["corpus_sha256"] = run.dataset.meta["corpus_sha256"]
     weights = parallel.full_state_dict(run.model.state_dict())
     optimizer = parallel.full_state_dict(state_tensors(run.model, run.optimizers))
     with parallel.collective_errors():
@@ -489,10 +459,8 @@ def report(run: Run, stopped: bool) -> dict:
     run.stop.restore()
     weights = parallel.full_state_dict(run.model.state_dict())
     if parallel.rank() == 0:
-        make = partial(GPT, run.model.config)
-        final, probed = (
-            accelerate(checkpoint.build(make, weights).to(run.device, of)) for of in (None, run.dtype)
-        )
+        build = partial(checkpoint.build, partial(GPT, run.model.config), weights)
+        final, probed = (accelerate(build().to(run.device, dtype)) for dtype in (None, run.dtype))
         metrics = {"final/val_loss": run.state["val/loss"], "final/val_bpb": run.state["val/bpb"]}
         record(run, metrics | measure.decode_probe(probed, min(run.block_size, 1024) // 2))
         log.write_summary()

@@ -15,6 +15,4 @@ batch_size = 16
 max_iters = 250
 warmup_iters = 20
 learning_rate = 0.01
-muon_lr = 0.02
 eval_interval = 125
-log_interval = 10

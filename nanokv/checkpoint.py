@@ -1,19 +1,14 @@
 """What a run writes and reads back.
 
 A run folder holds `config.json` (every knob, resolved), `metrics.jsonl` (a line an event), `summary.json`,
-the tokenizer, and the checkpoints `last/` and `best/`, each of them
-
-    model.safetensors      the weights
-    optimizer.safetensors  the optimizers' state
-    state.json             step, best loss and other counters
-    manifest.json          size and SHA-256 of the three; written last
+the tokenizer, and the checkpoints `last/` and `best/`, each of them model.safetensors (the weights),
+optimizer.safetensors (the optimizers' state), state.json (step, best loss and other counters) and
+manifest.json (size and SHA-256 of these three; written last).
 
 A checkpoint is written aside (`last.new/`), synced, compared with what it is to hold, and swapped in; it is
 verified when read. What `last/` was before stays beside it as `last.old/`, so that a run can go on from there
 should the disk spoil `last/`. Nothing that is read here can execute code: safetensors and JSON only.
 """
-
-from __future__ import annotations
 
 import errno
 import hashlib
@@ -37,19 +32,12 @@ from torch.overrides import TorchFunctionMode
 
 from nanokv.config import UserError
 
-CHECKPOINTS = tuple(name + suffix for name in ("last", "best") for suffix in ("", ".new", ".old"))
+CHECKPOINTS = ("last", "last.new", "last.old", "best", "best.new", "best.old")
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "wandb_id", "launch_id", *CHECKPOINTS)
 PARTS = ("model.safetensors", "optimizer.safetensors", "state.json")
-STATE = {  # what state.json must hold
-    "step": int,
-    "samples": int,
-    "time": float,
-    "evaluated": int | None,  # the step of the last evaluation
-    "best": dict,
-    "skipped_steps": int,
-    "corpus_sha256": str,
-    "scaler": dict,
-}
+# what state.json must hold; evaluated: the step of the last evaluation
+STATE = {"step": int, "samples": int, "time": float, "evaluated": int | None, "best": dict}
+STATE |= {"skipped_steps": int, "corpus_sha256": str, "scaler": dict}
 
 
 @dataclass
@@ -66,16 +54,12 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as e:
         reason = getattr(e, "strerror", None) or str(e).rpartition("I/O error: ")[2]
-        raise UserError(
-            f"cannot write {path}: {reason}; what was there stays; mend it and go on with --init_from=resume"
-        ) from e
+        remedy = "what was there stays; mend it and go on with --init_from=resume"
+        raise UserError(f"cannot write {path}: {reason}; {remedy}") from e
 
 
 def write_json(path: Path, value) -> None:
-    """Replace a JSON file in one step, so that a reader sees the old one or the new one, whole.
-
-    Raises UserError if it cannot be written.
-    """
+    """Replace a JSON file in one step: a reader sees the old one or the new one. Raises UserError."""
     aside = path.with_name(path.name + ".new")
     with writing(path), open(aside, "w") as f:
         json.dump(value, f, indent=2)
@@ -96,48 +80,44 @@ def read_json(path: Path):
 
 
 def claim(run_dir: Path, resume: bool, overwrite: bool, launch: str | None = None) -> None:
-    """Make `run_dir` ready to be written. A run that is there survives, unless `overwrite` gives it up.
-
-    Without a checkpoint there is no run to lose. `launch` names the command that writes from now on. Raises
-    UserError if there is a run that would be overwritten, or no way to write there.
+    """Make `run_dir` ready to be written by the command that `launch` names. Raises UserError if there is no
+    way to write there, or if a run is there, one with a checkpoint, which only `overwrite` gives up.
     """
-    try:
-        exists = any((run_dir / name).exists() for name in CHECKPOINTS)
-    except (OSError, ValueError) as e:
-        raise UserError(f"out_dir is not a usable path: {e}") from e
-    if exists and not resume and not overwrite:
-        raise UserError(
-            f"{run_dir} already holds a run; continue it with --init_from=resume, choose another --out_dir, "
-            "or give it up with --overwrite=True"
-        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / ".writable"
         probe.touch()
         probe.unlink()
-        if not resume:
-            for name in RUN_FILES:
-                _remove(run_dir / name)
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"cannot write to out_dir {run_dir}: {reason}; choose another --out_dir") from e
+    if holds_checkpoint(run_dir) and not resume and not overwrite:
+        remedy = (
+            "continue it with --init_from=resume, give it up with --overwrite, or choose another --out_dir"
+        )
+        raise UserError(f"{run_dir} already holds a run; {remedy}")
+    with writing(run_dir):
+        for name in RUN_FILES if not resume else ():
+            _remove(run_dir / name)
         if launch is not None:
             (run_dir / "launch_id").write_text(launch)
-    except OSError as e:
-        raise UserError(f"cannot write to out_dir {run_dir}: {e.strerror}; choose another --out_dir") from e
+
+
+def holds_checkpoint(run_dir: Path, of: str = "") -> bool:
+    """Whether a folder holds a checkpoint, finished or not, whose name begins with `of`."""
+    return any((run_dir / name).exists() for name in CHECKPOINTS if name.startswith(of))
 
 
 def launched_by(run_dir: Path) -> str | None:
     """The launch that claimed `run_dir` last; None if it holds no checkpoint, or none that has a name."""
-    if not any((run_dir / name).exists() for name in CHECKPOINTS):
-        return None
     path = run_dir / "launch_id"
-    return path.read_text() if path.exists() else None
+    return path.read_text() if holds_checkpoint(run_dir) and path.exists() else None
 
 
 def is_finished(run_dir: Path) -> bool:
     """Whether a run came to its end and reported."""
     path = run_dir / "summary.json"
-    if not path.exists():
-        return False
-    summary = read_json(path)
+    summary = read_json(path) if path.exists() else None
     return isinstance(summary, dict) and "final/val_loss" in summary
 
 
@@ -147,25 +127,20 @@ def write_config(run_dir: Path, *configs) -> None:
 
 
 def read_config(run_dir: Path) -> dict:
-    """Every knob of a run, as it was written: check it with `config.from_dict` or `config.only_fields`.
-
-    Raises UserError if the folder is no run, or its config is damaged.
-    """
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is not a run folder: no such folder")
-    if not (run_dir / "config.json").exists():
-        raise UserError(f"{run_dir} is not a run folder: it has no config.json")
-    values = read_json(run_dir / "config.json")
+    """Every knob of a run, not yet checked. Raises UserError if the folder is no run or config is damaged."""
+    path = run_dir / "config.json"
+    if not path.exists():
+        fault = "it has no config.json" if run_dir.is_dir() else "no such folder"
+        raise UserError(f"{run_dir} is not a run folder: {fault}")
+    values = read_json(path)
     if not isinstance(values, dict):
-        raise UserError(f"{run_dir / 'config.json'} is damaged: it is no JSON object")
+        raise UserError(f"{path} is damaged: it is no JSON object")
     return values
 
 
 class Saver:
-    """Writes a run's checkpoints in a thread of its own, while training goes on.
-
-    What goes wrong there is raised by the next call of a method: a UserError, and the checkpoints before are
-    as they were. Python waits for the thread before it exits.
+    """Writes a run's checkpoints in a thread, while training goes on. What goes wrong there is raised by the
+    next call of a method: a UserError, and the checkpoints before are as they were.
     """
 
     def __init__(self, run_dir: Path):
@@ -178,11 +153,9 @@ class Saver:
     def save(self, names: Sequence[str], checkpoint: Checkpoint) -> None:
         """Copy the tensors to CPU memory and return; later they are on the disk, under each of `names`."""
         self.wait()
-        copy = Checkpoint(
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in checkpoint.model.items()},
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in checkpoint.optimizer.items()},
-            deepcopy(checkpoint.state),
-        )
+        parts = checkpoint.model, checkpoint.optimizer
+        parts = ({key: t.detach().to("cpu", copy=True) for key, t in tensors.items()} for tensors in parts)
+        copy = Checkpoint(*parts, deepcopy(checkpoint.state))
         self.pending = self.thread.submit(lambda: [save(self.run_dir, name, copy) for name in names])
 
     def check(self) -> None:
@@ -198,24 +171,21 @@ class Saver:
 
 
 def save(run_dir: Path, name: str, checkpoint: Checkpoint) -> None:
-    """Write `run_dir/name`; until it is whole the one before stays in place.
-
-    Raises UserError, with the one before in place, if it cannot be written or if a weight is not finite: from
-    that no run could go on.
+    """Write `run_dir/name`. Raises UserError, with the one before still in place, if it cannot be written or
+    if a weight is not finite: from that no run could go on.
     """
     target, new = run_dir / name, run_dir / f"{name}.new"
     for key, tensor in checkpoint.model.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(
-                f"step {checkpoint.state['step']} is not saved: {key} holds nan or inf; {target} is kept; "
-                "go on from it with --init_from=resume and a lower learning rate"
-            )
+            remedy = f"{target} is kept; go on from it with --init_from=resume and a lower learning rate"
+            step = checkpoint.state["step"]
+            raise UserError(f"step {step} is not saved: {key} holds nan or inf; {remedy}")
     with writing(target):
         if (new / "manifest.json").exists():
             _swap_in(run_dir, name)  # the process before was stopped just short of this
         _remove(new)
         new.mkdir()
-        for part, tensors in zip(PARTS, (checkpoint.model, checkpoint.optimizer), strict=False):
+        for part, tensors in zip(PARTS[:2], (checkpoint.model, checkpoint.optimizer), strict=True):
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
             save_file(tensors, new / part)
             _sync(new / part)
@@ -245,10 +215,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def load_newest(run_dir: Path) -> Checkpoint:
-    """The newest checkpoint of a run that is whole, whatever its name.
-
-    Where that is not the newest there is, a line on stderr says so. Raises UserError if none is whole.
-    """
+    """The newest whole checkpoint; stderr names damaged ones that are newer. UserError if none is whole."""
     steps = {}
     for name in CHECKPOINTS:
         folder = run_dir / name
@@ -262,14 +229,12 @@ def load_newest(run_dir: Path) -> Checkpoint:
     for name in sorted(steps, key=steps.get, reverse=True):  # of equals last/ comes first
         try:
             checkpoint = load(run_dir, name)
+            step = checkpoint.state["step"]
+            for fault in faults:
+                print(f"going on from {run_dir / name}, step {step}: {fault}", file=sys.stderr)
+            return checkpoint
         except UserError as fault:
             faults.append(fault)
-            continue
-        for fault in faults:
-            print(
-                f"going on from {run_dir / name}, step {checkpoint.state['step']}: {fault}", file=sys.stderr
-            )
-        return checkpoint
     raise UserError(f"{faults[0]}, but no other is whole" if faults else f"{run_dir} has no checkpoint")
 
 
@@ -286,23 +251,18 @@ def load(run_dir: Path, name: str) -> Checkpoint:
 
 
 def find(path: str | Path, which: str = "best") -> tuple[Path, str]:
-    """Run folder and name of the checkpoint that `path` stands for: a run folder, or best/ or last/ in it.
-
-    `which` counts for the former, and falls back to last where there is no best.
+    """Run folder and name of the checkpoint that `path` stands for: best/ or last/ of a run, or a run folder,
+    of which `which` is meant, or last where there is no best.
     """
-    path = Path(path)
-    if path.absolute().name in ("best", "last") and not (path / "config.json").exists():
-        return path.absolute().parent, path.absolute().name
+    path, whole = Path(path), Path(path).absolute()
+    if whole.name in ("best", "last") and not (path / "config.json").exists():
+        return whole.parent, whole.name
     return path, best_or_last(path) if which == "best" else which
 
 
 def best_or_last(run_dir: Path) -> str:
     """The name of the checkpoint to use of a run: last where there is no best."""
-    return (
-        "best"
-        if any((run_dir / name).exists() for name in CHECKPOINTS if name.startswith("best"))
-        else "last"
-    )
+    return "best" if holds_checkpoint(run_dir, of="best") else "last"
 
 
 def load_weights(run_dir: Path, name: str) -> dict[str, Tensor]:
@@ -314,8 +274,7 @@ class NotInitialized(TorchFunctionMode):
     """Skips torch.nn.init, which on meta tensors would first import torch's compiler: two seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        skipped = getattr(func, "__module__", None) == "torch.nn.init"
-        return None if skipped else func(*args, **(kwargs or {}))
+        return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
 
 
 def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
@@ -325,8 +284,7 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def build(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
-    """The module that `make` makes, in eval mode; its parameters are `weights` themselves, not copies.
-
+    """The module that `make` makes, in eval mode, with `weights` themselves, not copies, as parameters.
     Raises RuntimeError if their names or shapes do not fit.
     """
     model = on_meta(make)
@@ -346,14 +304,12 @@ def _verified(run_dir: Path, name: str, parts: tuple[str, ...]) -> Path:
         raise UserError(f"checkpoint {folder} is damaged: it has no manifest.json; use another one")
     manifest = read_json(folder / "manifest.json")
     for part in parts:
-        try:
+        sound = False
+        with suppress(OSError, KeyError, TypeError):
             sound = manifest[part] == _fingerprint(folder / part)
-        except (OSError, KeyError, TypeError):
-            sound = False
         if not sound:
-            raise UserError(
-                f"checkpoint {folder} is damaged: {part} does not match its manifest; use another one"
-            )
+            fault = f"{part} does not match its manifest; use another one"
+            raise UserError(f"checkpoint {folder} is damaged: {fault}")
     return folder
 
 
@@ -372,15 +328,12 @@ def _fingerprint(path: Path) -> dict:
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        with suppress(FileNotFoundError):
-            path.unlink()
+        path.unlink(missing_ok=True)

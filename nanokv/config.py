@@ -3,23 +3,22 @@
     python train.py config/mla.py --batch_size=32
 
 The fields of several dataclasses are one flat set of knobs. A config file is data: assignments of constants
-and of arithmetic on numbers, parsed and never executed. File and command line pass the same checks, and
-whatever is wrong becomes a one-line UserError. The loader knows no dataclass of its own and does not import
-torch, so that commands which need neither start at once.
+and of arithmetic on numbers, parsed and never executed. Whatever is wrong becomes a one-line UserError. It
+does not import torch, so that commands that need none start at once.
 """
 
 import ast
 import difflib
 import inspect
-import io
+import itertools
 import operator
 import os
+import re
 import reprlib
 import shutil
 import subprocess
 import sys
 import textwrap
-import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
@@ -34,17 +33,12 @@ class UserError(ValueError):
     """The user's fault, not the program's: one line that names the fault and the remedy."""
 
 
-def load(
-    argv: list[str],
-    *classes: type,
-    usage: str = "",
-    fill_in: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-) -> tuple:
+def load(argv: list[str], *classes: type, usage: str = "", fill_in: Callable[[dict], dict] = dict) -> tuple:
     """`[config.py] [--key=value ...]` as an instance of each dataclass, typed by their annotations.
 
     A bare `--key` sets a bool. The command line overrides the file, and the last of two equal keys counts.
-    `fill_in` is told the values that were given and returns those to use, such as with those of the run that
-    goes on; defaults are for the rest. `--help` prints `usage` and every field, and exits. Raises UserError.
+    `fill_in` is told the values that were given and returns those to use; defaults are for the rest. `--help`
+    prints `usage` and every field, and exits. Raises UserError.
     """
     if "--help" in argv or "-h" in argv:
         print(describe(classes, usage))
@@ -54,14 +48,13 @@ def load(
         raise UserError(f"unexpected argument {files[1]!r}; write --key=value, after one config file at most")
     settings, hints = [setting for file in files for setting in read_file(file)], _hints(classes)
     for arg in argv:
-        if not arg.startswith("-"):
-            continue
-        key, equals, text = arg.removeprefix("--").partition("=")
-        if not equals and bool not in _members(hints.get(key, bool)):
-            raise UserError(f"--{key} needs a value: --{key}=...")
-        settings.append((key, _Text(text if equals else "True"), "command line"))
-    given = _check(settings, hints)
-    return _build(classes, fill_in(given) if fill_in else given)
+        if arg.startswith("-"):
+            key, equals, text = arg.removeprefix("--").partition("=")
+            if not equals and bool not in _members(hints.get(key, bool)):
+                raise UserError(f"--{key} needs a value: --{key}=...")
+            readings = (_literal(text), text) if equals else (True,)
+            settings.append((key, readings, "command line"))
+    return _build(classes, fill_in(_check(settings, hints)))
 
 
 def parse(cls: type[T], argv: list[str], usage: str = "") -> T:
@@ -70,11 +63,10 @@ def parse(cls: type[T], argv: list[str], usage: str = "") -> T:
 
 
 def from_dict(values: dict[str, Any], where: str, *classes: type) -> tuple:
-    """An instance of each dataclass from one flat dict, with the checks of `load`.
-
-    Raises UserError, which names `where` (a file), also for a key that none of the dataclasses has.
+    """An instance of each dataclass from one flat dict, with the checks of `load`. Raises UserError, which
+    names `where` (a file), also for a key that none of the dataclasses has.
     """
-    return _build(classes, _check([(key, value, where) for key, value in values.items()], _hints(classes)))
+    return _build(classes, _check([(key, (value,), where) for key, value in values.items()], _hints(classes)))
 
 
 def only_fields(cls: type[T], values: dict[str, Any], where: str) -> T:
@@ -83,9 +75,8 @@ def only_fields(cls: type[T], values: dict[str, Any], where: str) -> T:
 
 
 def check_range(config, names: str, **bounds: float) -> None:
-    """Raises ValueError if one of these fields (names with spaces between) is out of its bounds.
-
-    The bounds are some of at_least, at_most, above and below.
+    """Raises ValueError if one of these fields (names with spaces between) is out of its bounds, some of
+    at_least, at_most, above and below.
     """
     tests = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
     for name in names.split():
@@ -96,9 +87,8 @@ def check_range(config, names: str, **bounds: float) -> None:
 
 
 def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
-    """Run a command: main(arguments), with faults of the user's as one line on stderr and exit code 2.
-
-    Only with `ranks` does the command know what to do as one of several that torchrun started.
+    """Run a command, main(arguments): faults of the user's become one line on stderr and exit code 2. ranks:
+    whether it can be one of several processes that torchrun started.
     """
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not ranks:
@@ -117,7 +107,6 @@ def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
 
 def run_python(command: list[str], **options) -> str | None:
     """`python COMMAND` in a process of its own, as none of several ranks; options as for subprocess.run.
-
     Returns what it printed, if `stdout` is a pipe. Raises UserError, with its last line, if it fails.
     """
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
@@ -130,67 +119,51 @@ def run_python(command: list[str], **options) -> str | None:
     return done.stdout
 
 
-class _Text(str):
-    """A value as typed on the command line, whose type is still open."""
-
-
 def _hints(classes: Iterable[type]) -> dict[str, Any]:
     """The type hint of each field."""
     return {field.name: get_type_hints(cls)[field.name] for cls in classes for field in fields(cls)}
 
 
-def _check(settings: Iterable[tuple[str, Any, str]], hints: dict[str, Any]) -> dict[str, Any]:
-    """The typed values of (key, value, where it was set)."""
+def _check(settings: Iterable[tuple[str, tuple, str]], hints: dict[str, Any]) -> dict[str, Any]:
+    """The typed values of (key, possible readings of its value, where it was set)."""
     values = {}
-    for key, value, where in settings:
+    for key, readings, where in settings:
         if key not in hints:
-            raise UserError(
-                f"{where}: unknown key {key!r}{_did_you_mean(key, list(hints)) or '; see --help'}"
-            )
-        for reading in (_literal(value), str(value)) if isinstance(value, _Text) else (value,):
-            try:
-                values[key] = _fit(reading, hints[key])
-                break
-            except TypeError:
-                continue
-        else:
+            hint = _did_you_mean(key, list(hints)) or "; see --help"
+            raise UserError(f"{where}: unknown key {key!r}{hint}")
+        fitting = [value for reading in readings for value in _fit(reading, hints[key])]
+        if not fitting:
             choices = [choice for choice in _members(hints[key]) if isinstance(choice, str)]
-            raise UserError(
-                f"{where}: {key} should be {_type_name(hints[key])}, not {reprlib.repr(value)}"
-                + _did_you_mean(value, choices)
-            )
+            fault = f"should be {_type_name(hints[key])}, not {reprlib.repr(readings[-1])}"
+            raise UserError(f"{where}: {key} {fault}{_did_you_mean(readings[-1], choices)}")
+        values[key] = fitting[0]
     return values
 
 
 def _build(classes: Iterable[type], values: dict[str, Any]) -> tuple:
     """An instance of each class from the values of all."""
-    instances = []
-    for cls in classes:
-        own = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        for field in fields(cls):
-            if field.name not in own and field.default is MISSING:
-                raise UserError(f"--{field.name}=... is required")
-        try:
-            instances.append(cls(**own))
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    return tuple(instances)
+    for field in (field for cls in classes for field in fields(cls)):
+        if field.name not in values and field.default is MISSING:
+            raise UserError(f"--{field.name}=... is required")
+    try:
+        return tuple(
+            cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+            for cls in classes
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
-def _fit(value: Any, hint: Any) -> Any:
-    """value as the type hint, never guessing: 1e3 fits int, 1 fits float and bool. Raises TypeError."""
+def _fit(value: Any, hint: Any) -> Iterator[Any]:
+    """Yields value as each type that the hint admits, never guessing: 1e3 fits int, 1 fits float and bool."""
     for member in _members(hint):
-        if member is None or isinstance(member, str):
-            fits = type(value) is type(member) and value == member
-        elif member is bool:
-            fits = type(value) is bool or (type(value) is int and value in (0, 1))
-        elif member is str:
-            fits = type(value) is str
-        else:  # int, float; in 64 bits, which also excludes inf and nan
-            fits = type(value) in (int, float) and abs(value) < 2**63 and member(value) == value
-        if fits:
-            return value if member is None or isinstance(member, str) else member(value)
-    raise TypeError
+        if member in (int, float):  # in 64 bits, which also excludes inf and nan
+            if type(value) in (int, float) and abs(value) < 2**63 and member(value) == value:
+                yield member(value)
+        elif member is bool and type(value) is int and value in (0, 1):
+            yield bool(value)
+        elif type(value) is member or type(value) is type(member) and value == member:
+            yield value
 
 
 def _members(hint: Any) -> list[Any]:
@@ -217,22 +190,20 @@ def _literal(text: str) -> Any:
     for number in (int, float):
         with suppress(ValueError):
             return number(text)
-    return str(text)
+    return text
 
 
-def read_file(path: str) -> Iterator[tuple[str, Any, str]]:
-    """(key, value, "file:line") of each assignment in a config file. A name with a leading _ is a helper."""
+def read_file(path: str) -> Iterator[tuple[str, tuple, str]]:
+    """(key, (value,), "file:line") of each assignment in a config file. A name with a leading _ is none."""
     try:
         tree = ast.parse(Path(path).read_bytes())
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno or 1}: {error.msg}") from error
     except FileNotFoundError as error:
         raise UserError(f"no config file {path!r}; {_nearby(path)}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except (OSError, ValueError, MemoryError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "nested too deeply"
         raise UserError(f"cannot read config file {path!r}: {reason}") from error
-    except (MemoryError, RecursionError) as error:
-        raise UserError(f"{path}:1: nested too deeply") from error
     names: dict[str, Any] = {}
     for node in tree.body:
         where = f"{path}:{node.lineno}"
@@ -242,36 +213,24 @@ def read_file(path: str) -> Iterator[tuple[str, Any, str]]:
             case ast.Assign(targets, expression) if all(isinstance(target, ast.Name) for target in targets):
                 try:
                     value = _evaluate(expression, names)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{where}: {error}") from error
-                except RecursionError as error:
-                    raise UserError(f"{where}: nested too deeply") from error
-                for target in targets:
-                    names[target.id] = value
-                    if not target.id.startswith("_"):
-                        yield target.id, value, where
+                names |= {target.id: value for target in targets}
+                yield from ((target.id, (value,), where) for target in targets if target.id[0] != "_")
             case _:
                 raise UserError(f"{where}: {_not_allowed(node)}")
 
 
 def _nearby(path: str) -> str:
     """A hint at the config files there are: those of a like name, else all."""
-    folder = Path(__file__).parents[1] / "config"
-    there = sorted(os.path.relpath(file) for file in folder.rglob("*.py"))
+    there = sorted(os.path.relpath(file) for file in Path(__file__).parents[1].glob("config/**/*.py"))
     same_name = [file for file in there if Path(file).stem == Path(path).stem]
     close = same_name or difflib.get_close_matches(path, there)
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(there)}"
 
 
-_OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+_OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
 
 
 def _evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
@@ -305,58 +264,50 @@ def _number(value: Any) -> int | float:
 
 
 def _not_allowed(node: ast.AST) -> str:
-    match node:
-        case ast.Expr(node) | ast.Assign([node]):  # a bare expression; a target that is no name
+    match node:  # name what is within a bare expression, a target that is no name, a constant, an operation
+        case (
+            ast.Expr(node) | ast.Assign([node]) | ast.Constant(node) | ast.BinOp(_, node) | ast.UnaryOp(node)
+        ):
             pass
-        case ast.Constant(node) | ast.BinOp(op=node) | ast.UnaryOp(op=node):
-            pass
-    return (
-        f"{type(node).__name__} is not allowed; a config file is data: it assigns constants, names assigned "
-        "above and arithmetic (+ - * / // % **) on numbers"
-    )
+    allowed = "constants, names assigned above and arithmetic (+ - * / // % **) on numbers"
+    return f"{type(node).__name__} is not allowed; a config file is data: it assigns {allowed}"
 
 
 def describe(classes: Iterable[type], usage: str = "") -> str:
     """The manual that --help prints: usage, then every field with its default, comment and type."""
-    hints, every = _hints(classes), [field for cls in classes for field in fields(cls)]
-    comments = {name: comment for cls in classes for name, comment in _comments(cls).items()}
-    knobs = {field.name: f"  --{field.name}" for field in every}
-    for field in every:
-        knobs[field.name] += "=..." if field.default is MISSING else f"={field.default}"
+    hints, knobs, comments = _hints(classes), {}, {}
+    for cls in classes:
+        comments |= _comments(cls)
+        for field in fields(cls):
+            knobs[field.name] = f"  --{field.name}={'...' if field.default is MISSING else field.default}"
     column = max(map(len, knobs.values())) + 2
     width = max(shutil.get_terminal_size((110, 24)).columns, column + 30)
     lines = [usage.strip()] if usage else []
-    section = None
-    for name, knob in knobs.items():
-        if comments[name][0] != section:
-            section = comments[name][0]
-            lines += ["", section] if section else [""]
-        text = f"{comments[name][1]} [{_type_name(hints[name])}]"
-        lines += textwrap.wrap(text, width, initial_indent=knob.ljust(column), subsequent_indent=" " * column)
+    for section, names in itertools.groupby(knobs, lambda name: comments[name][0]):
+        lines += ["", section] if section else [""]
+        for name in names:
+            text, first = f"{comments[name][1]} [{_type_name(hints[name])}]", knobs[name].ljust(column)
+            lines += textwrap.wrap(text, width, initial_indent=first, subsequent_indent=" " * column)
     return "\n".join(lines)
 
 
 def _comments(cls: type) -> dict[str, tuple[str, str]]:
-    """Field -> (section, comment), read from the source of cls and its bases.
-
-    A field's comment is the one beside it, or if there is none the lines right above it. Any other line of
-    comment is the title of the section that begins there.
+    """Field -> (section, comment), read from the source of cls and its bases. A field's comment is the one
+    beside it, or else the lines right above it. Any other comment is the title of a section.
     """
     result = {}
     for base in filter(is_dataclass, reversed(cls.__mro__)):
-        source = textwrap.dedent(inspect.getsource(base))
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-        section, line = "", 1
-        for node in ast.parse(source).body[0].body:
-            if isinstance(node, ast.AnnAssign):
-                blocks = [""]  # of comment lines between the last statement and this one
-                for number in range(line, node.lineno):
-                    blocks.append("") if number not in comments else None
-                    blocks[-1] = f"{blocks[-1]} {comments.get(number, '')}".strip()
-                beside = comments.get(node.end_lineno, "")
-                titles = blocks if beside else blocks[:-1]
+        section, blocks = "", [""]  # blocks of comment lines since the last line of code
+        for line in textwrap.dedent(inspect.getsource(base)).splitlines():
+            code, _, comment = line.partition("# ")
+            if field := re.match(r"    (\w+):", code):
+                titles = blocks if comment else blocks[:-1]
                 section = next((title for title in reversed(titles) if title), section)
-                result[node.target.id] = section, beside or blocks[-1]
-            line = node.end_lineno + 1
+                result[field[1]] = section, comment or blocks[-1]
+            if code.strip():
+                blocks = [""]
+            elif comment:
+                blocks[-1] = f"{blocks[-1]} {comment}".strip()
+            else:
+                blocks.append("")
     return result

@@ -13,6 +13,7 @@ import os
 import pickle
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from nanokv.config import UserError, run_python
 
 ROOT = Path(__file__).resolve().parents[1] / "data"
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4
-_ONE, _HALF = np.uint64(1), np.uint64(32)
 PREPARED_ON_FIRST_USE = ("mqar", "shakespeare_char", "stdlib")  # they are small
 CHUNK = 1 << 20  # tokens that are read at a time to check or count them
 CHECK_ALL_BELOW = 100_000_000  # a split of more tokens is checked in this many tokens, spread over it
@@ -36,57 +36,46 @@ def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) 
 
     A named set that is missing is prepared if that needs no network. `tokenizer`, a kind or a folder that has
     one, asks for a named set under another than its own (kept in data/NAME/TOKENIZER), or tells that of a
-    folder that does not. Raises UserError: unknown, missing, unfinished, empty or damaged set, unknown
-    tokenizer.
+    folder that does not. Raises UserError: unknown, missing, unfinished or damaged set, unknown tokenizer.
     """
     key, value, kind = "tokenizer", tokenizer, tokenizer
-    if tokenizer is not None and tokenizers.is_saved(tokenizer):
-        tok = tokenizers.load(tokenizer)
+    if tokenizer not in (None, *tokenizers.KINDS):
+        tok = tokenizers.train(tokenizer, [])  # that of a folder
         key, value, kind = "tokenizer_sha256", tokenizers.sha256(tok), tok.name
-    elif tokenizer is not None and tokenizer not in tokenizers.KINDS:
-        raise tokenizers.unknown(tokenizer)
     ours = sorted(path.parent.name for path in ROOT.glob("*/prepare.py"))
     if name in ours:
         folder = ROOT / name
-        if tokenizer is not None and not (_is_set(folder) and _read_meta(folder).get(key) == value):
+        if tokenizer is not None and (_read_meta(folder) or {}).get(key) != value:
             folder = folder / value[:16]
-        if not _is_set(folder):
+        if _read_meta(folder) is None:
             _prepare(name, folder, tokenizer, prepare)
-    elif Path(name).is_dir():
-        folder = Path(name)
-    elif (ROOT / name).is_dir():
-        folder = ROOT / name
-    else:
-        close = difflib.get_close_matches(name, ours, 1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(ours)}, or give a folder"
-        raise UserError(f"unknown data set {name!r}: {hint}")
-    return Dataset(folder, kind)
+        return Dataset(folder, kind)
+    for folder in (Path(name), ROOT / name):
+        if folder.is_dir():
+            return Dataset(folder, kind)
+    close = difflib.get_close_matches(name, ours, 1)
+    hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(ours)}, or give a folder"
+    raise UserError(f"unknown data set {name!r}: {hint}")
 
 
 class Dataset:
-    """Two splits of token ids and what is known about them.
-
-    dir: Path; meta: dict (design, section 4); vocab_size: ids are below it; train, val: Shards.
-    """
+    """Two splits of token ids (train, val: Shards) and what is known about them (meta: dict)."""
 
     def __init__(self, folder: Path, tokenizer: str | None = None):
         self.dir = folder
         self.meta = _read_meta(folder)
-        if tokenizer is not None and self.meta.setdefault("tokenizer", tokenizer) != tokenizer:
-            raise UserError(
-                f"{folder} was tokenised with {self.meta['tokenizer']}, not {tokenizer}: prepare it again, "
-                f"or leave --tokenizer out"
-            )
-        self.meta.setdefault("tokenizer", "gpt2")
-        if "vocab_size" in self.meta:
-            self.vocab_size = self.meta["vocab_size"]
-        elif self.meta["tokenizer"] == "gpt2":  # without loading it, which may need the network
-            self.vocab_size = tokenizers.GPT2_N_VOCAB
-        else:
-            self.vocab_size = self.tokenizer.n_vocab
+        if self.meta is None:
+            lacks = "no meta.json, no train.bin and val.bin, no llm.c shards"
+            raise UserError(f"{folder} holds no complete data set: {lacks}")
+        kind = self.meta.setdefault("tokenizer", tokenizer or "gpt2")
+        if tokenizer not in (None, kind):
+            remedy = "prepare it again, or leave --tokenizer out"
+            raise UserError(f"{folder} was tokenised with {kind}, not {tokenizer}: {remedy}")
+        if kind == "gpt2":  # known without loading it, which may need the network
+            self.meta.setdefault("vocab_size", tokenizers.GPT2_N_VOCAB)
+        self.vocab_size = self.meta.get("vocab_size") or self.tokenizer.n_vocab
         self._answer_bit = self.meta.get("answer_bit")
-        self.train = self._open_split("train")
-        self.val = self._open_split("val")
+        self.train, self.val = self._open_split("train"), self._open_split("val")
         if "corpus_sha256" not in self.meta:
             self.meta["corpus_sha256"] = hashlib.sha256(self.train.sample() + self.val.sample()).hexdigest()
 
@@ -97,19 +86,16 @@ class Dataset:
         from an offset of its own. No state: a rank or a resumed run just asks for the samples it needs.
         """
         self.check_block_size(block_size)
-        starts = sample_starts(
-            first, count, len(self.train), block_size, seed, aligned="example_len" in self.meta
-        )
+        aligned = "example_len" in self.meta
+        starts = sample_starts(first, count, len(self.train), block_size, seed, aligned)
         return self._inputs_and_targets(self.train.windows(starts, block_size + 1))
 
-    def val_batches(
-        self, block_size: int, batch_size: int, max_batches: int = 0, rank: int = 0, ranks: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """x, y (B, T) int64: each token of the val split but the first is a target once, in order.
+    def val_batches(self, block_size: int, batch_size: int, max_batches=0, rank=0, ranks=1) -> Iterator:
+        """Yields x, y (B, T) int64: each token of the val split but the first is a target once, in order.
 
         The last window is padded with y = -1, the last batch may have fewer rows: weigh losses by targets.
-        max_batches: that many batches of windows spread evenly over the split instead of all. The ranks take
-        turns at batches, equally many each, if need be one of padding alone.
+        max_batches: so many, spread evenly over the split; 0: all. The ranks take turns at batches, equally
+        many each, if need be one of padding alone.
         """
         self.check_block_size(block_size)
         stride = self.meta.get("example_len", block_size)
@@ -118,38 +104,33 @@ class Dataset:
         starts = np.arange(wanted) * n // wanted * stride
         for i in range(0, wanted, ranks * batch_size):
             mine = starts[i + rank * batch_size :][:batch_size]
-            if not len(mine):
-                mine = np.array([len(self.val)])  # beyond the end: padding
+            mine = mine if len(mine) else np.array([len(self.val)])  # beyond the end: padding
             yield self._inputs_and_targets(self.val.windows(mine, block_size + 1))
 
     def check_block_size(self, block_size: int) -> None:
         """Raises UserError if windows of `block_size` do not fit this set."""
-        if self.meta.get("example_len", block_size + 1) != block_size + 1:
-            fit = self.meta["example_len"] - 1
+        fit = self.meta.get("example_len", block_size + 1) - 1
+        if fit != block_size:
             raise UserError(f"the examples of {self.dir} are {fit} tokens long: set --block_size={fit}")
         for split, shards in (("train", self.train), ("val", self.val)):
             if len(shards) < block_size + 1:
-                raise UserError(
-                    f"the {split} split of {self.dir} has {len(shards)} tokens, fewer than block_size + 1 = "
-                    f"{block_size + 1}: lower --block_size or prepare a larger set"
-                )
+                fault = f"has {len(shards)} tokens, fewer than block_size + 1 = {block_size + 1}"
+                remedy = "lower --block_size or prepare a larger set"
+                raise UserError(f"the {split} split of {self.dir} {fault}: {remedy}")
 
     def fit(self, block_size: int, vocab_size: int) -> int:
-        """The vocabulary of a model that is trained on this set: its own size, or `vocab_size` if not 0.
-
-        Raises UserError if that is less than there are token ids, or windows of `block_size` do not fit.
+        """The vocabulary of a model trained on this set: its own size, or `vocab_size` if not 0. Raises
+        UserError if that is less than there are token ids, or windows of `block_size` do not fit.
         """
         self.check_block_size(block_size)
         if 0 < vocab_size < self.vocab_size:
-            raise UserError(
-                f"vocab_size = {vocab_size} is less than the {self.vocab_size} token ids of {self.dir}; "
-                "remove it or raise it"
-            )
+            fault = f"is less than the {self.vocab_size} token ids of {self.dir}; remove it or raise it"
+            raise UserError(f"vocab_size = {vocab_size} {fault}")
         return vocab_size or self.vocab_size
 
     @cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """Raises UserError if it is damaged or lost, or is gpt2's, not kept with the set, and offline."""
+        """Raises UserError if it is damaged, lost, or cannot be downloaded."""
         if "chars" in self.meta:
             return tokenizers.CharTokenizer(self.meta["chars"])
         if "tokenizer_sha256" in self.meta:
@@ -176,36 +157,33 @@ class Dataset:
         paths = sorted(self.dir.glob(f"{split}*.bin" if ours else f"*{split}*.bin"))
         shards = Shards(paths, np.dtype(self.meta.get("dtype", "uint16")))
         again = f"prepare {self.dir} again"
-        if len(shards) != self.meta.get(f"{split}_tokens", len(shards)):
-            expected = self.meta[f"{split}_tokens"]
+        expected = self.meta.get(f"{split}_tokens", len(shards))
+        if len(shards) != expected:
             raise UserError(f"the {split} split has {len(shards)} tokens, meta.json says {expected}: {again}")
         if not len(shards):
             raise UserError(f"empty corpus: the {split} split of {self.dir} has no tokens; {again}")
         largest = max(int(self._ids(raw).max()) for raw in shards.chunks(CHECK_ALL_BELOW))
         if largest >= self.vocab_size:
-            raise UserError(
-                f"the {split} split of {self.dir} holds token id {largest}, beyond its vocabulary of "
-                f"{self.vocab_size}: {again}, or name the right --tokenizer"
-            )
+            fault = f"token id {largest}, beyond its vocabulary of {self.vocab_size}"
+            remedy = f"{again}, or name the right --tokenizer"
+            raise UserError(f"the {split} split of {self.dir} holds {fault}: {remedy}")
         return shards
 
     def _inputs_and_targets(self, raw: np.ndarray) -> tuple[Tensor, Tensor]:
         """(B, T + 1), -1 beyond the end -> x, y (B, T)."""
         x, y = np.maximum(self._ids(raw[:, :-1]), 0), self._ids(raw[:, 1:])
         if self._answer_bit:
-            y = np.where(raw[:, 1:] >> self._answer_bit, y, -1)
+            y = np.where(raw[:, 1:] >> self._answer_bit > 0, y, -1)
         return torch.from_numpy(x), torch.from_numpy(np.ascontiguousarray(y))
 
     def _ids(self, raw: np.ndarray) -> np.ndarray:
-        """Tokens as stored, less the bit that marks answers."""
-        return raw & (1 << self._answer_bit) - 1 if self._answer_bit else raw
+        """Tokens as stored, less the bit that marks answers; -1 stays."""
+        return np.where(raw < 0, raw, raw & (1 << self._answer_bit) - 1) if self._answer_bit else raw
 
 
 class Shards:
-    """Token files read as if they were one array.
-
-    Read by pread rather than mapped: a file that is cut short under a running job is then an error with a
-    name, not a bus error.
+    """Token files read as if they were one array: by pread, not mapped, so that a file which is cut short
+    under a running job is an error with a name, not a bus error.
     """
 
     def __init__(self, paths: list[Path], dtype: np.dtype):
@@ -215,7 +193,7 @@ class Shards:
         self.data_starts = []  # byte at which the tokens of each file start
         self.ends = []  # number of tokens up to the end of each file
         for file in self.files:
-            header = np.frombuffer(file.read(LLMC_HEADER_BYTES).ljust(12, b"\0")[:12], "<i4")
+            header = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4")  # magic, version, tokens
             size = os.fstat(file.fileno()).st_size
             start = LLMC_HEADER_BYTES if header[0] == LLMC_MAGIC else 0
             count, rest = divmod(size - start, dtype.itemsize)
@@ -265,7 +243,7 @@ class Shards:
 
 
 def sample_starts(
-    first: int, count: int, n_tokens: int, block_size: int, seed: int, aligned: bool = False
+    first: int, count: int, n_tokens: int, block_size: int, seed: int, aligned=False
 ) -> np.ndarray:
     """(count,): where samples first .. first + count - 1 begin.
 
@@ -287,15 +265,15 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     A Feistel network permutes a x b pairs, a b just above n, and what lands at n or above goes round again
     (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
-    a = np.uint64(math.isqrt(n - 1) + 1)
+    a, one, half = np.uint64(math.isqrt(n - 1) + 1), np.uint64(1), np.uint64(32)
     b = np.uint64(-(-n // int(a)))
     round_keys = _mix(key + np.arange(1, 7, dtype=np.uint64)[:, None])  # (6, B)
     out, outside = index.copy(), np.arange(len(index))
     while len(outside):
         left, right = np.divmod(out[outside], b)
         for k in round_keys[:, outside].reshape(3, 2, -1):
-            left = (left + ((right + k[0]) * (k[0] | _ONE) >> _HALF)) % a
-            right = (right + ((left + k[1]) * (k[1] | _ONE) >> _HALF)) % b
+            left = (left + ((right + k[0]) * (k[0] | one) >> half)) % a
+            right = (right + ((left + k[1]) * (k[1] | one) >> half)) % b
         out[outside] = left * b + right
         outside = outside[out[outside] >= n]
     return out
@@ -309,22 +287,6 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ x >> np.uint64(31)
 
 
-def _is_set(folder: Path) -> bool:
-    return (folder / "meta.json").exists() or _foreign(folder)
-
-
-def _foreign(folder: Path) -> bool:
-    """nanoGPT's or llm.c's files. Shards of ours without their meta.json have neither name nor header."""
-    if all((folder / f"{split}.bin").exists() for split in ("train", "val")):
-        return True
-    headers = [
-        path.open("rb").read(4)
-        for split in ("train", "val")
-        for path in sorted(folder.glob(f"*{split}*.bin"))
-    ]
-    return bool(headers) and all(h == np.array(LLMC_MAGIC, "<i4").tobytes() for h in headers)
-
-
 def _prepare(name: str, folder: Path, tokenizer: str | None, allowed: bool) -> None:
     """Run the prepare.py of a named set in a process of its own. Raises UserError, its own one line too."""
     flags = [f"--out_dir={folder}"] + ([f"--tokenizer={tokenizer}"] if tokenizer else [])
@@ -335,21 +297,20 @@ def _prepare(name: str, folder: Path, tokenizer: str | None, allowed: bool) -> N
     run_python([str(ROOT / name / "prepare.py"), *flags])
 
 
-def _read_meta(folder: Path) -> dict:
+def _read_meta(folder: Path) -> dict | None:
+    """What is known of the set in a folder; None if it holds none. Raises UserError if meta is damaged."""
     path = folder / "meta.json"
     if path.exists():
-        try:
+        with suppress(ValueError, LookupError, TypeError):
             meta = json.loads(path.read_text(encoding="utf-8"))
-            complete = meta["dtype"] in ("uint16", "uint32") and meta["vocab_size"] > 0 and meta["tokenizer"]
-        except (ValueError, LookupError, TypeError):
-            complete = False
-        if not complete:
-            raise UserError(f"{path} is damaged: prepare the set again")
-        return meta
-    if not _foreign(folder):
-        raise UserError(
-            f"{folder} holds no complete data set: no meta.json, no train.bin and val.bin, no llm.c shards"
-        )
+            if meta["dtype"] in ("uint16", "uint32") and meta["vocab_size"] > 0 and meta["tokenizer"]:
+                return meta
+        raise UserError(f"{path} is damaged: prepare the set again")
+    nanogpt = (folder / "train.bin").exists() and (folder / "val.bin").exists()
+    headers = [np.fromfile(p, "<i4", 1) for split in ("train", "val") for p in folder.glob(f"*{split}*.bin")]
+    llmc = headers and all(header.tolist() == [LLMC_MAGIC] for header in headers)
+    if not (nanogpt or llmc):  # shards of ours without their meta.json have neither name nor header
+        return None
     if (folder / "meta.pkl").exists():
         chars = _read_nanogpt_chars(folder / "meta.pkl")
         return {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}

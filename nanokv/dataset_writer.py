@@ -1,8 +1,7 @@
 """What all prepare.py share: flags, and writing documents as token shards.
 
 A set is `train_NNNNNN.bin`, `val_NNNNNN.bin`, the tokenizer and `meta.json`. It is written in the folder
-`unfinished/` and moved into place when whole, meta.json last: a writer that fails leaves the set that was
-there before, and a folder without meta.json is not taken for a data set.
+`unfinished/` and moved into place when whole, meta.json last: a writer that fails leaves what was there.
 """
 
 import glob
@@ -13,14 +12,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from nanokv import tokenizer
-from nanokv.config import UserError
+from nanokv.config import UserError, check_range
 
 SPLITS = ("train", "val")
 SHARD_TOKENS = 100_000_000
@@ -36,8 +34,7 @@ class Flags:
     out_dir: str = ""  # folder to write; empty: the one that holds this prepare.py
 
     def __post_init__(self):
-        if not 0 < self.val_fraction < 1:
-            raise UserError(f"val_fraction must be above 0 and below 1, not {self.val_fraction}")
+        check_range(self, "val_fraction", above=0, below=1)
 
 
 class Piece(NamedTuple):
@@ -55,31 +52,28 @@ class Writer:
         """Without `state` it starts over: what an earlier writer left unfinished in `out_dir` goes."""
         self.out_dir, self.aside, self.tok = out_dir, out_dir / UNFINISHED, tok
         self.dtype = np.dtype(dtype or (np.uint16 if tok.n_vocab <= 1 << 16 else np.uint32))
-        self.state = state or {
-            "shard": 0,
-            "tokens": dict.fromkeys(SPLITS, 0),
-            "bytes": dict.fromkeys(SPLITS, 0),
-            "corpus_sha256": "",
-        }
-        self.shard_start = dict(self.state["tokens"])
+        self.state = state or {"shard": 0, "corpus_sha256": "", "tokens": {}, "bytes": {}}
         self.last_print = self.started = time.monotonic()
         if state is None:
-            make_folder(out_dir)
+            self.state |= {"tokens": dict.fromkeys(SPLITS, 0), "bytes": dict.fromkeys(SPLITS, 0)}
             shutil.rmtree(self.aside, ignore_errors=True)
-            make_folder(self.aside)
+            try:
+                self.aside.mkdir(parents=True)
+            except OSError as e:
+                raise UserError(f"cannot write to {out_dir} ({e.strerror}): give another --out_dir") from e
             tokenizer.save(tok, self.aside)
-        self.files = {}
         self._open_shard()
 
     def add(self, pieces: list[Piece]) -> None:
         rows = self.tok.encode_ordinary_batch([p.text for p in pieces], num_threads=os.cpu_count())
+        ids, contents = {split: [] for split in SPLITS}, {split: [] for split in SPLITS}
         for piece, row in zip(pieces, rows, strict=True):
             if piece.starts_document and self.tok.eot_token is not None:
-                row.insert(0, self.tok.eot_token)
+                ids[piece.split].append(self.tok.eot_token)
+            ids[piece.split] += row
+            contents[piece.split].append(piece.text.encode("utf-8", "replace"))
         for split in SPLITS:
-            mine = [(p, row) for p, row in zip(pieces, rows, strict=True) if p.split == split]
-            ids = np.fromiter(chain.from_iterable(row for _, row in mine), self.dtype)
-            self.write(split, ids, [p.text.encode("utf-8", "replace") for p, _ in mine])
+            self.write(split, np.array(ids[split], self.dtype), contents[split])
 
     def write(self, split: str, ids: np.ndarray, contents: list[bytes]) -> None:
         """Appends `ids` (n,), the tokens of `contents`."""
@@ -93,80 +87,63 @@ class Writer:
             self._print_progress()
 
     def tokens_in_shard(self) -> int:
-        return self.state["tokens"]["train"] - self.shard_start["train"]
+        return self.state["tokens"]["train"] - self.shard_start
 
     def next_shard(self, **more_state) -> None:
         """Ends the open shards and records how to go on after them."""
         self._close_shard()
         self.state |= more_state
         replace_json(self.aside / "progress.json", self.state)
-        self.shard_start = dict(self.state["tokens"])
         self._open_shard()
 
     def finish(self, **more_meta) -> None:
         """Moves the set into place. Raises UserError if a split is empty."""
-        for split in SPLITS:
-            if not self.state["tokens"][split]:
-                raise UserError(
-                    f"empty corpus: no text was found for the {split} split; "
-                    "give more text, or another --val_fraction"
-                )
+        for split, count in self.state["tokens"].items():
+            if not count:
+                remedy = "give more text, or another --val_fraction"
+                raise UserError(f"empty corpus: no text was found for the {split} split; {remedy}")
         self._close_shard()
         self._print_progress()
-        meta = {
-            "dtype": self.dtype.name,
-            "vocab_size": self.tok.n_vocab,
-            "tokenizer": self.tok.name,
-            "tokenizer_sha256": tokenizer.sha256(self.tok),
-            **{
-                f"{split}_{what}": self.state[what][split] for what in ("tokens", "bytes") for split in SPLITS
-            },
-            "corpus_sha256": self.state["corpus_sha256"],
-            **more_meta,
-        }
+        meta = {"dtype": self.dtype.name, "vocab_size": self.tok.n_vocab, "tokenizer": self.tok.name}
+        meta |= {f"{split}_tokens": count for split, count in self.state["tokens"].items()}
+        meta |= {f"{split}_bytes": count for split, count in self.state["bytes"].items()}
+        meta["tokenizer_sha256"] = tokenizer.sha256(self.tok)
+        meta["corpus_sha256"] = self.state["corpus_sha256"]
         (self.out_dir / "meta.json").unlink(missing_ok=True)
-        for split in SPLITS:
-            for path in self.out_dir.glob(f"{split}_[0-9]*.bin"):
-                path.unlink()
         (self.aside / "progress.json").unlink(missing_ok=True)
+        for path in [path for split in SPLITS for path in self.out_dir.glob(f"{split}_[0-9]*.bin")]:
+            path.unlink()
         for path in self.aside.iterdir():
             path.replace(self.out_dir / path.name)
-        replace_json(self.out_dir / "meta.json", meta)
+        replace_json(self.out_dir / "meta.json", meta | more_meta)
         self.aside.rmdir()
         print(f"wrote {self.out_dir}")
 
-    def _shard_path(self, split: str) -> Path:
-        return self.aside / f"{split}_{self.state['shard']:06d}.bin"
-
     def _open_shard(self) -> None:
-        for split in SPLITS:
-            self.files[split] = open(f"{self._shard_path(split)}.tmp", "wb")  # noqa: SIM115
+        self.shard_start = self.state["tokens"]["train"]
+        paths = {split: self.aside / f"{split}_{self.state['shard']:06d}.bin.tmp" for split in SPLITS}
+        self.files = {split: path.open("wb") for split, path in paths.items()}
 
     def _close_shard(self) -> None:
-        for split, file in self.files.items():
+        for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
             file.close()
-            os.replace(file.name, self._shard_path(split))
+            os.replace(file.name, file.name.removesuffix(".tmp"))
         self.state["shard"] += 1
 
     def _print_progress(self) -> None:
         self.last_print = time.monotonic()
-        tokens, size = self.state["tokens"], sum(self.state["bytes"].values())
-        print(
-            f"{size / 1e6:,.1f} MB: train {tokens['train']:,} tokens, val {tokens['val']:,} tokens, "
-            f"{self.last_print - self.started:.0f} s",
-            flush=True,
-        )
+        megabytes, seconds = sum(self.state["bytes"].values()) / 1e6, self.last_print - self.started
+        tokens = ", ".join(f"{split} {count:,} tokens" for split, count in self.state["tokens"].items())
+        print(f"{megabytes:,.1f} MB: {tokens}, {seconds:.0f} s", flush=True)
 
 
 def prepare(flags: Flags, here: str, documents: Callable[[], Iterable[Piece]], **more_meta) -> None:
-    """Writes a set from `documents()`, which is called twice: to train the tokenizer and to tokenise.
-
-    `here` is the __file__ of the calling prepare.py.
-    """
+    """Writes the set of the prepare.py `here` from `documents()`, called twice: first for the tokenizer."""
     texts = (p.text for p in documents() if p.split == "train" or flags.tokenizer == "char")
-    writer = Writer(out_dir(flags, here), tokenizer.train(flags.tokenizer, texts, flags.vocab_size))
+    tok = tokenizer.train(flags.tokenizer, texts, flags.vocab_size)
+    writer = Writer(Path(flags.out_dir or Path(here).parent), tok)
     for pieces in batches(documents()):
         writer.add(pieces)
         if writer.tokens_in_shard() >= SHARD_TOKENS:
@@ -201,23 +178,9 @@ def find_files(patterns: str, suffixes: tuple[str, ...]) -> list[Path]:
             inside = (p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
             found.update(inside if path.is_dir() else [path])
     if not found:
-        raise UserError(
-            f"--input={patterns} names no {', '.join(suffixes)} file: give files, folders or globs"
-        )
+        kinds = ", ".join(suffixes)
+        raise UserError(f"--input={patterns} names no {kinds} file: give files, folders or globs")
     return sorted(found)
-
-
-def out_dir(flags: Flags, here: str) -> Path:
-    return Path(flags.out_dir or Path(here).parent)
-
-
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError("permission denied")
-    except OSError as e:
-        raise UserError(f"cannot write to {path} ({e.strerror or e}): give another --out_dir") from None
 
 
 def replace_json(path: Path, content: dict) -> None:

@@ -11,12 +11,10 @@ import torch
 from nanokv import distributed as parallel
 from nanokv.config import UserError
 
-DEVICES = r"auto|cpu|mps|cuda(:[0-9]{1,2})?"
-
 
 def check_device_name(name: str) -> None:
     """Raises UserError if `name` is no value of a `device` knob."""
-    if not re.fullmatch(DEVICES, name):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", name):
         raise UserError(f"unknown device {name!r}; it is auto, cpu, cuda, cuda:N or mps")
 
 
@@ -26,9 +24,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     check_device_name(name)
     device = torch.device(name)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("this machine or this build of PyTorch has no device mps; use --device=auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    there = {"cpu": 1, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.device_count()}
+    if (device.index or 0) >= there[device.type]:
         raise UserError(f"this machine or this build of PyTorch has no device {name}; use --device=auto")
     return device
 
@@ -40,10 +37,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # AVX512-BF16 or AMX; without them bfloat16 is emulated, slower than float32
-        fast = device.type == "cpu" and (
-            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        )
-    return torch.bfloat16 if fast else torch.float32
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast and device.type != "mps" else torch.float32
 
 
 class Hardware(NamedTuple):
@@ -66,9 +61,8 @@ def pick_hardware(device: str, dtype: str, compile: bool | str) -> Hardware:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed instead of returning it to the kernel, to be faulted in again every step.
-
-    Without it a step on a CPU is some 5 to 10 % slower. Does nothing where there is no glibc.
+    """Have glibc, where there is one, keep what is freed instead of returning it to the kernel, to be faulted
+    in again every step. Without it a step on a CPU is some 5 to 10 % slower.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -2,8 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 train.py config/124m/mla.py [--parallel=fsdp]
 
-Without torchrun there is one rank, and nothing here costs it anything. Ranks meet over NCCL on GPUs and over
-gloo on CPUs; no GPU has run this file yet.
+Without torchrun there is one rank. Ranks meet over NCCL on GPUs and over gloo on CPUs.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -101,10 +101,8 @@ def own_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def collective_errors() -> Iterator[None]:
-    """If this block (or function, as a decorator) fails on one rank, it ends on all of them.
-
-    The lowest rank that failed raises its error; the others exit. Without it they would wait for ever in
-    their next collective. No collective may be called in the block.
+    """If this block, which must call no collective, fails on one rank, it ends on all: the lowest that failed
+    raises its error, the others exit. Else they would wait for ever in their next collective.
     """
     failed = True
     try:
@@ -112,55 +110,47 @@ def collective_errors() -> Iterator[None]:
         failed = False
     finally:
         lowest = size() - all_reduce_max(size() - rank() if failed else 0)  # of the ranks that failed
-        if lowest < size() and lowest != rank():
+        if lowest not in (size(), rank()):
             sys.exit(2)
 
 
 def all_reduce_max(value: int) -> int:
     """The greatest `value` of all ranks. All must call it, as any collective."""
-    return int(_all_reduce(value, torch.int64, dist.ReduceOp.MAX)) if size() > 1 else value
+    tensor = torch.tensor(value, dtype=torch.int64)  # on the CPU: a GPU is not made to wait
+    if size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
 
 
 def all_reduce_sum(*values: float) -> list[float]:
     """The sum over ranks of each value, in float64."""
-    return _all_reduce(values, torch.float64, dist.ReduceOp.SUM).tolist() if size() > 1 else list(values)
-
-
-def _all_reduce(values, dtype: torch.dtype, op) -> Tensor:
-    values = torch.tensor(values, dtype=dtype)  # on the CPU: a GPU is not made to wait
-    dist.all_reduce(values, op)
-    return values
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if size() > 1:
+        dist.all_reduce(tensor)
+    return tensor.tolist()
 
 
 def share(micro_steps: int, rows: int) -> tuple[int, int]:
     """How many micro-batches of how many rows each rank takes of a step of `micro_steps` batches of `rows`.
-
-    As few micro-batches as keep them within `rows`. Raises UserError if the ranks cannot share evenly.
+    As few as keep them within `rows`. Raises UserError if the ranks cannot share evenly.
     """
     mine, sequences = -(-micro_steps // size()), micro_steps * rows
     rows, rest = divmod(sequences, mine * size())
     if rest:
-        raise UserError(
-            f"{size()} ranks of {mine} micro-batches cannot share a step of {sequences} sequences evenly; "
-            f"make gradient_accumulation_steps x batch_size a multiple of {mine * size()}"
-        )
+        fault = f"{size()} ranks of {mine} micro-batches cannot share a step of {sequences} sequences evenly"
+        remedy = f"make gradient_accumulation_steps x batch_size a multiple of {mine * size()}"
+        raise UserError(f"{fault}; {remedy}")
     return mine, rows
 
 
 def parallelize(
-    loss_model: nn.Module,
-    device: torch.device,
-    dtype: torch.dtype,
-    compile: bool = False,
-    strategy: str = "ddp",
-    activation_checkpointing: bool = False,
+    loss_model: nn.Module, device, dtype, compile=False, strategy="ddp", activation_checkpointing=False
 ) -> nn.Module:
     """`loss_model` (a LanguageModelLoss) as the ranks train it, to be called in its place.
 
     "ddp": each rank holds all of the model and gradients are averaged. "fsdp": each holds its share of every
     parameter (a DTensor, cut along the first dimension) and gathers a block's when it runs it, in `dtype`;
-    what is outside of blocks stays fp32. Gradients are reduced in fp32. One rank is left plain. The model's
-    parameters keep their names.
+    what is outside of blocks stays fp32. Gradients are reduced in fp32. Parameters keep their names.
     """
     blocks = loss_model.model.layers
     if activation_checkpointing:
@@ -171,22 +161,18 @@ def parallelize(
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(device.type, (size(),))
-        fp32 = torch.float32
+        # autocast decides on the inputs, as it does without FSDP: RoPE's angles need fp32
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks:
             if compile:
                 block.compile()
-            # autocast decides on the inputs, as it does without FSDP: RoPE's angles need fp32
-            policy = MixedPrecisionPolicy(dtype, reduce_dtype=fp32, cast_forward_inputs=False)
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        policy = MixedPrecisionPolicy(reduce_dtype=fp32, cast_forward_inputs=False)
+            fully_shard(block, mesh=mesh, mp_policy=replace(policy, param_dtype=dtype))
         return fully_shard(loss_model, mesh=mesh, mp_policy=policy)
     if size() > 1:
         ids = [device] if device.type == "cuda" else None
-        # the model has no buffers, so none are broadcast
         loss_model = DistributedDataParallel(loss_model, device_ids=ids, gradient_as_bucket_view=True)
-    return (
-        torch.compile(loss_model) if compile else loss_model
-    )  # outside DDP, so that it cuts graphs at its buckets
+    # outside DDP, so that it cuts graphs at its buckets
+    return torch.compile(loss_model) if compile else loss_model
 
 
 def sync_gradients(loss_model: nn.Module, now: bool) -> None:
@@ -221,11 +207,9 @@ def full_state_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, put together from all ranks, on rank 0; nothing on the others. All must call it."""
     gathered = {}
     for name, tensor in tensors.items():
-        if is_dtensor(tensor):
-            tensor = tensor.full_tensor()
-            tensor = tensor.cpu() if rank() == 0 else tensor
+        whole = tensor.full_tensor() if is_dtensor(tensor) else tensor
         if rank() == 0:
-            gathered[name] = tensor
+            gathered[name] = whole.cpu() if is_dtensor(tensor) else whole
     return gathered
 
 
@@ -239,13 +223,10 @@ def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
     return value
 
 
-def each_matrix_once(
-    function: Callable[[Tensor], Tensor], values: list[Tensor], parameters: list[Tensor]
-) -> list[Tensor]:
-    """function((N, m, n)) -> (N, m, n) of N matrices, each computed whole and on one rank only.
-
-    `values` is what this rank holds of them, as it does of the like-shaped `parameters`: all, or with FSDP
-    its ceil(m / size) rows of each, fewer at the end. So is the result.
+def each_matrix_once(function: Callable, values: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:
+    """function((N, m, n)) -> (N, m, n) of N matrices, each computed whole and on one rank only. `values` and
+    the result are what this rank holds, as of the like-shaped `parameters`: all, or with FSDP its
+    ceil(m / size) rows of each, fewer at the end.
     """
     if size() == 1:
         return list(function(torch.stack(values)).unbind())

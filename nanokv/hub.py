@@ -5,23 +5,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nanokv import tokenizer
+from nanokv import dataset_writer, tokenizer
 from nanokv.config import UserError, parse
-from nanokv.dataset_writer import (
-    SHARD_TOKENS,
-    UNFINISHED,
-    Flags,
-    Piece,
-    Writer,
-    batches,
-    find_files,
-    out_dir,
-    split_of,
-)
+from nanokv.dataset_writer import SHARD_TOKENS, UNFINISHED, Piece, Writer
 
 
 @dataclass
-class HubFlags(Flags):
+class HubFlags(dataset_writer.Flags):
     tokenizer: str = "gpt2"  # byte, bpe (trained on the first 100 MB) or gpt2
     vocab_size: int = 32768  # ids of the bpe tokenizer, <|endoftext|> included
     val_fraction: float = 0.005  # share of the documents held out for validation
@@ -32,38 +22,32 @@ class HubFlags(Flags):
 
 
 def prepare_streamed(argv: list[str], here: str, repo: str, **source: str) -> None:
-    """Writes the set of the prepare.py `here`; called again after a kill, goes on after the last whole shard.
-
-    source: subset and revision of the hub's `repo`, if need be.
+    """Writes the set of the prepare.py `here` from the hub's `repo` (source: its subset and revision); called
+    again after a kill, goes on after the last whole shard.
     """
-    name = Path(here).parent.name
-    flags = parse(HubFlags, argv, f"python data/{name}/prepare.py [--key=value ...]")
-    folder = out_dir(flags, here)
+    own = Path(here).parent
+    flags = parse(HubFlags, argv, f"python data/{own.name}/prepare.py [--key=value ...]")
+    folder = Path(flags.out_dir or own)
     if (folder / "meta.json").exists():
         print(f"{folder} is prepared; to make it anew, remove its meta.json")
         return
-    made_with = asdict(flags) | {"out_dir": ""}
-    state = None
-    progress = folder / UNFINISHED / "progress.json"
-    if progress.exists():
-        state = json.loads(progress.read_text(encoding="utf-8"))
-        if state["flags"] != made_with:
-            old = " ".join(f"--{k}={v}" for k, v in state["flags"].items() if v != made_with[k])
-            raise UserError(
-                f"{folder} was begun with {old}: give that too, or remove {progress} to start over"
-            )
-        print(f"going on after {state['shard']} shards, {state['tokens']['train']:,} train tokens")
-
+    made_with, progress = asdict(flags) | {"out_dir": ""}, folder / UNFINISHED / "progress.json"
+    state = json.loads(progress.read_text(encoding="utf-8")) if progress.exists() else None
+    if state and state["flags"] != made_with:
+        old = " ".join(f"--{k}={v}" for k, v in state["flags"].items() if v != made_with[k])
+        raise UserError(f"{folder} was begun with {old}: give that too, or remove {progress} to start over")
     stream = open_stream(flags, repo, **source)
-    if state is None:
-        tok = tokenizer.train(flags.tokenizer, texts(stream, flags.text_key), flags.vocab_size)
-        stream = open_stream(flags, repo, **source)
-    else:
+    if state:
+        print(f"going on after {state['shard']} shards, {state['tokens']['train']:,} train tokens")
         tok = tokenizer.load(folder / UNFINISHED)
         stream.load_state_dict(state["stream"])
+    else:
+        tok = tokenizer.train(flags.tokenizer, texts(stream, flags.text_key), flags.vocab_size)
+        stream = open_stream(flags, repo, **source)
     writer = Writer(folder, tok, state=state)
-    pieces = (Piece(split_of(t.encode(), flags.val_fraction), t) for t in texts(stream, flags.text_key))
-    for batch in batches(pieces):
+    split_of, rows = dataset_writer.split_of, texts(stream, flags.text_key)
+    pieces = (Piece(split_of(text.encode(), flags.val_fraction), text) for text in rows)
+    for batch in dataset_writer.batches(pieces):
         writer.add(batch)
         if writer.tokens_in_shard() >= flags.shard_tokens:
             writer.next_shard(stream=stream.state_dict(), flags=made_with)
@@ -72,9 +56,7 @@ def prepare_streamed(argv: list[str], here: str, repo: str, **source: str) -> No
     writer.finish(source=flags.input or repo)
 
 
-def open_stream(
-    flags: HubFlags, repo: str, subset: str | None = None, revision: str | None = None
-) -> Iterable[dict]:
+def open_stream(flags: HubFlags, repo: str, subset: str | None = None, revision: str | None = None):
     """A streamed datasets.IterableDataset. Raises UserError, at once if there is no network."""
     try:
         import datasets
@@ -82,21 +64,17 @@ def open_stream(
     except ImportError:
         raise UserError("this data set is read by datasets: `pip install datasets`") from None
     if flags.input:
-        files = [str(path) for path in find_files(flags.input, (".parquet",))]
+        files = [str(path) for path in dataset_writer.find_files(flags.input, (".parquet",))]
         stream = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
     else:
         try:  # asked first, since load_dataset tries for half a minute
             huggingface_hub.HfApi().dataset_info(repo, timeout=10)
             stream = datasets.load_dataset(repo, subset, revision=revision, split="train", streaming=True)
         except Exception as e:  # its HTTP client, and so the class of its errors, varies by version
-            raise UserError(
-                f"cannot reach {repo} on the Hugging Face hub ({type(e).__name__}): connect to the network, "
-                "or give its parquet files by --input"
-            ) from None
-    if stream.column_names is not None and flags.text_key not in stream.column_names:
-        raise UserError(
-            f"no column {flags.text_key!r}: --text_key is one of {', '.join(stream.column_names)}"
-        )
+            fault = f"cannot reach {repo} on the Hugging Face hub ({type(e).__name__})"
+            raise UserError(f"{fault}: connect to the network, or give parquet files by --input") from e
+    if flags.text_key not in (columns := stream.column_names or [flags.text_key]):
+        raise UserError(f"no column {flags.text_key!r}: --text_key is one of {', '.join(columns)}")
     return stream
 
 

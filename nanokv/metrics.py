@@ -1,9 +1,4 @@
-"""Figures of a run: parameters, FLOPs, the size of the cache, memory, decoding speed, the commit.
-
-A model is whatever has the members of model.GPT, and a config those of GPTConfig: this file imports neither.
-"""
-
-from __future__ import annotations
+"""Figures of a run: parameters, FLOPs, size of the cache, memory, speed, commit. Imports no model."""
 
 import math
 import resource
@@ -11,8 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import timeit
 from pathlib import Path
 
 import torch
@@ -23,21 +17,9 @@ from nanokv.cache import kv_bytes
 from nanokv.dataset import Dataset
 from nanokv.generate import decode_one_token, prefill
 
-# Dense peak in FLOP/s in 16 bits, by a word of the device's name (vendors' data sheets, without sparsity).
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "4090": 165e12,
-    "3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
+# Dense peak in TFLOP/s in 16 bits, by a word of the device's name (vendors' data sheets, without sparsity).
+PEAK_TFLOPS = {"B200": 2250, "GH200": 989, "H200": 989, "H100": 989, "A100": 312, "V100": 125, "T4": 65}
+PEAK_TFLOPS |= {"L40S": 362, "L4": 121, "A10G": 70, "4090": 165, "3090": 71}
 
 
 def n_params(model: nn.Module, embedding: bool = True) -> int:
@@ -47,10 +29,9 @@ def n_params(model: nn.Module, embedding: bool = True) -> int:
 
 
 def flops_per_token(model: nn.Module, context: int) -> int:
-    """Floating-point operations to train on one token, forward and backward, at a context length.
-
-    PaLM's convention (arXiv 2204.02311, appendix B): 6 a parameter that multiplies, and 6 for each
-    multiply-add with each position of the context, the causal half not deducted.
+    """Floating-point operations to train on one token at a context length, forward and backward, as in PaLM
+    (arXiv 2204.02311, appendix B): 6 a parameter that multiplies, and 6 for each multiply-add with each
+    position of the context, the causal half not deducted.
     """
     config = model.config
     matmul = sum(p.numel() for p in model.parameters() if p.ndim == 2)
@@ -72,9 +53,7 @@ def kv_bytes_in_context(config, dtype: torch.dtype = torch.bfloat16) -> float:
 
 
 def kv_ratio_to_mha(config) -> float:
-    """Cache of a full context relative to that of multi-head attention of this width without windows, which
-    holds 2 n_embd numbers a token a layer.
-    """
+    """Cache of a full context relative to that of multi-head attention without windows."""
     held = kv_bytes_in_context(config) / config.kv_bytes_per_token()
     return held * kv_elements_per_token_layer(config) / (2 * config.n_embd)
 
@@ -82,32 +61,24 @@ def kv_ratio_to_mha(config) -> float:
 def describe_model(model: nn.Module) -> dict[str, int | float]:
     """The size of a model and of its cache, under the keys of metrics.jsonl."""
     config = model.config
-    return {
-        "params/total": n_params(model),
-        "params/non_embedding": n_params(model, embedding=False),
-        "kv_cache/elements_per_token_layer": kv_elements_per_token_layer(config),
-        "kv_cache/bytes_per_token": int(kv_bytes_in_context(config)),
-        "kv_cache/ratio_to_mha": kv_ratio_to_mha(config),
-    }
+    cache = {"elements_per_token_layer": kv_elements_per_token_layer(config)}
+    cache |= {"bytes_per_token": int(kv_bytes_in_context(config)), "ratio_to_mha": kv_ratio_to_mha(config)}
+    params = {"params/total": n_params(model), "params/non_embedding": n_params(model, embedding=False)}
+    return params | {f"kv_cache/{key}": value for key, value in cache.items()}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak FLOP/s: of a GPU from its data sheet (None if unknown), of a CPU by timing a matrix product."""
     if device.type == "cuda":
         words = torch.cuda.get_device_name(device).replace("-", " ").split()
-        peak = next((flops for model, flops in PEAK_FLOPS.items() if model in words), None)
+        peak = next((tflops * 1e12 for model, tflops in PEAK_TFLOPS.items() if model in words), None)
         if peak and dtype == torch.float32:  # as TF32, which Ampere brought
             peak = peak / 2 if torch.cuda.get_device_capability(device) >= (8, 0) else None
         return peak
     if device.type != "cpu":
         return None
     a = torch.ones(1024, 1024, dtype=dtype)
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - begin)
-    return 2 * 1024**3 / min(seconds)
+    return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
 
 
 def peak_memory(device: torch.device) -> int:
@@ -118,51 +89,28 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class Throughput:
-    """How fast training goes: tokens a second, and what share that is of the machine's peak (MFU)."""
-
-    def __init__(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None):
-        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
-        self.peak_flops = peak_flops  # of all ranks
-
-    def restart(self, step: int) -> None:
-        self.since, self.first = time.perf_counter(), step
-
-    def since_restart(self, step: int) -> dict[str, float | None]:
-        rate = (step - self.first) * self.tokens_per_step / (time.perf_counter() - self.since)
-        mfu = rate * self.flops_per_token / self.peak_flops if self.peak_flops else None
-        return {"train/tokens_per_s": rate, "train/mfu": mfu}
-
-
 def git_sha() -> str | None:
     """The commit of this code, with a + if files differ from it; None outside a git checkout."""
     describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     command = ["git", "-C", str(Path(__file__).parent), *describe]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 @torch.no_grad()
 def evaluate(
-    loss_model: nn.Module,
-    dataset: Dataset,
-    block_size: int,
-    batch_size: int,
-    max_batches: int,
-    autocast: AbstractContextManager,
-    until: Callable[[], bool] = lambda: False,
+    loss_model: nn.Module, dataset: Dataset, windows: tuple[int, int, int], autocast, until=lambda: False
 ) -> dict[str, float | None]:
     """Mean loss in nats a token and bits per byte, over the same validation tokens on any number of ranks.
-
-    max_batches: of all ranks, evenly spaced; 0: the whole validation split. Draws nothing from any random
-    state. Ends early, with what it has, when `until()` says so.
+    windows: block_size, batch_size and how many batches of all ranks, evenly spaced; 0: the whole split.
+    Draws nothing from any random state. Ends early, with what it has, when `until()` says so.
     """
     device = next(loss_model.parameters()).device
     loss_model.eval()
     loss, count = torch.zeros((), device=device), 0
-    for x, y in dataset.val_batches(block_size, batch_size, max_batches, parallel.rank(), parallel.size()):
+    for x, y in dataset.val_batches(*windows, parallel.rank(), parallel.size()):
         n = int((y >= 0).sum())
         with autocast:
             mean = loss_model(x.to(device), y.to(device))
@@ -180,9 +128,8 @@ def evaluate(
 def decode_probe(
     model: nn.Module, context: int, n: int = 32, repeats: int = 5, cache_dtype: torch.dtype | None = None
 ) -> dict[str, float | int]:
-    """Decoding speed at batch 1 over a cache of `context` random tokens, of a model in eval mode.
-
-    The median of `repeats` timings of n tokens each; the keys are those of metrics.jsonl.
+    """Decoding speed at batch 1 over a cache of `context` random tokens, of a model in eval mode: the median
+    of `repeats` timings of n tokens each; the keys are those of metrics.jsonl.
     """
     random = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (context,), generator=random).tolist()
@@ -197,8 +144,5 @@ def decode_probe(
             ids = decode_one_token(model, ids, cache).argmax(-1)
             ids.tolist()
         seconds.append(time.perf_counter() - clock)
-    return {
-        "decode/tokens_per_s": n / statistics.median(seconds[1:]),
-        "decode/context": context,
-        "kv_cache/allocated_bytes": cache.nbytes,
-    }
+    figures = {"decode/tokens_per_s": n / statistics.median(seconds[1:]), "decode/context": context}
+    return figures | {"kv_cache/allocated_bytes": cache.nbytes}

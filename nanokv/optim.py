@@ -1,8 +1,7 @@
 """Optimizers: Muon for the matrices inside the blocks, AdamW for everything else."""
 
-from __future__ import annotations
-
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -15,10 +14,9 @@ EMBEDDING_LR = 10  # learning rate of an embedding that is not the head too, in 
 
 
 def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
-    """Matrices (N, m, n) -> the nearest semi-orthogonal ones, roughly, by Newton-Schulz iteration.
-
-    The quintic's coefficients are Keller Jordan's (https://kellerjordan.github.io/posts/muon): they bring all
-    singular values to about 0.7 .. 1.2, which serves as well as 1. In bf16 where the hardware has it.
+    """Matrices (N, m, n) -> the nearest semi-orthogonal ones, roughly, by Newton-Schulz iteration in bf16 or
+    fp32. Keller Jordan's coefficients (https://kellerjordan.github.io/posts/muon) bring all singular values
+    to about 0.7 .. 1.2, which serves as well as 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.bfloat16() if g.is_cuda else g
@@ -36,8 +34,8 @@ def muon_update(g: Tensor, row_groups: tuple[int, ...] = ()) -> Tensor:
     so that their effect on activations does not depend on the shape.
 
     row_groups: sizes of the groups of rows that alternate in a fused matrix, such as (16, 48) for a key and
-    a value. Each group is orthogonalized as a matrix of its own: together, the one with the largest
-    gradient would set the direction for all. The m of its scale is then the rows of one head.
+    a value. Each group is orthogonalized on its own: together, the one with the largest gradient would set
+    the direction for all. The m of its scale is then the rows of one head.
     """
     updates = []
     for group in g.unflatten(1, (-1, sum(row_groups) or g.size(1))).split(row_groups or g.size(1), 2):
@@ -52,15 +50,19 @@ class Optimizer:
     """
 
     def __init__(self, groups: list[dict], **defaults):
-        self.param_groups = [
-            defaults | {"initial_lr": group.get("lr", defaults["lr"])} | group for group in groups
-        ]
+        groups = [defaults | group for group in groups]
+        self.param_groups = [group | {"initial_lr": group["lr"]} for group in groups]
         self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
 
     def zero_grad(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = None
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What this rank holds of each tensor."""
+    return [parallel.to_local(tensor) for tensor in tensors]
 
 
 class AdamW(Optimizer):
@@ -76,35 +78,21 @@ class AdamW(Optimizer):
                 if not self.state[p]:
                     self.state[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
                     self.state[p]["step"] = torch.zeros((), device=p.device)
-            grads = [parallel.to_local(p.grad) for p in params]
-            steps, means, squares = (
-                [parallel.to_local(self.state[p][key]) for p in params]
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            )
+            states = [self.state[p] for p in params]
+            keys = "exp_avg", "exp_avg_sq", "step"
+            means, squares, steps = (local(state[key] for state in states) for key in keys)
             torch._foreach_add_(steps, 1)
             beta1, beta2 = group["betas"]
-            torch._fused_adamw_(
-                [parallel.to_local(p) for p in params],
-                grads,
-                means,
-                squares,
-                [],
-                steps,
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=1e-8,
-                amsgrad=False,
-                maximize=False,
-            )
+            knobs = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}
+            knobs |= {"eps": 1e-8, "amsgrad": False, "maximize": False}
+            grads = local(p.grad for p in params)
+            torch._fused_adamw_(local(params), grads, means, squares, [], steps, **knobs)
 
 
 class Muon(Optimizer):
-    """Momentum whose every update is orthogonalized (Jordan et al. 2024), for matrices.
-
-    Matrices of one shape are orthogonalized together, each by one of the ranks, in the `row_groups` of their
-    parameter group (see `muon_update`). Weight decay is decoupled.
+    """Momentum whose every update is orthogonalized (Jordan et al. 2024), for matrices. Matrices of one shape
+    go together, each by one of the ranks, in the `row_groups` of their parameter group (see `muon_update`).
+    Weight decay is decoupled.
     """
 
     @torch.no_grad()
@@ -118,75 +106,50 @@ class Muon(Optimizer):
                 for p in params:
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
-                grads = [parallel.to_local(p.grad) for p in params]
-                momenta = [parallel.to_local(self.state[p]["momentum"]) for p in params]
+                grads = local(p.grad for p in params)
+                momenta = local(self.state[p]["momentum"] for p in params)
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
                 updates = parallel.each_matrix_once(update, nesterov, params)
-                weights = [parallel.to_local(p) for p in params]
+                weights = local(params)
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
 def make_optimizers(
-    model: nn.Module,
-    *,
-    optimizer: str = "muon",
-    learning_rate: float = 1e-3,
-    muon_lr: float = 0.02,
-    muon_momentum: float = 0.95,
-    weight_decay: float = 0.1,
-    beta1: float = 0.9,
-    beta2: float = 0.95,
+    model, optimizer, learning_rate=1e-3, muon_lr=0.02, momentum=0.95, weight_decay=0.1, betas=(0.9, 0.95)
 ) -> list[Optimizer]:
-    """The optimizers of a run; each parameter is in one of them. Only matrices and embeddings decay.
-
-    optimizer: "adamw" for all parameters, or "muon" for the matrices in the blocks and AdamW for the rest.
+    """The optimizers of a run: "adamw" for all parameters, or "muon" for the matrices in the blocks and AdamW
+    for the rest. Only matrices and embeddings decay.
     """
     embedding, heads, matrices, vectors = [], [], defaultdict(list), []
-    row_groups = {
-        module.weight: getattr(module, "row_groups", ())
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    }
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    row_groups = {module.weight: getattr(module, "row_groups", ()) for module in linears}
     tied = not hasattr(model, "lm_head")
     for name, p in model.named_parameters():
         if p.ndim < 2:
             vectors.append(p)
         elif name == "embed_tokens.weight" and not tied:
             embedding.append(p)
-        elif name in ("embed_tokens.weight", "lm_head.weight"):
+        elif name in ("embed_tokens.weight", "lm_head.weight") or optimizer == "adamw":
             heads.append(p)
         else:
             matrices[row_groups.get(p, ())].append(p)
-    optimizers = []
-    if optimizer == "muon":
-        groups = [{"params": alike, "row_groups": rows} for rows, alike in matrices.items()]
-        optimizers.append(Muon(groups, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay))
-    else:
-        heads += [p for alike in matrices.values() for p in alike]
-    adamw = AdamW(
-        [
-            {"params": heads},
-            {"params": vectors, "weight_decay": 0.0},
-            # entries of size 1, each touched by few tokens: they can take, and need, larger steps
-            {"params": embedding, "lr": learning_rate * EMBEDDING_LR},
-        ],
-        lr=learning_rate,
-        betas=(beta1, beta2),
-        weight_decay=weight_decay,
-    )
-    return [*optimizers, adamw]
+    groups = [{"params": heads}, {"params": vectors, "weight_decay": 0.0}]
+    # entries of size 1, each touched by few tokens: they can take, and need, larger steps
+    groups.append({"params": embedding, "lr": learning_rate * EMBEDDING_LR})
+    adamw = AdamW(groups, lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    if optimizer == "adamw":
+        return [adamw]
+    groups = [{"params": alike, "row_groups": rows} for rows, alike in matrices.items()]
+    return [Muon(groups, lr=muon_lr, momentum=momentum, weight_decay=weight_decay), adamw]
 
 
 def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
     """The optimizers' state, by the name of parameter and state."""
-    state = {p: values for optimizer in optimizers for p, values in optimizer.state.items()}
-    return {
-        f"{name}.{key}": value
-        for name, p in model.named_parameters()
-        for key, value in state.get(p, {}).items()
-    }
+    names = {p: name for name, p in model.named_parameters()}
+    states = [item for optimizer in optimizers for item in optimizer.state.items()]
+    return {f"{names[p]}.{key}": value for p, state in states for key, value in state.items()}
 
 
 def load_state_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, Tensor]):
@@ -199,10 +162,8 @@ def load_state_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: d
         if value.shape not in (shapes.get(parameter), torch.Size()):
             raise UserError(f"the optimizer's state does not fit its model: {name} is {list(value.shape)}")
         by_name[parameter][key] = value
+    names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
-        owned = {p for group in optimizer.param_groups for p in group["params"]}
-        for name, p in model.named_parameters():
-            if p in owned and name in by_name:
-                optimizer.state[p] = {
-                    key: parallel.placed_like(value, p) for key, value in by_name[name].items()
-                }
+        for p in [p for group in optimizer.param_groups for p in group["params"] if names[p] in by_name]:
+            state = by_name[names[p]]
+            optimizer.state[p] = {key: parallel.placed_like(value, p) for key, value in state.items()}

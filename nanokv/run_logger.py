@@ -1,7 +1,5 @@
 """What a run tells: metrics.jsonl, summary.json, lines on the terminal, and W&B if asked to."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -14,17 +12,11 @@ from nanokv import checkpoint
 
 
 class RunLogger:
-    """Writes metrics.jsonl and summary.json, the terminal's lines, and W&B if asked to.
+    """Without a run folder, on all ranks but the first, it only keeps the summary."""
 
-    Without a run folder, on all ranks but the first, it only keeps the summary.
-    """
-
-    def __init__(
-        self, run_dir: Path | None, facts: dict, resume_step: int | None = None, wandb: dict | None = None
-    ):
-        """facts: what the summary begins with. resume_step: where an earlier run is gone on with.
-
-        wandb: arguments of wandb.init (project, name, config) to log to W&B too.
+    def __init__(self, run_dir: Path | None, facts: dict, resume_step=None, wandb: dict | None = None):
+        """facts: what the summary begins with. resume_step: where an earlier run is gone on with. wandb:
+        arguments of wandb.init (project, name, config) to log to W&B too.
         """
         self.run_dir, self.summary, self.bar = run_dir, dict(facts), sys.stdout.isatty()
         if run_dir is None:
@@ -44,33 +36,27 @@ class RunLogger:
         self.wandb = start_wandb(run_dir, **wandb) if wandb else None
 
     def __call__(self, metrics: dict) -> None:
-        metrics = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()
-        }
+        infinite = [k for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]
+        metrics = metrics | dict.fromkeys(infinite)  # JSON has no nan
         self.summary |= metrics
         if self.run_dir is None:
             return
         with checkpoint.writing(Path(self.file.name)):
-            self.file.write((json.dumps(metrics) + "\n").encode())  # JSON has no nan
+            self.file.write((json.dumps(metrics) + "\n").encode())
         if self.wandb:
             self.wandb.log({k: v for k, v in metrics.items() if v is not None})
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, end: str = "\n") -> None:
         if self.run_dir is not None:
-            print("\r\033[K" + line if self.bar else line, flush=True)
+            print("\r\033[K" + line if self.bar else line, end=end, flush=True)
 
     def progress(self, step: int, last: int, metrics: dict, tokens_per_step: int) -> None:
-        if self.run_dir is None:
-            return
         rate = metrics["train/tokens_per_s"]
         left = timedelta(seconds=round((last - step) * tokens_per_step / rate))
         mfu = "" if metrics["train/mfu"] is None else f", mfu {metrics['train/mfu']:.1%}"
         line = f"step {step}/{last}: loss {metrics['train/loss']:.4f}, {rate:,.0f} tokens/s{mfu}, {left} left"
-        if self.bar:
-            filled = 20 * step // last
-            print(f"\r\033[K[{'#' * filled}{'.' * (20 - filled)}] {line}", end="", flush=True)
-        else:
-            print(line, flush=True)
+        filled = 20 * step // last
+        self.say(f"[{'#' * filled:.<20}] {line}", end="") if self.bar else self.say(line)
 
     def write_summary(self) -> None:
         if self.run_dir is not None:
@@ -106,10 +92,8 @@ def start_wandb(run_dir: Path, **options):
     options |= dict(id=id_file.read_text(), resume="allow")
     try:
         online = "WANDB_MODE" in os.environ or wandb.login(prompt=False)
-        run = wandb.init(
-            **options, mode=None if online else "offline", settings=wandb.Settings(init_timeout=30)
-        )
-        fault = None if online else "no API key"
+        mode, fault = (None, None) if online else ("offline", "no API key")
+        run = wandb.init(**options, mode=mode, settings=wandb.Settings(init_timeout=30))
     except (wandb.errors.UsageError, wandb.errors.CommError) as e:
         run, fault = wandb.init(**options, mode="offline"), " ".join(str(e).split())
     if fault:

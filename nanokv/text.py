@@ -1,7 +1,5 @@
 """Between text and token ids, around generation: prompts in, samples out."""
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Collection
 from contextlib import suppress
@@ -14,10 +12,9 @@ from nanokv.generate import generate_lists
 
 
 class TextStream:
-    """The text of one sample, from its tokens, as far as it is certain; it may end at a stop string.
-
-    Bytes of an unfinished character wait for the rest of it, and what may be the beginning of a stop string
-    waits until it is one or is not. Bytes that are no UTF-8 become U+FFFD.
+    """The text of one sample, from its tokens, as far as it is certain: an unfinished character waits for its
+    last byte, and what may begin a stop string, which ends the sample, waits until it is one or is not. Bytes
+    that are no UTF-8 become U+FFFD.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, stop: Collection[str] = ()):
@@ -53,11 +50,10 @@ def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
     """Token ids of a prompt. An empty one begins a document: with <|endoftext|>, else as in nanoGPT with a
     newline, else with id 0. Raises UserError if the tokenizer cannot encode the text.
     """
-    if text:
-        ids = tokenizer.encode_ordinary(text)
-        if not ids:
-            raise UserError(f"the prompt {text!r} holds no token; give another --start")
+    if ids := tokenizer.encode_ordinary(text):
         return ids
+    if text:
+        raise UserError(f"the prompt {text!r} holds no token; give another --start")
     if tokenizer.eot_token is not None:
         return [tokenizer.eot_token]
     with suppress(UserError):
@@ -70,17 +66,9 @@ def stop_ids(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
     return () if tokenizer.eot_token is None else (tokenizer.eot_token,)
 
 
-def generate_text(
-    model: nn.Module,
-    tokenizer: tokenizers.Tokenizer,
-    max_new_tokens: int,
-    start: str = "",
-    temperature: float = 0.8,
-    top_k: int = 200,
-    **options,
-) -> str:
+def generate_text(model: nn.Module, tokenizer, max_new_tokens: int, start: str = "", **options) -> str:
     """One sample as text, `start` included, of a model in eval mode; options as for `generate`."""
-    options |= dict(temperature=temperature, top_k=top_k)
+    options = dict(temperature=0.8, top_k=200) | options
     options |= dict(stop_ids=stop_ids(tokenizer), n_vocab=tokenizer.n_vocab)
     (tokens,) = generate_lists(model, [encode_prompt(tokenizer, start)], max_new_tokens, **options)
     stream = TextStream(tokenizer)

@@ -1,8 +1,5 @@
 """Tokenizers, all with tiktoken's interface: `byte`, `bpe` and `gpt2` are tiktoken encodings, and so is what
-convert.py makes of a tokenizer.json; `char` and `ids` are small classes that look like one. What is used:
-
-    name, n_vocab, eot_token (char, ids: None), encode_ordinary, encode_ordinary_batch, decode, decode_bytes,
-    decode_single_token_bytes
+convert.py makes of a tokenizer.json; `char` and `ids` are small classes that look like one.
 
 Users' text goes through `encode_ordinary`, to which the characters `<|endoftext|>` are text like any other.
 """
@@ -24,9 +21,8 @@ KINDS = ("byte", "char", "bpe", "gpt2")
 END_OF_TEXT = "<|endoftext|>"
 BPE_SAMPLE_CHARS = 100_000_000  # bpe is trained on this much text from the start of the corpus
 # GPT-4's split but for two things: numbers go by two digits, and a newline stays with the indent that follows
-BPE_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
-)
+BPE_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}"
+BPE_PATTERN += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_N_VOCAB = 50257
 DOWNLOAD_SECONDS = 60
@@ -56,8 +52,7 @@ class CharTokenizer(_PlainTokenizer):
     name = "char"
 
     def __init__(self, chars: str):
-        self.chars = chars
-        self.n_vocab = len(chars)
+        self.chars, self.n_vocab = chars, len(chars)
         self._ids = {c: i for i, c in enumerate(chars)}
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -65,10 +60,8 @@ class CharTokenizer(_PlainTokenizer):
         try:
             return [self._ids[c] for c in text]
         except KeyError as e:
-            raise UserError(
-                f"the char tokenizer does not know the character {e.args[0]!r}: leave it out, "
-                "or train with another tokenizer (byte or bpe)"
-            ) from None
+            remedy = "leave it out, or train with another tokenizer (byte or bpe)"
+            raise UserError(f"the char tokenizer does not know the character {e.args[0]!r}: {remedy}") from e
 
     def decode_single_token_bytes(self, token: int) -> bytes:
         return self.chars[token].encode()
@@ -97,22 +90,17 @@ class IdsTokenizer(_PlainTokenizer):
 class BpeTokenizer(tiktoken.Encoding):
     """tiktoken's byte-pair encoding, with any name for the token that ends a document, or none."""
 
-    def __init__(
-        self,
-        name: str,
-        pattern: str,
-        ranks: dict[bytes, int],  # id of each token, which is also its priority in merging
-        special_tokens: dict[str, int],
-        end_of_text: str | None = END_OF_TEXT,  # which of them ends a document
-        nfc: bool = False,  # whether text is put into Unicode's normal form C first
-    ):
-        """Raises ValueError if the ids are not 0, 1, ... or a single byte has none."""
-        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
-        if sorted([*ranks.values(), *special_tokens.values()]) != list(range(self.n_vocab)):
+    def __init__(self, name: str, pattern: str, ranks, specials, end_of_text=END_OF_TEXT, nfc: bool = False):
+        """ranks: dict, id of each token (bytes), which is also its priority in merging. specials: dict, id of
+        each special token (str). end_of_text: the one that ends a document, or None. nfc: whether text is put
+        into Unicode's normal form C first. Raises ValueError if the ids are not 0, 1, ... or a byte has none.
+        """
+        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+        if sorted([*ranks.values(), *specials.values()]) != list(range(self.n_vocab)):
             raise ValueError("ids must be distinct and begin at 0, without gaps")
         if not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError("each single byte must be a token")
-        self.pattern, self.ranks, self.specials = pattern, ranks, special_tokens
+        self.pattern, self.ranks, self.specials = pattern, ranks, specials
         self.end_of_text, self.nfc = end_of_text, nfc
 
     @property
@@ -127,35 +115,24 @@ Tokenizer = BpeTokenizer | CharTokenizer | IdsTokenizer
 
 
 def train(kind: str, texts: Iterable[str], vocab_size: int = 0) -> Tokenizer:
-    """The tokenizer `kind`, or the one in the folder `kind`.
-
-    `char` and `bpe` are made from `texts`, `vocab_size` is for `bpe`.
-
+    """The tokenizer `kind`, or the one in the folder `kind`; `char` and `bpe` are made from `texts`.
     Raises UserError: unknown kind, no text, vocab_size too small, rustbpe missing, gpt2 without network.
     """
-    if is_saved(kind):
+    if (Path(kind) / "tokenizer_spec.json").exists():
         return load(kind)
     if kind == "byte":
         return _encoding("byte", r"(?s:.+)", [bytes([b]) for b in range(256)])
     if kind == "gpt2":
         return _gpt2()
-    if kind == "char":
-        chars = "".join(sorted(set().union(*texts)))
-        if not chars:
-            raise UserError("empty corpus: there is no text to make a char tokenizer from")
-        return CharTokenizer(chars)
     if kind == "bpe":
         return _train_bpe(texts, vocab_size)
-    raise unknown(kind)
-
-
-def is_saved(folder: str | Path) -> bool:
-    """Whether a folder, such as that of a run, holds a tokenizer."""
-    return (Path(folder) / "tokenizer_spec.json").exists()
-
-
-def unknown(kind: str) -> UserError:
-    return UserError(f"unknown tokenizer {kind!r}: choose one of {', '.join(KINDS)}, or a run folder")
+    if kind != "char":
+        choices = f"choose one of {', '.join(KINDS)}, or a run folder"
+        raise UserError(f"unknown tokenizer {kind!r}: {choices}")
+    chars = "".join(sorted(set().union(*texts)))
+    if not chars:
+        raise UserError("empty corpus: there is no text to make a char tokenizer from")
+    return CharTokenizer(chars)
 
 
 def save(tok: Tokenizer, folder: str | Path) -> None:
@@ -163,15 +140,14 @@ def save(tok: Tokenizer, folder: str | Path) -> None:
     spec, ranks = _describe(tok)
     if ranks:
         (Path(folder) / "tokenizer.tiktoken").write_bytes(ranks)
-    spec["sha256"] = sha256(tok)
-    (Path(folder) / "tokenizer_spec.json").write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
+    content = json.dumps(spec | {"sha256": sha256(tok)}, indent=1) + "\n"
+    (Path(folder) / "tokenizer_spec.json").write_text(content, encoding="utf-8")
 
 
 def load(folder: str | Path) -> Tokenizer:
     """The tokenizer that `save` wrote. Raises UserError if there is none or it is damaged."""
-    path = Path(folder) / "tokenizer_spec.json"
     try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
+        spec = json.loads((Path(folder) / "tokenizer_spec.json").read_text(encoding="utf-8"))
         if spec["kind"] == "char":
             tok = CharTokenizer(spec["chars"])
         elif spec["kind"] == "ids":
@@ -185,16 +161,14 @@ def load(folder: str | Path) -> Tokenizer:
             if len(set(ids)) < len(ids):
                 raise ValueError("two tokens share an id")  # on which tiktoken would panic
             tok = BpeTokenizer(spec["kind"], spec["pattern"], ranks, specials, **more)
-        damaged = sha256(tok) != spec["sha256"]
+        if sha256(tok) != spec["sha256"]:
+            raise ValueError("it is another one than was saved")
+        return tok
     except FileNotFoundError as e:
-        raise UserError(f"{folder} holds no tokenizer: {Path(e.filename).name} is missing") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        damaged = True
-    if damaged:
-        raise UserError(
-            f"the tokenizer in {folder} is damaged: copy {path.name} from its data set, or prepare again"
-        )
-    return tok
+        raise UserError(f"{folder} holds no tokenizer: {Path(e.filename).name} is missing") from e
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        remedy = "copy tokenizer_spec.json from its data set, or prepare again"
+        raise UserError(f"the tokenizer in {folder} is damaged: {remedy}") from e
 
 
 def sha256(tok: Tokenizer) -> str:
@@ -232,15 +206,12 @@ def _describe(tok: Tokenizer) -> tuple[dict, bytes]:
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     if vocab_size < 257:
-        raise UserError(
-            f"--vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}) for bpe, not {vocab_size}"
-        )
+        least = f"257 (256 bytes and {END_OF_TEXT})"
+        raise UserError(f"--vocab_size must be at least {least} for bpe, not {vocab_size}")
     try:
         import rustbpe
-    except ImportError:
-        raise UserError(
-            "the bpe tokenizer is trained by rustbpe: `pip install rustbpe`, or use --tokenizer=byte"
-        ) from None
+    except ImportError as e:
+        raise UserError("rustbpe trains bpe: `pip install rustbpe`, or use --tokenizer=byte") from e
 
     seen = 0
 
@@ -276,11 +247,7 @@ def _gpt2() -> BpeTokenizer:
     thread.start()
     thread.join(DOWNLOAD_SECONDS)
     if isinstance(outcome[0], str):
-        raise UserError(
-            f"cannot download the gpt2 tokenizer ({outcome[0]}): connect to the network, "
-            "or set TIKTOKEN_CACHE_DIR to a folder that holds it"
-        )
+        remedy = "connect to the network, or set TIKTOKEN_CACHE_DIR to a folder that holds it"
+        raise UserError(f"cannot download the gpt2 tokenizer ({outcome[0]}): {remedy}")
     tokens = [outcome[0].decode_single_token_bytes(i) for i in range(GPT2_N_VOCAB - 1)]
-    return _encoding(
-        "gpt2", GPT2_PATTERN, tokens
-    )  # our own pattern: tiktoken's wording of it varies by version
+    return _encoding("gpt2", GPT2_PATTERN, tokens)  # tiktoken's wording of the pattern varies by version

@@ -14,16 +14,12 @@ _HIDDEN = [b for b in range(256) if b not in _VISIBLE]
 BYTE_NAMES = {b: chr(b) for b in _VISIBLE} | {b: chr(256 + i) for i, b in enumerate(_HIDDEN)}
 BYTES_BY_NAME = {name: b for b, name in BYTE_NAMES.items()}
 # GPT-2's split with each digit on its own, as Hugging Face's Digits and then ByteLevel make it
-DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(
-    r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)"
-)
+DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}")
+DIGITS_PATTERN = DIGITS_PATTERN.replace(r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)")
 
 
 def to_json(tok: Tokenizer) -> dict:
-    """The contents of tokenizer.json: the same ids for every text that `tok.encode_ordinary` takes.
-
-    A character that a char tokenizer lacks is an error there too.
-    """
+    """The contents of tokenizer.json: the same ids, and for unknown characters an error, as of `tok`."""
     blank = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
     blank |= {"normalizer": None, "post_processor": None}
     if isinstance(tok, BpeTokenizer):
@@ -47,19 +43,14 @@ def to_json(tok: Tokenizer) -> dict:
         vocab, decoder = {c: i for i, c in enumerate(tok.chars)}, {"type": "Fuse"}
     else:
         every, vocab, decoder = {"type": "WhitespaceSplit"}, {str(i): i for i in range(tok.n_vocab)}, None
-    model = {
-        "type": "WordLevel",
-        "vocab": vocab,
-        "unk_token": "<unk>",
-    }  # not in vocab, so the unknown is a fault
+    # <unk> is not in vocab, so the unknown is a fault
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
     return blank | {"pre_tokenizer": every, "decoder": decoder, "model": model}
 
 
 def from_json(content: dict, end_of_text: str | None) -> Tokenizer:
-    """Our tokenizer from the contents of a tokenizer.json; `end_of_text` is the special token so used.
-
-    Byte-level byte-pair encodings (GPT-2, Llama 3, Qwen, SmolLM2, ...), and those that `to_json` writes.
-    Raises UserError naming what is not one.
+    """Our tokenizer from a tokenizer.json; `end_of_text` is the special token so used. Raises UserError for
+    what is neither a byte-level byte-pair encoding (GPT-2, Llama 3, Qwen, ...) nor of those of `to_json`.
     """
     model, splitter = content["model"], content["pre_tokenizer"]
     if model["type"] == "WordLevel" and content["added_tokens"] == []:
@@ -80,10 +71,8 @@ def from_json(content: dict, end_of_text: str | None) -> Tokenizer:
     ranks = {_bytes(name): i for name, i in model["vocab"].items() if name not in specials}
     if end_of_text is not None and end_of_text not in specials:
         raise UserError(f"its tokenizer does not know {end_of_text!r}, its token for the end of a text")
-    made = [
-        ranks[_bytes(merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge))]
-        for merge in model["merges"]
-    ]
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+    made = [ranks[_bytes("".join(pair))] for pair in pairs]
     if made != sorted(made):
         raise UserError("its tokenizer merges in another order than that of the ids")
     pattern = _pattern(splitter, bool(made))
@@ -105,21 +94,19 @@ def _merges(ranks: dict[bytes, int]) -> list[str]:
 def _pattern(splitter: dict, merges: bool) -> str:
     """The pattern that splits text as this pre-tokenizer does."""
     parts = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
-    kinds = [part["type"] for part in parts]
-    if not _is_byte_level(parts[-1]) or parts[-1].get("add_prefix_space"):
-        raise UserError(f"its pre-tokenizer ({' + '.join(kinds)}) is not known")
-    match parts[:-1]:
-        case [] if parts[-1].get("use_regex", True):
-            return GPT2_PATTERN
-        case [] if not merges:  # nothing to keep apart
-            return r"(?s:.+)"
-        case [{"type": "Digits", "individual_digits": True}] if parts[-1].get("use_regex", True):
-            return DIGITS_PATTERN
-        case [{"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}}] if not parts[-1].get(
-            "use_regex", True
-        ):
-            return pattern
-    raise UserError(f"its pre-tokenizer ({' + '.join(kinds)}) is not known")
+    gpt2 = parts[-1].get("use_regex", True)  # whether the last part splits as GPT-2 does
+    if _is_byte_level(parts[-1]) and not parts[-1].get("add_prefix_space"):
+        match parts[:-1]:
+            case [] if gpt2:
+                return GPT2_PATTERN
+            case [] if not merges:  # nothing to keep apart
+                return r"(?s:.+)"
+            case [{"type": "Digits", "individual_digits": True}] if gpt2:
+                return DIGITS_PATTERN
+            case [{"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}}] if not gpt2:
+                return pattern
+    kinds = " + ".join(part["type"] for part in parts)
+    raise UserError(f"its pre-tokenizer ({kinds}) is not known")
 
 
 def _is_byte_level(part: dict | None) -> bool:

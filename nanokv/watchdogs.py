@@ -1,13 +1,10 @@
 """What a run notices as it trains: steps that cannot be taken, a loss that jumps, late data, signals."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 
 from nanokv import distributed as parallel
@@ -19,8 +16,7 @@ class SkippedSteps:
 
     def __init__(self, limit: int, total: int, say: Callable[[str], None]):
         """limit: how many in a row are too many; total: those of the run so far."""
-        self.limit, self.total, self.say = limit, total, say
-        self.in_a_row = 0
+        self.limit, self.total, self.say, self.in_a_row = limit, total, say, 0
 
     def step(self, number: int, grad_norm: float) -> bool:
         """Whether the optimizers may step. Raises UserError when too many in a row may not."""
@@ -29,11 +25,9 @@ class SkippedSteps:
             return True
         self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
         if self.in_a_row >= self.limit:
-            raise UserError(
-                f"step {number}: the gradient was not finite for {self.in_a_row} steps in a row, which were "
-                "skipped; the last checkpoint stays; go on from it with --init_from=resume and a lower "
-                "learning rate"
-            )
+            fault = f"step {number}: the gradient was not finite for {self.in_a_row} steps in a row"
+            remedy = "go on from it with --init_from=resume and a lower learning rate"
+            raise UserError(f"{fault}, which were skipped; the last checkpoint stays; {remedy}")
         self.say(f"step {number} is skipped: its gradient norm is {grad_norm}")
         return False
 
@@ -44,8 +38,7 @@ class LossSpikes:
     DECAY, DEVIATIONS, SHARE, WARM_UP = 0.9, 6, 0.1, 10
 
     def __init__(self, say: Callable[[str], None]):
-        self.say = say
-        self.seen, self.mean, self.variance = 0, 0.0, 0.0
+        self.say, self.seen, self.mean, self.variance = say, 0, 0.0, 0.0
 
     def see(self, number: int, loss: float) -> None:
         """Says so if the loss at step `number` is 6 deviations and 10 % above the mean of those before."""
@@ -66,39 +59,25 @@ class StallWatchdog:
 
     def __init__(self, seconds: float, say: Callable[[str], None]):
         self.seconds, self.say = seconds, say
-        self.since: float | None = None
-        self.closed = threading.Event()
-        threading.Thread(target=self._look, daemon=True).start()
 
     def __enter__(self) -> None:
-        self.since = time.monotonic()
+        line = f"the data source has not given the next batch in {self.seconds:g} s; still waiting"
+        self.timer = threading.Timer(self.seconds, self.say, [line])
+        self.timer.daemon = True
+        self.timer.start()
 
     def __exit__(self, *fault) -> None:
-        self.since = None
-
-    def close(self) -> None:
-        self.closed.set()
-
-    def _look(self) -> None:
-        told = None  # the fetch of which it was said
-        while not self.closed.wait(self.seconds / 4):
-            since = self.since
-            if since not in (None, told) and time.monotonic() - since > self.seconds:
-                told = since
-                self.say(f"the data source has not given the next batch in {self.seconds:g} s; still waiting")
+        self.timer.cancel()
 
 
 class StopSignal:
     """Remembers the first SIGINT, SIGTERM or SIGUSR1 on any rank, so that all end the loop at a whole step.
-
-    A second one kills, but not under torchrun, which passes on what has reached the workers already. Until
-    the first step is taken there is nothing to save, and the first signal ends the run `at_once`: that step
-    may be minutes of compiling.
+    Before the first step, which may be minutes of compiling, it ends the run `at_once`. A second signal
+    kills, but not under torchrun, which passes on what has reached the workers already.
     """
 
     def __init__(self):
-        self.at_once = True
-        self.signal: signal.Signals | None = None
+        self.at_once, self.signal = True, None
         caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         self.before = {number: signal.signal(number, self.catch) for number in caught}
 

@@ -337,7 +337,6 @@ def test_stalls_says_it_while_it_waits():
     stalls = StallWatchdog(0.05, lambda line: said.set())
     with stalls:
         assert said.wait(10)
-    stalls.close()
 
 
 def test_a_loss_spike_is_told_from_noise():

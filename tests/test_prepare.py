@@ -280,6 +280,12 @@ def test_mqar_marks_the_value_that_was_paired_with_each_key(tmp_path, flags):
         ds.train_batch(0, 1, seq_len + 1, 0)
 
 
+def test_mqar_pads_ranks_that_have_no_batch_with_rows_without_targets(tmp_path):
+    main("mqar")([f"--out_dir={tmp_path}", "--n_train=10", "--n_val=4"])
+    ((x, y),) = Dataset(tmp_path).val_batches(64, 4, rank=1, ranks=2)
+    assert x.max() == 0 and y.max() == -1
+
+
 def test_mqar_repeats_by_seed_and_takes_each_example_once(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         main("mqar")([f"--out_dir={tmp_path / name}", "--n_train=30", "--n_val=5", f"--seed={seed}"])

@@ -191,7 +191,7 @@ def test_evaluation_draws_nothing_and_repeats(corpus, run):
     dataset = open_dataset(str(corpus))
     windows = config.block_size, knobs.batch_size, knobs.eval_iters
     loss_model = LanguageModelLoss(model)
-    first, second = (metrics.evaluate(loss_model, dataset, *windows, nullcontext()) for _ in range(2))
+    first, second = (metrics.evaluate(loss_model, dataset, windows, nullcontext()) for _ in range(2))
     assert first == second == {key: events(folder)[-1 - 1][key] for key in first}
     assert torch.equal(torch.get_rng_state(), state)
 

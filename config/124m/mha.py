@@ -15,9 +15,7 @@ n_embd = 768
 tie_embeddings = True
 
 batch_size = 16
-gradient_accumulation_steps = 32
-_tokens_per_step = batch_size * gradient_accumulation_steps * block_size  # about half a million
-max_iters = 10 * 10**9 // _tokens_per_step  # 10 billion tokens
+gradient_accumulation_steps = 32  # 2**19 tokens a step
+max_iters = 10 * 10**9 // 2**19  # 10 billion tokens
 warmup_iters = 250
-eval_interval = 250
 eval_iters = 160

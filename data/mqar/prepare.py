@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path.insert(0, f"{sys.path[0]}/../..")
 
-from nanokv.config import UserError, cli, parse
-from nanokv.dataset_writer import Writer, out_dir
+from nanokv.config import check_range, cli, parse
+from nanokv.dataset_writer import Writer
 from nanokv.tokenizer import IdsTokenizer
 
 ANSWER_BIT = 15
@@ -34,18 +34,10 @@ class MqarFlags:
     out_dir: str = ""  # folder to write; empty: the one that holds this prepare.py
 
     def __post_init__(self):
-        if self.seed < 0:
-            raise UserError(f"seed must be at least 0, not {self.seed}")
-        if min(self.n_pairs, self.n_train, self.n_val) < 1:
-            raise UserError("n_pairs, n_train and n_val must be at least 1")
-        if self.seq_len < 4 * self.n_pairs:
-            raise UserError(
-                f"{self.n_pairs} pairs and their queries need --seq_len={4 * self.n_pairs} or more"
-            )
-        if not 2 * self.n_pairs + 2 <= self.vocab_size <= 1 << ANSWER_BIT:
-            raise UserError(
-                f"vocab_size must be {2 * self.n_pairs + 2} to {1 << ANSWER_BIT} for {self.n_pairs} pairs"
-            )
+        check_range(self, "seed", at_least=0)
+        check_range(self, "n_pairs n_train n_val", at_least=1)
+        check_range(self, "seq_len", at_least=4 * self.n_pairs)  # the pairs and their queries
+        check_range(self, "vocab_size", at_least=2 * self.n_pairs + 2, at_most=1 << ANSWER_BIT)
 
 
 def examples(flags: MqarFlags, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -71,15 +63,15 @@ def examples(flags: MqarFlags, count: int, rng: np.random.Generator) -> np.ndarr
 
 def main(argv: list[str]) -> None:
     flags = parse(MqarFlags, argv, "python data/mqar/prepare.py [--key=value ...]")
-    writer = Writer(out_dir(flags, __file__), IdsTokenizer(flags.vocab_size), np.uint16)
+    folder = Path(flags.out_dir or Path(__file__).parent)
+    writer = Writer(folder, IdsTokenizer(flags.vocab_size), np.uint16)
     rng = np.random.default_rng(flags.seed)
     for split, total in (("val", flags.n_val), ("train", flags.n_train)):
         for done in range(0, total, BATCH):
             tokens = examples(flags, min(BATCH, total - done), rng)
             writer.write(split, tokens.ravel(), [tokens.tobytes()])
-    writer.finish(
-        answer_bit=ANSWER_BIT, example_len=flags.seq_len + 1, n_pairs=flags.n_pairs, seed=flags.seed
-    )
+    meta = {"n_pairs": flags.n_pairs, "seed": flags.seed}
+    writer.finish(answer_bit=ANSWER_BIT, example_len=flags.seq_len + 1, **meta)
 
 
 if __name__ == "__main__":

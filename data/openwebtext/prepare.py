@@ -1,18 +1,17 @@
 """OpenWebText: pages that Reddit linked to, an open copy of the corpus of GPT-2, 40 GB, about 9 B tokens."""
 
 import sys
-from pathlib import Path
+from functools import partial
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path.insert(0, f"{sys.path[0]}/../..")
 
 from nanokv.config import cli
 from nanokv.hub import prepare_streamed
 
-
-def main(argv: list[str]) -> None:
-    prepare_streamed(argv, __file__, repo="Skylion007/openwebtext", revision="refs/convert/parquet")
-
+main = partial(
+    prepare_streamed, here=__file__, repo="Skylion007/openwebtext", revision="refs/convert/parquet"
+)
 
 if __name__ == "__main__":
     cli(main)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path.insert(0, f"{sys.path[0]}/../..")
 
 from nanokv.config import UserError, cli, parse
 from nanokv.dataset_writer import Flags, Piece, prepare
@@ -28,17 +28,14 @@ class ShakespeareFlags(Flags):
 
 def download(path: Path) -> None:
     """Raises UserError if there is no network, or something else is at the address."""
+    remedy = f"put its text at {path} and run again"
     try:
         with urllib.request.urlopen(URL, timeout=20) as response:
             content = response.read()
     except OSError as e:
-        raise UserError(
-            f"cannot download Tiny Shakespeare ({getattr(e, 'reason', e)}): put its text at {path}, run again"
-        ) from None
+        raise UserError(f"cannot download Tiny Shakespeare ({getattr(e, 'reason', e)}): {remedy}") from None
     if hashlib.sha256(content).hexdigest() != SHA256:
-        raise UserError(
-            f"{URL} is not the Tiny Shakespeare that is known: put its text at {path} and run again"
-        )
+        raise UserError(f"{URL} is not the Tiny Shakespeare that is known: {remedy}")
     path.write_bytes(content)
 
 

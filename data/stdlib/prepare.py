@@ -3,44 +3,30 @@
 Modules are split by a hash of their path. Tests and tables of data are left out.
 """
 
-import os
 import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path.insert(0, f"{sys.path[0]}/../..")
 
 from nanokv.config import cli, parse
 from nanokv.dataset_writer import Flags, Piece, prepare, split_of
 
-SKIPPED_FOLDERS = {
-    *("site-packages", "dist-packages", "__pycache__"),  # not the standard library
-    *("test", "tests", "idle_test"),
-    *("encodings", "pydoc_data"),  # tables
-}
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}  # not the standard library
+SKIPPED_FOLDERS |= {"test", "tests", "idle_test", "encodings", "pydoc_data"}  # tests and tables
 SKIPPED_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")  # differ by machine
-
-
-def sources(root: Path) -> list[Path]:
-    """Relative paths of the modules, sorted."""
-    found = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)
-        found += [
-            Path(folder, f).relative_to(root)
-            for f in files
-            if f.endswith(".py") and not f.startswith(SKIPPED_FILES)
-        ]
-    return sorted(found, key=Path.as_posix)
 
 
 def documents(val_fraction: float) -> Iterator[Piece]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sources(root):
-        text = (root / path).read_text(encoding="utf-8", errors="replace")
-        yield Piece(split_of(path.as_posix().encode(), val_fraction), text)
+    names = (path.relative_to(root) for path in root.rglob("*.py"))
+    wanted = (name for name in names if SKIPPED_FOLDERS.isdisjoint(name.parts[:-1]))
+    for name in sorted(wanted, key=Path.as_posix):
+        if not name.name.startswith(SKIPPED_FILES):
+            text = (root / name).read_text(encoding="utf-8", errors="replace")
+            yield Piece(split_of(name.as_posix().encode(), val_fraction), text)
 
 
 def main(argv: list[str]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path.insert(0, f"{sys.path[0]}/../..")
 
 from nanokv.config import UserError, cli, parse
 from nanokv.dataset_writer import Flags, Piece, find_files, prepare, split_of
@@ -40,14 +40,10 @@ def text_file(path: Path, split: str | None, val_fraction: float) -> Iterator[Pi
                 data = f.read(min(READ_BYTES, end - f.tell()))
                 try:
                     text = rest + decoder.decode(data, final=f.tell() >= size)
-                except UnicodeDecodeError:
-                    raise UserError(
-                        f"{path} is not UTF-8 text: convert it or leave it out of --input"
-                    ) from None
+                except UnicodeDecodeError as e:
+                    raise UserError(f"{path} is not UTF-8 text: convert it or leave it out") from e
                 keep = len(text)
-                if (
-                    f.tell() < end
-                ):  # the next piece begins at a space or newline, where tokenizers split anyway
+                if f.tell() < end:  # the next piece begins at white space, where tokenizers split anyway
                     keep = max(text.rfind(" "), text.rfind("\n"), 0) or len(text)
                 text, rest = text[:keep], text[keep:]
                 if text:
@@ -62,14 +58,11 @@ def jsonl_rows(path: Path, key: str) -> Iterator[str]:
                 continue
             try:
                 text = json.loads(line)[key].encode("utf-8", "replace").decode()
-            except ValueError:
-                raise UserError(
-                    f"{path} line {number} is no JSON in UTF-8: correct it or leave it out"
-                ) from None
-            except (LookupError, TypeError, AttributeError):
-                raise UserError(
-                    f"{path} line {number} has no text under {key!r}: name it by --text_key"
-                ) from None
+            except ValueError as e:
+                raise UserError(f"{path} line {number} is no JSON in UTF-8: correct it") from e
+            except (LookupError, TypeError, AttributeError) as e:
+                fault = f"{path} line {number} has no text under {key!r}"
+                raise UserError(f"{fault}: name it by --text_key") from e
             yield text
 
 
@@ -83,9 +76,9 @@ def parquet_rows(path: Path, key: str) -> Iterator[str]:
     except (OSError, ValueError) as e:  # what pyarrow raises is one of these
         raise UserError(f"{path} is no parquet file: {e}") from None
     with opened as file:
-        if key not in file.schema_arrow.names:
-            columns = ", ".join(file.schema_arrow.names)
-            raise UserError(f"{path} has no column {key!r}: --text_key is one of {columns}")
+        columns = file.schema_arrow.names
+        if key not in columns:
+            raise UserError(f"{path} has no column {key!r}: --text_key is one of {', '.join(columns)}")
         for batch in file.iter_batches(batch_size=1024, columns=[key]):
             yield from (text for text in batch.column(0).to_pylist() if text is not None)
 

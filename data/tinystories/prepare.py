@@ -1,18 +1,15 @@
 """TinyStories (Eldan and Li 2023): short stories in simple English, 2 GB, about 0.5 B tokens."""
 
 import sys
-from pathlib import Path
+from functools import partial
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path.insert(0, f"{sys.path[0]}/../..")
 
 from nanokv.config import cli
 from nanokv.hub import prepare_streamed
 
-
-def main(argv: list[str]) -> None:
-    prepare_streamed(argv, __file__, repo="roneneldan/TinyStories")
-
+main = partial(prepare_streamed, here=__file__, repo="roneneldan/TinyStories")
 
 if __name__ == "__main__":
     cli(main)
