@@ -64,8 +64,14 @@ def load(
     return _build(classes, fill_in(given) if fill_in else given)
 
 
-def parse(cls: type[T], argv: list[str], usage: str = "") -> T:
-    """`load` for a single dataclass."""
+def parse(cls: type[T], argv: list[str], usage: str = "", bare: int = 0) -> T:
+    """`load` for a single dataclass, whose first `bare` fields may be given as words without their names."""
+    if bare:
+        words = [arg for arg in argv if not arg.startswith("-")]
+        if len(words) > bare:
+            raise UserError(f"unexpected argument {words[bare]!r}; write --key=value after {bare} of those")
+        named = [f"--{field.name}={word}" for field, word in zip(fields(cls), words, strict=False)]
+        argv = named + [arg for arg in argv if arg.startswith("-")]
     return load(argv, cls, usage=usage)[0]
 
 
@@ -147,18 +153,14 @@ def _check(settings: Iterable[tuple[str, Any, str]], hints: dict[str, Any]) -> d
             raise UserError(
                 f"{where}: unknown key {key!r}{_did_you_mean(key, list(hints)) or '; see --help'}"
             )
-        for reading in (_literal(value), str(value)) if isinstance(value, _Text) else (value,):
-            try:
-                values[key] = _fit(reading, hints[key])
-                break
-            except TypeError:
-                continue
-        else:
+        try:
+            values[key] = _read(value, hints[key])
+        except TypeError:
             choices = [choice for choice in _members(hints[key]) if isinstance(choice, str)]
             raise UserError(
                 f"{where}: {key} should be {_type_name(hints[key])}, not {reprlib.repr(value)}"
                 + _did_you_mean(value, choices)
-            )
+            ) from None
     return values
 
 
@@ -175,6 +177,18 @@ def _build(classes: Iterable[type], values: dict[str, Any]) -> tuple:
         except ValueError as error:
             raise UserError(str(error)) from error
     return tuple(instances)
+
+
+def _read(value: Any, hint: Any) -> Any:
+    """A value from the command line, a file or JSON as the type hint. Raises TypeError if it does not fit."""
+    if get_origin(hint) is tuple:  # tuple[int, ...]: words with commas between, or a list
+        words = [_Text(word) for word in value.split(",") if value] if isinstance(value, str) else value
+        return tuple(_read(word, get_args(hint)[0]) for word in words)
+    if not isinstance(value, _Text):
+        return _fit(value, hint)
+    with suppress(TypeError):
+        return _fit(_literal(value), hint)
+    return _fit(str(value), hint)
 
 
 def _fit(value: Any, hint: Any) -> Any:
@@ -201,6 +215,8 @@ def _members(hint: Any) -> list[Any]:
 
 
 def _type_name(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        return f"a list of {_type_name(get_args(hint)[0])} with commas between"
     return "|".join(getattr(member, "__name__", str(member)) for member in _members(hint))
 
 
@@ -322,7 +338,8 @@ def describe(classes: Iterable[type], usage: str = "") -> str:
     comments = {name: comment for cls in classes for name, comment in _comments(cls).items()}
     knobs = {field.name: f"  --{field.name}" for field in every}
     for field in every:
-        knobs[field.name] += "=..." if field.default is MISSING else f"={field.default}"
+        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        knobs[field.name] += "=..." if field.default is MISSING else f"={default}"
     column = max(map(len, knobs.values())) + 2
     width = max(shutil.get_terminal_size((110, 24)).columns, column + 30)
     lines = [usage.strip()] if usage else []
