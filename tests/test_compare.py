@@ -103,8 +103,8 @@ def test_what_is_no_run_gets_a_line_and_the_rest_is_compared(tmp_path, capsys):
     (tmp_path / "young/config.json").write_text("{}")
     bad = {
         "empty": "no config.json",
-        "file": "no folder",
-        "missing": "no folder",
+        "file": "no such folder",
+        "missing": "no such folder",
         "young": "before its first checkpoint",
         "half": "not finished; stopped, or still running, at step 10",
         "cut": "not valid JSON",
