@@ -1,8 +1,8 @@
 """What a change of attention costs, and how soon it is made good: `python -m tools.uptrain out/mha`.
 
-Converts a run to other attentions; trains each for some shares of the run's own tokens, side by side, and the
-same model from scratch for the largest share. Prints a table of validation losses, and writes it to --out_dir.
-A second call goes on where the first one stopped. Learning rates are the run's own; those of uptraining are
+Converts a run to other attentions; trains each, side by side, for some shares of the run's tokens, and the
+same model from scratch for the largest share. Prints a table of validation losses, also into --out_dir. A
+second call goes on where the first one stopped. Learning rates are the run's own; those of uptraining are
 times --lr_scale and fall to nothing in a straight line.
 """
 
