@@ -9,10 +9,12 @@ Dimensions in comments: B batch, T new tokens, S tokens that attention reads, C 
 D head width, V vocabulary.
 """
 
+# pyright: reportOptionalOperand=false, reportOperatorIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +167,7 @@ class Attend(nn.Module):
 
         k, v: tensors, or names of the cache's parts. key_factor (B, H, S) multiplies the scores of each key.
         """
-        if isinstance(k, str):
+        if cache is not None and not isinstance(k, Tensor):
             k, v = (cache.read(name, like=q) for name in (k, v)) if k != v else [cache.read(k, like=q)] * 2
         (B, H, T, D), G = q.shape, k.size(1)
         dropout = self.dropout if self.training else 0.0
@@ -174,11 +176,11 @@ class Attend(nn.Module):
                 mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[None, None]
             k, v = (t.repeat_interleave(H // G, 1) for t in (k, v))
             scores = self.scale * key_factor[:, :, None] * (q @ k.mT)  # (B, H, T, S)
-            weights = scores.masked_fill(~mask, -math.inf).float().softmax(-1).type_as(v)
+            weights = scores.masked_fill(~mask, -torch.inf).float().softmax(-1).type_as(v)
             return F.dropout(weights, dropout) @ v
         if mask is None:
-            shared = dict(scale=self.scale, enable_gqa=G < H)
-            return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, **shared)
+            scale, gqa = self.scale, G < H
+            return F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=scale, enable_gqa=gqa)
         # the heads that share a key become more queries of it, so that no key is repeated in memory
         q, mask = q.reshape(B, G, H // G * T, D), mask.repeat(1, 1, H // G, 1)
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
@@ -348,7 +350,7 @@ class MultiHeadLatentAttention(nn.Module):
 
 
 # A new attention is a class with the same members, and an entry here: see docs/add_an_attention.md.
-ATTENTIONS = {"mha": GroupedQueryAttention, "mqa": GroupedQueryAttention, "gqa": GroupedQueryAttention}
+ATTENTIONS: dict[str, Any] = dict.fromkeys(("mha", "mqa", "gqa"), GroupedQueryAttention)
 ATTENTIONS["mla"] = MultiHeadLatentAttention
 
 
@@ -403,7 +405,7 @@ class GPT(nn.Module):
             raise ValueError("a model needs a vocab_size of at least 1")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.layers: Any = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = Linear(config.n_embd, config.vocab_size)

@@ -23,7 +23,7 @@ from nanokv import tokenizer as tokenizers
 from nanokv.cache import CACHE_FORMATS
 from nanokv.config import UserError, check_range, cli, only_fields, parse
 from nanokv.device import pick_device, pick_dtype
-from nanokv.generate import DraftModel, Lookup, Stats, check_sampling, generate
+from nanokv.generate import DraftModel, PromptLookup, Stats, check_sampling, generate
 from nanokv.text import TextStream, encode_prompt, stop_ids
 
 SEPARATOR = "---------------"
@@ -148,7 +148,9 @@ def report(stats: Stats, config: GPTConfig, dtype: torch.dtype, rows: int) -> st
         f"kv cache ({config.attention}, {name}) {per_token:,} bytes a token, "
         f"{stats.cache_bytes:,} bytes allocated",
     ]
-    lines += [f"draft: {stats.right:,} of {stats.guessed:,} guesses were right"] if stats.guessed else []
+    lines += (
+        [f"draft: {stats.accepted:,} of {stats.drafted:,} drafted tokens accepted"] if stats.drafted else []
+    )
     return "\n".join(lines)
 
 
@@ -175,7 +177,7 @@ def print_all(options: Options, model: GPT, tokenizer: tokenizers.Tokenizer, pro
     try:
         for first in range(0, total, at_once):
             rows = [i // options.num_samples for i in range(first, min(first + at_once, total))]
-            draft = Lookup() if options.draft == "lookup" else drafter and DraftModel(drafter)
+            draft = PromptLookup() if options.draft == "lookup" else drafter and DraftModel(drafter)
             own = {"seed": options.seed + first, "draft": draft}
             steps = generate(model, [prompts[row] for row in rows], options.max_new_tokens, **own, **knobs)
             if first:

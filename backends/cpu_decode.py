@@ -1,4 +1,4 @@
-"""Decoding on a CPU: one call of cpu_decode.c for each new token of a model, instead of some hundred operators.
+"""Decoding on a CPU: one call of cpu_decode.c for each step of a model, in place of a hundred operators.
 
 `CpuGPT` stands in for model.GPT. A `Step` has what the C function needs of one model and one cache: addresses
 of weights and buffers, and widths. It is made at the first decode step over that cache, and used as long as
@@ -26,9 +26,7 @@ from backends.torch_private import plain_eager
 from model import GPT, MLP, Attend, Block, GroupedQueryAttention, Linear, MultiHeadLatentAttention, RMSNorm
 from nanokv.cache import KVCache, LayerCache, Plan
 
-FEW_ROWS = (
-    128  # of hidden states; for more a BLAS is faster, which copies the matrix into an order of its own
-)
+FEW_ROWS = 128  # of hidden states; for more a BLAS is faster, which first reorders the matrix
 LONGEST_PAUSE = 64  # decode steps, before it is tried again to make a Step of a model that could not be one
 
 # What cpu_decode.c computes instead. If one of these was edited, it is not used: see fingerprints.py.

@@ -123,8 +123,8 @@ def compile_to(path: Path) -> None:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether C functions may compute with these now: numbers in fp32 on the CPU, and nothing compiles, traces,
-    transforms or watches the operators of torch, or wants another precision.
+    """Whether C functions may compute with these now: numbers in fp32 on the CPU, and nothing compiles,
+    traces, transforms or watches the operators of torch, or wants another precision.
     """
     if not plain_operators():
         return False

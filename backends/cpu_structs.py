@@ -75,8 +75,8 @@ def is_known(cls: type, known: type) -> bool:
 
 
 def check(module: nn.Module, known: type) -> Any:
-    """The module, if it computes what this class of model.py says. Raises CannotDecode if it has another class,
-    a hook, dropout, or an attribute of its own in place of a method, weight or child.
+    """The module, if it computes what this class of model.py says. Raises CannotDecode if it has another
+    class, a hook, dropout, or an attribute of its own in place of a method, weight or child.
     """
     own = vars(module)
     children = module._parameters.keys() | module._modules.keys() | module._buffers.keys()

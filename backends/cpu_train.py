@@ -41,6 +41,8 @@ def unpatched(name: str, function: Callable) -> bool:
 
 def differentiable(pure: Callable, ctx, inputs: tuple, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of `pure`, whose inputs these are, for whoever wants gradients of gradients."""
+    # views, since one input may be made of another, and no path from one to another counts here
+    inputs = [t.view_as(t) if isinstance(t, Tensor) else t for t in inputs]
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
     grads = iter(torch.autograd.grad(pure(*inputs), wanted, grad, create_graph=True))
     return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
@@ -136,12 +138,13 @@ def call_strided(name: str, tensors: tuple[Tensor, ...], logs: Tensor, *numbers:
 
 class CpuMLP(MLP):
     def forward(self, x: Tensor) -> Tensor:
-        children = self.gate_proj, self.up_proj, self.down_proj
-        if all(is_plain(child) for child in children) and unpatched("model.MLP.forward", MLP.forward):
-            gate, up, down = weights = [child.weight for child in children]
-            shapes = (gate.size(0), x.size(-1)), (gate.size(0), x.size(-1)), (x.size(-1), gate.size(0))
-            if takes(x, *weights) and tuple(w.shape for w in weights) == shapes:
-                return SwiGLU.apply(x, *weights)
+        if takes(x) and unpatched("model.MLP.forward", MLP.forward):
+            children, C = (self.gate_proj, self.up_proj, self.down_proj), x.size(-1)
+            if all(is_plain(child) for child in children):
+                gate, up, down = weights = [child.weight for child in children]
+                fits = gate.shape == up.shape == down.shape[::-1] == (len(gate), C)
+                if fits and takes(*weights):
+                    return SwiGLU.apply(x, *weights)
         return super().forward(x)
 
 
@@ -182,11 +185,12 @@ def halves(wide: Tensor) -> tuple[Tensor, Tensor]:
 
 class CpuLanguageModelLoss(LanguageModelLoss):
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        weight = head_weight(self.model)
-        known = unpatched("nanokv.loss.LanguageModelLoss.cross_entropy", LanguageModelLoss.cross_entropy)
-        known = known and unpatched("nanokv.loss.LanguageModelLoss.total", LanguageModelLoss.total)
-        if weight is not None and known and type(self).total is LanguageModelLoss.total:
-            fits = takes(hidden, weight) and hidden.size(1) == weight.size(1)
+        own = LanguageModelLoss
+        known = takes(hidden) and type(self).total is own.total and "total" not in vars(self)
+        known = known and unpatched("nanokv.loss.LanguageModelLoss.total", own.total)
+        if known and unpatched("nanokv.loss.LanguageModelLoss.cross_entropy", own.cross_entropy):
+            weight = head_weight(self.model)
+            fits = weight is not None and takes(weight) and hidden.size(1) == weight.size(1)
             if fits and are_tokens(targets, len(hidden), len(weight)):
                 weight = weight if torch.is_grad_enabled() else weight.detach()
                 return CrossEntropy.apply(hidden, weight, targets)

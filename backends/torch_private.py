@@ -38,8 +38,9 @@ def plain_eager() -> bool:
 
 
 def plain_operators() -> bool:
-    """Whether operators on the CPU run now, once and as they are: no autocast, tracing, compiling, function or
-    dispatch modes, functorch transforms, forward-mode gradients, or hooks on all modules. Takes a microsecond.
+    """Whether operators on the CPU run now, once and as they are: no autocast, tracing, compiling, function
+    or dispatch modes, functorch transforms, forward-mode gradients, or hooks on all
+    modules. Takes a microsecond.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or STATES is None:
         return False

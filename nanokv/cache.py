@@ -60,10 +60,10 @@ class LayerLayout:
         """
         buffers = {}
         for name, part in self.parts.items():
-            if dtype not in QUANTIZED:
-                buffers[name] = part.heads, part.width, dtype
-                continue
             coded = part.width - part.exact
+            if dtype not in QUANTIZED or not coded:
+                buffers[name] = part.heads, part.width, torch.bfloat16 if dtype in QUANTIZED else dtype
+                continue
             buffers[name] = part.heads, coded, dtype
             buffers[f"{name}_scale"] = part.heads, math.ceil(coded / GROUP), torch.bfloat16
             if part.exact:
@@ -172,7 +172,6 @@ class LayerCache:
 
     def __init__(self, plan: Plan, buffers: dict[str, Tensor]):
         self.plan, self.buffers = plan, buffers
-        self.quantized = any(buffer.dtype in QUANTIZED for buffer in buffers.values())
         self.joined: dict[str, Tensor] = {}  # of a chunk in a ring: old and new tokens, until they are read
 
     @property
@@ -181,11 +180,11 @@ class LayerCache:
         return self.plan.first
 
     @property
-    def positions(self) -> tuple[Tensor, Tensor]:
+    def positions(self) -> tuple:
         """Positions of the queries (B, T), and of the keys (B, S) that attention reads, -1 for none."""
         return self.plan.queries, self.plan.keys
 
-    def append(self, **new: Tensor) -> list[Tensor | str]:
+    def append(self, **new: Tensor) -> list:
         """Store the new tokens of each part, (B, heads, T, width), quantized here and once.
 
         Returns what attention is to read of each part: the new values themselves in a first chunk, else the
@@ -215,7 +214,7 @@ class LayerCache:
         if buffer.dtype.itemsize == 1:  # codes: torch has no `where` for fp8
             buffer, part = buffer.view(torch.uint8), part.view(torch.uint8)
         buffer, part = buffer.transpose(1, 2), part.transpose(1, 2)  # (B, slots or T, heads, width)
-        if plan.source is not None:
+        if plan.source is not None and plan.kept is not None:
             part = torch.where(
                 plan.kept[..., None, None], part[rows, plan.source].to(buffer.dtype), buffer[rows, plan.slot]
             )
@@ -223,7 +222,7 @@ class LayerCache:
 
     def encode(self, name: str, value: Tensor) -> dict[str, Tensor]:
         """value (..., width) as what is stored of it, by the names of the buffers."""
-        if not self.quantized:
+        if f"{name}_scale" not in self.buffers:
             return {name: value}
         dtype, width = self.buffers[name].dtype, self.buffers[name].size(-1)
         codes, scale = quantize(value[..., :width], dtype)
@@ -232,7 +231,7 @@ class LayerCache:
 
     def decode(self, parts: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
         """The inverse of `encode`, in the dtype of `like`."""
-        if not self.quantized:
+        if f"{name}_scale" not in parts:
             return parts[name].to(like.dtype)
         value = dequantize(parts[name], parts[f"{name}_scale"], like.dtype)
         exact = parts.get(f"{name}_exact")
@@ -289,7 +288,7 @@ class KVCache:
     def host_lengths(self) -> list[int]:
         """The lengths as Python integers; waits for the device only after a compiled step."""
         if self.host_copy is None:
-            self.host_copy = self.lengths.tolist()
+            self.host_copy = [int(length) for length in self.lengths.tolist()]
         return self.host_copy
 
     def expect(self, counts: Sequence[int]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ class LanguageModelLoss(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         """idx and targets (B, T) -> mean cross-entropy, in nats, of the targets that are not -1."""

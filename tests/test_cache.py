@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import ATTENTIONS, GPTConfig
-from nanokv.cache import CACHE_FORMATS, KVCache, dequantize, kv_bytes, quantize
+from nanokv.cache import CACHE_FORMATS, KVCache, LayerLayout, Part, dequantize, kv_bytes, quantize
 from nanokv.metrics import kv_elements_per_token_layer, kv_ratio_to_mha
 
 MLA = {name: knobs for name, knobs in CASES.items() if knobs["attention"] == "mla"}
@@ -364,6 +364,19 @@ def test_published_quantized_footprint():
     assert config.kv_bytes_per_token(torch.float8_e4m3fn) == 656 - 4 * 2  # our scales are bf16
     config = GPTConfig(attention="gqa", n_layer=3, n_kv_head=2, head_dim=64)
     assert config.kv_bytes_per_token(torch.int8) == 3 * 2 * 2 * (64 + 2)
+
+
+def test_a_part_that_is_exact_throughout_is_kept_in_bf16():
+    layout = LayerLayout({"rope": Part(2, 8, exact=8), "v": Part(1, 8)})
+    assert layout.bytes_per_token(torch.int8) == 2 * 8 * 2 + 8 + 2
+    cache = KVCache([layout], 1, 5, torch.int8, "cpu")
+    assert cache.nbytes == 5 * layout.bytes_per_token(torch.int8)
+    rope, v = torch.randn(1, 2, 5, 8).bfloat16().float(), torch.randn(1, 1, 5, 8)
+    for t in range(5):
+        cache.advance(1)
+        cache.layers[0].append(rope=rope[:, :, t : t + 1], v=v[:, :, t : t + 1])
+    assert torch.equal(cache.layers[0].read("rope", like=v), rope)
+    assert_close(cache.layers[0].read("v", like=v), v, 0.05)
 
 
 # Any configuration
