@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -31,7 +31,6 @@ from tools.hugging_face import hf_config, hf_state_dict
 from train import TrainConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Format = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 PEERS = ("dynamic", "static")  # the caches of transformers' `generate`
 COLUMNS = ["model", "batch", "context", "prefill/tokens_per_s", "decode/tokens_per_s", "bytes_per_token"]
 COLUMNS += ["share_of_bandwidth"]
@@ -71,7 +70,7 @@ class DecodeOptions:
 @dataclass
 class CacheOptions:
     out_dir: tuple[str, ...]  # the runs; cache.json and cache.png go into the first
-    formats: tuple[Format, ...] = get_args(Format)  # what to hold the cache in
+    formats: tuple[str, ...] = tuple(CACHE_FORMATS)  # what to hold the cache in
     windows: tuple[int, ...] = ()  # windows put on every layer, in tokens; none: 1/2 and 1/4 of block_size
     sinks: tuple[int, ...] = (0, 4)  # first tokens that stay in sight besides these windows
     tokens: int = 32768  # validation tokens to read, evenly spread
@@ -83,6 +82,8 @@ class CacheOptions:
 
     def __post_init__(self):
         check_range(self, "tokens batch_size chunk", at_least=1)
+        if unknown := set(self.formats) - set(CACHE_FORMATS):
+            raise ValueError(f"formats are {', '.join(CACHE_FORMATS)}, not {unknown.pop()!r}")
         if not self.out_dir or min(*self.windows, *self.sinks, 1, 1) < 0:
             raise ValueError("out_dir is at least one run; windows and sinks are at least 0")
 
