@@ -148,9 +148,8 @@ def report(stats: Stats, config: GPTConfig, dtype: torch.dtype, rows: int) -> st
         f"kv cache ({config.attention}, {name}) {per_token:,} bytes a token, "
         f"{stats.cache_bytes:,} bytes allocated",
     ]
-    lines += (
-        [f"draft: {stats.accepted:,} of {stats.drafted:,} drafted tokens accepted"] if stats.drafted else []
-    )
+    if stats.drafted:
+        lines.append(f"draft: {stats.accepted:,} of {stats.drafted:,} drafted tokens accepted")
     return "\n".join(lines)
 
 

@@ -62,7 +62,7 @@ def run_all(runs: dict[str, list[str]], out_dir: Path, jobs: int = 0, threads: i
     waiting = [name for name in runs if not is_done(out_dir / name, runs[name])]
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already", flush=True)
-    for data in {(c.dataset, c.tokenizer) for _, c in map(configure, map(runs.get, waiting))}:
+    for data in {(c.dataset, c.tokenizer) for _, c in (configure(runs[name]) for name in waiting)}:
         open_dataset(*data)  # prepared once, rather than by several runs at a time
     jobs = jobs or max((os.cpu_count() or 1) // threads, 1)
     running: dict[str, subprocess.Popen] = {}
