@@ -12,7 +12,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,9 +62,8 @@ class Run:
         bad = [key for key in REQUIRED[1:] if not is_number(self.summary[key])]
         if bad or not self.summary[CACHE] > 0 or not self.summary["params/total"] > 0:
             raise UserError(f"{self.name}: {', '.join(bad) or CACHE} should be a number above 0")
-        self.curve = [
-            e for e in self.curve if all(map(is_number, map(e.get, ("tokens", "time", "train/loss"))))
-        ]
+        numbers = ("tokens", "time", "train/loss")
+        self.curve = [event for event in self.curve if all(is_number(event.get(key)) for key in numbers)]
         if rates := [rate for e in self.curve if is_number(rate := e.get("train/tokens_per_s"))]:
             self.summary = self.summary | {"train/tokens_per_s": statistics.median(rates)}
 
@@ -116,18 +115,13 @@ def read_folder(path: Path) -> Run:
 
 
 def read_curve(path: Path) -> list[dict]:
-    """Training events of a metrics.jsonl: the first after each of CURVE_POINTS places in it, and the last."""
-    try:
-        data = path.read_bytes() + b"\n"
-    except OSError:
-        return []
-    hits = {data.find(MARK, i * len(data) // CURVE_POINTS) for i in range(CURVE_POINTS)} | {data.rfind(MARK)}
+    """Training events of a metrics.jsonl: about CURVE_POINTS of them, the last included."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    lines = [line for line in lines if MARK in line]
     events = []
-    for at in sorted(hits - {-1}):
-        try:
-            events.append(json.loads(data[data.rfind(b"\n", 0, at) + 1 : data.index(b"\n", at)]))
-        except ValueError:  # cut short when the run was killed
-            continue
+    for line in reversed(lines[:: -max(len(lines) // CURVE_POINTS, 1)]):
+        with suppress(ValueError):  # a line cut short when the run was killed
+            events.append(json.loads(line))
     return [event for event in events if isinstance(event, dict)]
 
 
@@ -187,8 +181,7 @@ def make_rows(runs: list[Run]) -> list[Row]:
         if experiment.get("init_from") == "resume":  # went on after a stop, with what it had begun with
             experiment["init_from"] = "scratch"
         facts = [run.summary.get(key) for key in ("corpus_sha256", "tokens", CACHE)]
-        same = json.dumps([experiment, facts], sort_keys=True, default=str)
-        seed = run.summary.get("seed")
+        same, seed = json.dumps([experiment, facts], sort_keys=True, default=str), run.summary.get("seed")
         again = 0  # a seed that is there already is a repetition, a row of its own
         while any(other.summary.get("seed") == seed for other in groups.get((same, again), [])):
             again += 1

@@ -52,8 +52,8 @@ def styles_of(attentions: Iterable[str]) -> dict[str, tuple]:
 def draw_lines(path: Path, by: str, panels: list[tuple], **look) -> None:
     """A picture with a line for each value of rows[by] in each panel.
 
-    A panel is its rows (dicts), their keys for x and y, and what Axes.set takes; an x axis is in powers of two unless
-    that says otherwise. A row's "name" stands beside its point. `look` goes to every line.
+    A panel is rows (dicts), their keys for x and y, and what Axes.set takes. An x axis is in powers of two
+    unless that says otherwise. A row's "name" stands beside its point. `look` goes to every line.
     """
     size = (1 + 4 * len(panels), 3.5)
     figure, axes = pyplot().subplots(1, len(panels), figsize=size, squeeze=False)

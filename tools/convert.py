@@ -89,9 +89,8 @@ def to_hf(options: ToHfOptions) -> None:
     content = hugging_face.hf_config(model.config)
     if (out / "config.json").exists() and not options.overwrite:
         raise UserError(f"{out} already holds a model; choose another folder, or give --overwrite=True")
-    ends = dict.fromkeys(
-        ("bos_token_id", "eos_token_id"), tok.eot_token
-    )  # a document begins after another's end
+    # a document begins after another's end
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tok.eot_token)
     eot = {} if tok.eot_token is None else dict.fromkeys(("bos_token", "eos_token"), tok.end_of_text)
     files = {
         # dtype is what torch_dtype was called before transformers 4.56
@@ -114,8 +113,8 @@ def to_hf(options: ToHfOptions) -> None:
         save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     except OSError as e:
         raise UserError(f"cannot write to {out}: {e.strerror or e}") from e
-    verdict = hugging_face.check(out, model, tok) if options.check else "not checked, as asked"
-    print(f"wrote {content['architectures'][0]} to {out}; {verdict}")
+    checked = hugging_face.check(out, model, tok) if options.check else "not checked"
+    print(f"wrote {content['architectures'][0]} to {out}; {checked}")
 
 
 # ---- from Hugging Face
@@ -123,14 +122,13 @@ def to_hf(options: ToHfOptions) -> None:
 
 def from_hf(options: FromHfOptions) -> None:
     """Write a Hugging Face model as a run."""
-    folder, out = hugging_face.find_model(options.source), Path(options.out)
+    folder = hugging_face.find_model(options.source)
     content = hugging_face.read_object(folder / "config.json")
     config = hugging_face.gpt_config(content)
     weights, interleaved = hugging_face.read_weights(folder), content.get("rope_interleave", True)
     weights = hugging_face.from_hf_state_dict(weights, config, interleaved)
     tok = hugging_face.read_tokenizer(folder, content, config.vocab_size)
-    make = partial(GPT, config)
-    expected = checkpoint.on_meta(make).state_dict()
+    expected = checkpoint.on_meta(partial(GPT, config)).state_dict()
     for name in sorted(weights.keys() ^ expected.keys()):
         verb = "lacks" if name in expected else "has no place here for"
         raise UserError(f"{folder} {verb} the weights {name}")
@@ -138,21 +136,18 @@ def from_hf(options: FromHfOptions) -> None:
         there, wanted = tuple(weight.shape), tuple(expected[name].shape)
         if there != wanted:
             raise UserError(f"{folder}: {name} has shape {there}, not {wanted}")
-    model = checkpoint.build(make, weights)
+    model = checkpoint.build(partial(GPT, config), weights)
     plain = isinstance(tok, tokenizers.IdsTokenizer) and not (folder / "tokenizer.json").exists()
-    verdict = "not checked, as asked"
-    if options.check:
-        verdict = hugging_face.check(folder, model, None if plain else tok)
-    write_run(out, config, TrainConfig(), weights, tok, options)
-    print(f"wrote {config.attention} with {n_params(model):,} parameters to {out}; {verdict}")
+    checked = hugging_face.check(folder, model, None if plain else tok) if options.check else "not checked"
+    write_run(options, config, TrainConfig(), weights, tok)
+    print(f"wrote {config.attention} with {n_params(model):,} parameters to {options.out}; {checked}")
     if plain:
         print("it has no tokenizer.json: prompts and samples are token ids")
 
 
-def write_run(
-    out: Path, config: GPTConfig, knobs: TrainConfig, weights: dict[str, Tensor], tok, options
-) -> None:
-    """A run folder from which to sample, and from which to train with --init_from."""
+def write_run(options, config: GPTConfig, knobs: TrainConfig, weights: dict[str, Tensor], tok) -> None:
+    """A run folder at options.out from which to sample, and from which to train with --init_from."""
+    out = Path(options.out)
     checkpoint.claim(out, resume=False, overwrite=options.overwrite)
     checkpoint.write_config(out, config, replace(knobs, out_dir=str(out), wandb_run_name=out.name))
     tokenizers.save(tok, out)
@@ -167,7 +162,7 @@ def to_gqa(options: ToGqaOptions) -> None:
     model, tok = load_run(options.run, "cpu", "float32")
     knobs = read_knobs(checkpoint.find(options.run)[0])[1]
     config, weights = pool_heads(model, options.n_kv_head)
-    write_run(Path(options.out), config, knobs, weights, tok, options)
+    write_run(options, config, knobs, weights, tok)
     print(f"wrote {config.attention} to {options.out}; {cache_change(model.config, config)}")
 
 
@@ -181,16 +176,14 @@ def to_mla(options: ToMlaOptions) -> None:
     knobs = read_knobs(checkpoint.find(options.run)[0])[1]
     idx = calibration_tokens(source, knobs, tok, options)
     config, weights = factorize(model, idx, rank, rope_width)
-    write_run(Path(options.out), config, knobs, weights, tok, options)
+    write_run(options, config, knobs, weights, tok)
     after = checkpoint.build(partial(GPT, config), weights)
     with torch.no_grad():
         before, after = (LanguageModelLoss(m)(idx[:, :-1], idx[:, 1:]).item() for m in (model, after))
     cost = f"loss on {idx.numel():,} tokens of calibration {before:.4f} -> {after:.4f}"
     print(f"wrote mla to {options.out}; {cache_change(source, config)}; {cost}")
     if source.qk_norm:
-        print(
-            "its QK-norm became a fixed scale a head, which is not exact; train with --qk_norm=False for that"
-        )
+        print("its QK-norm became a fixed scale a head, which is not exact; --qk_norm=False makes it so")
 
 
 def cache_change(before: GPTConfig, after: GPTConfig) -> str:
@@ -198,9 +191,7 @@ def cache_change(before: GPTConfig, after: GPTConfig) -> str:
     return "cache of {} -> {} numbers a token a layer".format(*numbers)
 
 
-def calibration_tokens(
-    config: GPTConfig, knobs: TrainConfig, tok: tokenizers.Tokenizer, options: ToMlaOptions
-) -> Tensor:
+def calibration_tokens(config: GPTConfig, knobs: TrainConfig, tok, options: ToMlaOptions) -> Tensor:
     """Token ids (rows, block_size + 1), or one shorter row. Raises UserError if there are none."""
     length = config.block_size + 1
     rows = -(-options.tokens // length)

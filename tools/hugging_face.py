@@ -125,9 +125,7 @@ def hf_state_dict(model: nn.Module | dict[str, Tensor], config: GPTConfig) -> di
     return {name if name == "lm_head.weight" else f"model.{name}": w for name, w in weights.items()}
 
 
-def from_hf_state_dict(
-    state: dict[str, Tensor], config: GPTConfig, interleaved: bool = True
-) -> dict[str, Tensor]:
+def from_hf_state_dict(state: dict[str, Tensor], config: GPTConfig, interleaved: bool = True) -> dict:
     """The inverse of `hf_state_dict`; a tied lm_head, if there is one, is dropped.
 
     interleaved: whether MLA's rows are in pairs (`rope_interleave`), as `hf_state_dict` writes them.
@@ -144,13 +142,9 @@ def order_rope_rows(name: str, weight: Tensor, config: GPTConfig, to_hf: bool) -
 
     Ours turns row j with row j + dr/2; DeepSeek's servers turn row 2j with row 2j + 1.
     """
-    if attention_class(config) is not MultiHeadLatentAttention:
-        return weight
-    if name.endswith(("q_proj.weight", "q_b_proj.weight")):
-        heads = config.n_head
-    elif name.endswith("kv_a_proj_with_mqa.weight"):
-        heads = 1
-    else:
+    heads_of = {"q_proj": config.n_head, "q_b_proj": config.n_head, "kv_a_proj_with_mqa": 1}
+    heads = heads_of.get(name.split(".")[-2])
+    if heads is None or attention_class(config) is not MultiHeadLatentAttention:
         return weight
     dr = config.qk_rope_head_dim
     rows = weight.unflatten(0, (heads, -1)).clone()  # (heads, dn + dr or r + dr, width in)
@@ -181,10 +175,8 @@ def find_model(source: str) -> Path:
     except ImportError:
         raise UserError("the hub is reached by huggingface_hub: pip install huggingface_hub") from None
     except Exception as e:  # its HTTP client, and so the class of its errors, varies by version
-        raise UserError(
-            f"cannot fetch {source} from the Hugging Face hub ({type(e).__name__}): connect to the network, "
-            "or give a folder"
-        ) from None
+        fault = f"cannot fetch {source} from the Hugging Face hub ({type(e).__name__})"
+        raise UserError(f"{fault}: connect to the network, or give a folder") from None
 
 
 def read_object(path: Path) -> dict:
@@ -218,9 +210,7 @@ def gpt_config(content: dict) -> GPTConfig:
         if FAMILIES[kind] == "mla":
             dense = knobs["n_layer"] if kind == "youtu" else content["first_k_dense_replace"]
             if dense < knobs["n_layer"]:
-                raise UserError(
-                    f"first_k_dense_replace = {dense}: layers of experts are not supported, only dense"
-                )
+                raise UserError(f"first_k_dense_replace = {dense}: layers of experts are not supported")
             knobs |= {"attention": "mla"} | {name: content[name] for name in MLA_WIDTHS if name in content}
         else:
             groups = content.get("num_key_value_heads") or knobs["n_head"]
