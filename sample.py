@@ -153,21 +153,17 @@ def report(stats: Stats, config: GPTConfig, dtype: torch.dtype, rows: int) -> st
     return "\n".join(lines)
 
 
-def load_draft(options: Options, tokenizer: tokenizers.Tokenizer) -> GPT:
-    """The model of the run that --draft names. Raises UserError if it has other tokens."""
-    model, its_tokenizer = load_run(options.draft, options.device, options.dtype)
-    if tokenizers.sha256(its_tokenizer) != tokenizers.sha256(tokenizer):
-        raise UserError(f"{options.draft} cannot draft for {options.out_dir}: it has another tokenizer")
-    return model
-
-
 def print_all(options: Options, model: GPT, tokenizer: tokenizers.Tokenizer, prompts: list[list[int]]) -> str:
     """Generate and print every sample; returns the report on what they cost. Ctrl-C ends it early."""
     # what is printed is what was encoded; an empty prompt's <|endoftext|> is not text
     shown = ["" if tuple(ids) == stop_ids(tokenizer) else tokenizer.decode(ids) for ids in prompts]
     stop = [text for text in options.stop.replace("\\n", "\n").split("||") if text]
     cache_dtype = CACHE_FORMATS.get(options.cache_dtype, model.embed_tokens.weight.dtype)
-    drafter = None if options.draft in (None, "lookup") else load_draft(options, tokenizer)
+    drafter = None
+    if options.draft not in (None, "lookup"):
+        drafter, its_tokenizer = load_run(options.draft, options.device, options.dtype)
+        if tokenizers.sha256(its_tokenizer) != tokenizers.sha256(tokenizer):
+            raise UserError(f"{options.draft} cannot draft for {options.out_dir}: it has another tokenizer")
     stats, total = Stats(), len(prompts) * options.num_samples
     at_once = 1 if options.draft else options.batch_size
     knobs = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}

@@ -45,6 +45,7 @@ NANOGPT_RECIPE = [  # the README's command for a CPU
     *("--log_interval=1", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128"),
     *("--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"),
 ]
+SPEEDRUN_COLUMNS = ["side", "seconds", "nanogpt_estimate", "full_pass"]
 TRAIN_COLUMNS = ["side", "context", "params", "tokens_per_s", "flops_per_s", "peak_bytes"]
 RANK_COLUMNS = [*TRAIN_COLUMNS[:-1], "ranks", "step_s", "communication_share"]
 
@@ -84,39 +85,30 @@ def speedrun(argv: list[str]) -> None:
     folder, run_dir = nanogpt_folder(Path(options.text), out_dir / "text"), out_dir / "speedrun"
     ours = ["train.py", options.config, f"--dataset={folder}", f"--out_dir={run_dir}", "--overwrite=True"]
     theirs = [*NANOGPT_RECIPE, f"--dataset={folder}", f"--out_dir={out_dir / 'nanogpt'}"]
-    runs = {"ours": [], "nanoGPT": []}
-    for i in range(options.pairs):
-        seconds, _ = timed([*ours, f"--seed={i}"], ROOT)
-        runs["ours"].append({"seconds": seconds, **losses(run_dir, folder)})
-        print(f"{i + 1}: ours    {describe(runs['ours'][-1])}", flush=True)
-        if options.peer:
+    rows, result = [], {"runs": {"ours": [], "nanoGPT": []}}
+    sides = ["ours", "nanoGPT"] if options.peer else ["ours"]
+    for i, side in product(range(options.pairs), sides):
+        if side == "ours":
+            seconds, _ = timed([*ours, f"--seed={i}"], ROOT)
+            found = losses(run_dir, folder)
+        else:
             seconds, output = timed(theirs, Path(options.peer))
-            loss = float(output.rsplit("val loss ", 1)[1].split()[0])
-            runs["nanoGPT"].append({"seconds": seconds, "nanogpt_estimate": loss})
-            print(f"{i + 1}: nanoGPT {describe(runs['nanoGPT'][-1])}", flush=True)
-    result = {"runs": runs}
-    for side in runs if options.peer else ["ours"]:
-        seconds = result[f"{side}/seconds"] = statistics.median(run["seconds"] for run in runs[side])
-        loss = result[f"{side}/val_loss"] = statistics.median(run["nanogpt_estimate"] for run in runs[side])
+            found = {"nanogpt_estimate": float(output.rsplit("val loss ", 1)[1].split()[0])}
+        rows.append({"side": side, "seconds": seconds, **found})
+        print_row(rows[-1], SPEEDRUN_COLUMNS, first=len(rows) == 1)
+    for side in sides:
+        runs = result["runs"][side] = [row for row in rows if row["side"] == side]
+        seconds = result[f"{side}/seconds"] = statistics.median(run["seconds"] for run in runs)
+        loss = result[f"{side}/val_loss"] = statistics.median(run["nanogpt_estimate"] for run in runs)
         print(f"{side}: median {seconds:.1f} s, val loss {loss:.4f}")
     if options.peer:
-        ratios = [b["seconds"] / a["seconds"] for a, b in zip(*runs.values(), strict=True)]
+        ratios = [b["seconds"] / a["seconds"] for a, b in zip(*result["runs"].values(), strict=True)]
         ratio = result["ratio"] = statistics.median(ratios)
         print(f"nanoGPT takes {ratio:.2f} times as long (median of pairs; {min(ratios):.2f} at least)")
     write(out_dir / "speedrun.json", options, result)
-    points = [{"side": side, **run} for side in runs for run in runs[side]]
     settings = dict(xlabel="whole process, seconds", ylabel="val loss, nats a character", xscale="linear")
-    draw_lines(
-        out_dir / "speedrun.png",
-        "side",
-        [(points, "seconds", "nanogpt_estimate", settings)],
-        linestyle="none",
-    )
-
-
-def describe(run: dict) -> str:
-    full = f", full pass {run['full_pass']:.4f}" if "full_pass" in run else ""
-    return f"{run['seconds']:6.1f} s, val loss {run['nanogpt_estimate']:.4f} by nanoGPT's estimate{full}"
+    panel = rows, "seconds", "nanogpt_estimate", settings
+    draw_lines(out_dir / "speedrun.png", "side", [panel], linestyle="none")
 
 
 def nanogpt_folder(text: Path, folder: Path) -> Path:
@@ -126,11 +118,10 @@ def nanogpt_folder(text: Path, folder: Path) -> Path:
     content = text.read_text(encoding="utf-8")
     chars = sorted(set(content))
     ids = {c: i for i, c in enumerate(chars)}
-    data = np.array([ids[c] for c in content], np.uint16)
     folder.mkdir(parents=True, exist_ok=True)
-    cut = int(len(data) * 0.9)
-    data[:cut].tofile(folder / "train.bin")
-    data[cut:].tofile(folder / "val.bin")
+    train, val = np.split(np.array([ids[c] for c in content], np.uint16), [int(len(content) * 0.9)])
+    train.tofile(folder / "train.bin")
+    val.tofile(folder / "val.bin")
     meta = {"vocab_size": len(chars), "stoi": ids, "itos": dict(enumerate(chars))}
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
     return folder.resolve()
@@ -148,9 +139,8 @@ def losses(run_dir: Path, folder: Path) -> dict[str, float]:
     """Val loss of a run's last weights: in nanoGPT's way (20 batches of 12 random windows), and over all."""
     model, _ = load_run(run_dir, device="cpu", which="last")
     dataset, block_size = open_dataset(str(folder)), model.config.block_size
-    starts = torch.randint(
-        len(dataset.val) - block_size, (20, 12), generator=torch.Generator().manual_seed(1337)
-    )
+    shape, generator = (20, 12), torch.Generator().manual_seed(1337)
+    starts = torch.randint(len(dataset.val) - block_size, shape, generator=generator)
     windows = [torch.from_numpy(dataset.val.windows(row.numpy(), block_size + 1)) for row in starts]
     estimate = statistics.mean(model(rows[:, :-1], rows[:, 1:])[1].item() for rows in windows)
     whole = evaluate(LanguageModelLoss(model), dataset, block_size, 128, 0, nullcontext())
