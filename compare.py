@@ -11,6 +11,7 @@ import os
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -175,17 +176,15 @@ def read_all(sources: list[Callable[[], Run]]) -> list[Run]:
 
 def make_rows(runs: list[Run]) -> list[Row]:
     """Runs by experiment, sorted by cache and then by quality, with the Pareto frontier marked."""
-    groups: dict[tuple, list[Run]] = {}
+    groups, repeats = {}, Counter()
     for run in runs:
         experiment = {k: v for k, v in run.config.items() if k not in NOT_THE_EXPERIMENT}
         if experiment.get("init_from") == "resume":  # went on after a stop, with what it had begun with
             experiment["init_from"] = "scratch"
         facts = [run.summary.get(key) for key in ("corpus_sha256", "tokens", CACHE)]
         same, seed = json.dumps([experiment, facts], sort_keys=True, default=str), run.summary.get("seed")
-        again = 0  # a seed that is there already is a repetition, a row of its own
-        while any(other.summary.get("seed") == seed for other in groups.get((same, again), [])):
-            again += 1
-        groups.setdefault((same, again), []).append(run)
+        groups.setdefault((same, repeats[same, seed]), []).append(run)
+        repeats[same, seed] += 1  # a seed that is there already is a repetition, a row of its own
     rows = [Row(group) for group in groups.values()]
     for row in rows:
         if sum(other.name == row.name for other in rows) > 1:

@@ -93,7 +93,7 @@ def print_row(row: dict, keys: list[str], first: bool) -> None:
     cells = []
     for value in map(row.get, keys):
         if type(value) in (int, float):
-            value = f"{value:.4g}" if type(value) is float and abs(value) < 100 else f"{value:,.0f}"
+            value = f"{value:.5g}" if type(value) is float and abs(value) < 100 else f"{value:,.0f}"
         cells.append("-" if value is None else str(value))
     for line in [keys] * first + [cells]:
         right = [cell.rjust(max(len(key), 8)) for key, cell in zip(keys[1:], line[1:], strict=True)]
