@@ -123,12 +123,12 @@ def test_decode_measures_configs_and_runs(tmp_path):
     (tmp_path / "tiny.py").write_text(
         "n_layer = 1\nn_head = 2\nn_embd = 32\nvocab_size = 64\nattention = 'mqa'\n"
     )
-    options = bench_cache.DecodeOptions(config=str(tmp_path / "tiny.py"), contexts="100")
+    options = bench_cache.DecodeOptions(config=(str(tmp_path / "tiny.py"),), contexts=(100,))
     ((name, model),) = bench_cache.decode_models(options, torch.device("cpu"))
     assert (name, model.config.attention, model.config.n_embd) == ("tiny", "mqa", 32)
     assert model.config.block_size >= 100 + 6 * options.n
     assert model(torch.arange(9)[None])[0].std() > 0.1
-    with pytest.raises(UserError, match="not a list of whole numbers"):
+    with pytest.raises(UserError, match="contexts should be a list of int .*not '64;128'"):
         bench.main(["decode", "--contexts=64;128"])
 
 

@@ -548,3 +548,28 @@ def test_any_file_loads_or_is_a_user_error(write, text):
     else:
         flat = asdict(configs[0]) | asdict(configs[1])
         assert from_dict(flat, "config.json", GPTConfig, TrainConfig) == configs
+
+
+@dataclass
+class Lists:
+    name: str
+    sizes: tuple[int, ...] = (1, 2)
+    kinds: tuple[Literal["mha", "mla"], ...] = ()
+
+
+def test_lists_are_words_with_commas_between(capsys):
+    lists = parse(Lists, ["run", "--sizes=64,1e3", "--kinds=mla"], bare=1)
+    assert lists == Lists("run", (64, 1000), ("mla",))
+    assert parse(Lists, ["--name=run", "--sizes="]).sizes == ()
+    assert from_dict({"name": "run", "sizes": [3, 4]}, "file", Lists)[0].sizes == (3, 4)
+    for argv, fault in {
+        "--sizes=64;128": "sizes should be a list of int with commas between, not '64;128'",
+        "--sizes=1,,2": "sizes should be a list of int",
+        "--kinds=mha,mqa": "kinds should be a list of mha|mla",
+        "two": "unexpected argument 'two'",
+    }.items():
+        with pytest.raises(UserError, match=fault):
+            parse(Lists, ["run", argv], bare=1)
+    with pytest.raises(SystemExit):
+        parse(Lists, ["--help"])
+    assert "--sizes=1,2" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from conftest import knobs
 
 import sample
 import train
-from model import ATTENTIONS, GPTConfig
+from model import ATTENTIONS
 from nanokv.config import UserError
 from nanokv.dataset import open_dataset
 from tools import recall
@@ -56,11 +56,11 @@ def test_the_models_differ_in_their_attention_alone():
 
 
 def test_table():
-    config = GPTConfig(attention="mqa", n_layer=1, n_head=4, n_embd=16)
-    assert recall.table([("mqa-4", config, {4: 1.0, 8: 0.5})]).splitlines() == [
+    row = {"model": "mqa-4", "attention": "mqa", "cache": 1016, 4: 1.0, 8: 0.5}
+    assert recall.table([row], (4, 8)).splitlines() == [
         "| model | cache B/token | 4 pairs | 8 pairs |",
-        "|---|---:|---:|---:|",
-        "| mqa-4 | 16 | 100.0% | 50.0% |",
+        "| --- | ---: | ---: | ---: |",
+        "| mqa-4 | 1,016 | 100.0% | 50.0% |",
     ]
 
 

@@ -197,17 +197,13 @@ def factorize_latent(
 
 def attention_inputs(model: GPT, idx: Tensor) -> list[Tensor]:
     """What the norm in front of each attention makes of idx, less its weight: (N, C) in float64."""
-    inputs = [[] for _ in model.layers]
+    inputs, hooks = [[] for _ in model.layers], []
+    for layer, units in zip(model.layers, inputs, strict=True):
 
-    def keep(into: list[Tensor]):
-        return lambda norm, args: into.append(
-            F.rms_norm(args[0].flatten(0, 1), norm.weight.shape, None, norm.eps)
-        )
+        def keep(norm, args, into=units) -> None:
+            into.append(F.rms_norm(args[0].flatten(0, 1), norm.weight.shape, None, norm.eps))
 
-    hooks = [
-        layer.input_layernorm.register_forward_pre_hook(keep(into))
-        for layer, into in zip(model.layers, inputs, strict=True)
-    ]
+        hooks.append(layer.input_layernorm.register_forward_pre_hook(keep))
     for rows in idx.split(8):
         model.hidden(rows)
     for hook in hooks:
