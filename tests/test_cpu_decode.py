@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_py
-from backends import accelerate, cpu_decode, cpu_library, pure, torch_private
+from backends import accelerate, cpu_checks, cpu_decode, cpu_library, pure
 from model import MLP, RMSNorm
 from nanokv.cache import KVCache
 
@@ -516,7 +516,7 @@ def test_the_head(rows, tied):
     assert model.head(hidden.requires_grad_()).requires_grad is False
 
 
-@pytest.mark.parametrize("name", torch_private.PRIVATE)
+@pytest.mark.parametrize("name", cpu_checks.PRIVATE)
 def test_torch_has_the_private_functions(name):
-    assert torch_private.find((name,)), f"torch.{name} is gone: torch_private.py needs another"
-    assert torch_private.find(("_C._no_such_function",)) is None
+    assert cpu_checks.find((name,)), f"torch.{name} is gone: cpu_checks.py needs another"
+    assert cpu_checks.find(("_C._no_such_function",)) is None
