@@ -1,7 +1,7 @@
 """Whether C may compute in place of torch and model.py now: every question about that is asked here.
 
-Torch's hidden states are partly known to private functions only. If a torch release removes one, the answer is
-no, so that torch does the work; tests/test_cpu_decode.py names the function that is gone.
+Torch's hidden states are partly known to private functions only. If a torch release removes one, the answer
+is no, so that torch does the work; tests/test_cpu_decode.py names the function that is gone.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ PRIVATE = (
     "_C._len_torch_dispatch_stack",  # TorchDispatchMode: fake tensors, FLOP counters
     "_C._functorch.maybe_current_level",  # vmap, grad, jvp
 )
-FUNCTIONALS = ("linear", "rms_norm", "silu", "embedding", "scaled_dot_product_attention", "cross_entropy")
-METHODS = ("Module.__call__", "Module.__getattr__", "Module._call_impl", "Module._wrapped_call_impl")
-METHODS += ("Linear.forward", "Embedding.forward")
-# What model.py calls of torch, which a patch may replace.
-torch_functions = attrgetter(*(f"functional.{name}" for name in FUNCTIONALS), *METHODS)
-IMPORTED = torch_functions(nn)
+# What model.py calls of torch.nn, which a patch may replace.
+TORCH_FUNCTIONS = attrgetter(
+    *("functional.linear", "functional.rms_norm", "functional.silu", "functional.embedding"),
+    *("functional.scaled_dot_product_attention", "functional.cross_entropy", "Linear.forward"),
+    *("Embedding.forward", "Module.__call__", "Module.__getattr__", "Module._call_impl"),
+    "Module._wrapped_call_impl",
+)
+IMPORTED = TORCH_FUNCTIONS(nn)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -46,8 +48,8 @@ STATES = find(PRIVATE)
 
 
 def plain_operators() -> bool:
-    """Whether operators on the CPU run now, once and as they are: no autocast, tracing, compiling, function or
-    dispatch modes, functorch transforms, forward-mode gradients, or hooks on all modules. Takes a microsecond.
+    """Whether operators on the CPU run now, once and as they are: no autocast, tracing, compiling, function
+    or dispatch modes, functorch transforms, forward-mode gradients, or hooks on all modules. A microsecond.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or STATES is None:
         return False
@@ -56,32 +58,31 @@ def plain_operators() -> bool:
     return not (torch.is_autocast_enabled("cpu") or any([state() for state in STATES]))
 
 
+def unpatched() -> bool:
+    """Whether torch's functions are those that were imported."""
+    return TORCH_FUNCTIONS(nn) == IMPORTED
+
+
 def readable(t: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
     """Whether t's memory has numbers of this dtype, which C can read; not necessarily in a row."""
-    plain = type(t) in (Tensor, nn.Parameter)  # a subclass may have no memory of its own
-    return (
-        plain
-        and t.dtype == dtype
-        and t.is_cpu
-        and t.layout == torch.strided
-        and not t.is_neg()
-        and t.numel() > 0
-    )
+    if type(t) not in (Tensor, nn.Parameter) or t.is_neg():  # a subclass may have no memory of its own
+        return False
+    return t.dtype == dtype and t.is_cpu and t.layout == torch.strided and t.numel() > 0
 
 
 def can_replace(owner: type, method: str, *tensors: Tensor) -> bool:
     """Whether C may compute this method of a pure class for these tensors: fp32 numbers on the CPU, in plain
     eager mode, and the method and torch are what the C was written for.
     """
-    if not (plain_operators() and all(map(readable, tensors)) and torch_functions(nn) == IMPORTED):
+    if not (plain_operators() and all(map(readable, tensors)) and unpatched()):
         return False
     name = f"{owner.__module__}.{owner.__name__}.{method}"
     return is_known(name, getattr(owner, method)) and library() is not None
 
 
 def as_written(module: nn.Module, known: type) -> bool:
-    """Whether the module computes what this class of model.py says: it has that class or the one of this folder
-    that computes the same, and no hook, dropout, or attribute in place of a method, weight or child.
+    """Whether the module computes what this class of model.py says: it has that class, or the one of this
+    folder that stands for it, and no hook, dropout, or attribute in place of a method, weight or child.
     """
     cls, own = type(module), vars(module)
     methods = [f for f in vars(cls).values() if isinstance(f, FunctionType)]

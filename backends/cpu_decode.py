@@ -17,13 +17,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-import model as model_py
+import model as pure
 from backends import cpu_library, fingerprints
-from backends.cpu_checks import IMPORTED, as_written, can_replace, plain_operators, plain_weight, readable
-from backends.cpu_checks import torch_functions
+from backends.cpu_checks import as_written, can_replace, plain_operators, plain_weight, readable, unpatched
 from backends.cpu_library import N, P, R
-from model import GPT, MLP, Attend, Block, GPTConfig, GroupedQueryAttention, Linear
-from model import MultiHeadLatentAttention, RMSNorm
+from model import GPT, GPTConfig
 from nanokv.cache import KVCache, LayerCache, Plan
 
 FEW_ROWS = 128  # of hidden states; for more a BLAS is faster, which first reorders the matrix
@@ -40,38 +38,31 @@ STANDS_FOR = (
     *("nanokv.cache.LayerCache.held", "nanokv.cache.Plan.make", "nanokv.cache.Plan.held"),
     "nanokv.cache.Plan.slot_of",
 )
-# What these define must not change while a Step is in use.
-CLASSES = (GPT, Block, MLP, GroupedQueryAttention, MultiHeadLatentAttention, Attend, RMSNorm, Linear)
-CLASSES += (GPTConfig, KVCache, LayerCache, Plan)
-MODEL_FUNCTIONS = attrgetter("rotate", "rope_angles", "visible")
+# What these define must not change while a Step is in use, nor what the others name.
+CLASSES = (GPT, pure.Block, pure.MLP, pure.GroupedQueryAttention, pure.MultiHeadLatentAttention, pure.Attend)
+CLASSES += (pure.RMSNorm, pure.Linear, GPTConfig, KVCache, LayerCache, Plan)
+FUNCTIONS = attrgetter("rotate", "rope_angles", "visible")
 CACHE = attrgetter("layers", "batch_size", "max_len", "endless")
 PLAN = attrgetter("window", "sinks", "slots", "ring")
 TENSOR = (Tensor.data_ptr, Tensor.size, Tensor.is_contiguous, attrgetter("dtype"))
 
-# Field of a struct of cpu_decode.c -> the module whose weight it points to, and the weight's shape.
-Weights = dict[str, tuple]
+Weights = dict[str, tuple]  # field of a C struct -> a module, and the shape of its weight
 
 
+# The structs of cpu_decode.c.
 class CNorm(ctypes.Structure):
-    """`norm` of cpu_decode.c."""
-
     _fields_ = [("weight", P), ("eps", R)]
 
 
 class CLayer(ctypes.Structure):
-    """`layer` of cpu_decode.c."""
-
     _fields_ = [
         *((f"{name}_norm", CNorm) for name in ("attention", "mlp", "q", "k", "q_a", "kv_a")),
         *((name, P) for name in ("q_a", "q", "k", "v", "kv_a", "kv_b", "o", "gate", "up", "down")),
-        *((name, P) for name in ("keys", "values")),
-        *((name, N) for name in ("inner", "slots", "window", "sinks")),
+        *(("keys", P), ("values", P), ("inner", N), ("slots", N), ("window", N), ("sinks", N)),
     ]
 
 
 class CModel(ctypes.Structure):
-    """`model` of cpu_decode.c."""
-
     _fields_ = [
         *(("embedding", P), ("final_norm", CNorm), ("layers", ctypes.POINTER(CLayer))),
         *((name, P) for name in ("frequency", "lengths", "scratch")),
@@ -87,7 +78,7 @@ def require(condition: bool, what: str) -> None:
         raise ValueError(f"cpu_decode.c does not decode here: {what}")
 
 
-def grouped_query(a: GroupedQueryAttention, config: GPTConfig) -> tuple[dict[str, int], Weights]:
+def grouped_query(a: pure.GroupedQueryAttention, config: GPTConfig) -> tuple[dict[str, int], Weights]:
     """Numbers for `model` of cpu_decode.c, and weights for a `layer`."""
     C, H, G, D = config.n_embd, config.n_head, config.n_kv_head, a.head_dim
     weights = {"q": (a.q_proj, H * D, C), "o": (a.o_proj, C, H * D)}
@@ -97,7 +88,7 @@ def grouped_query(a: GroupedQueryAttention, config: GPTConfig) -> tuple[dict[str
     return {"heads": H, "groups": G, "head": D, "scale": a.attend.scale}, weights
 
 
-def latent(a: MultiHeadLatentAttention, config: GPTConfig) -> tuple[dict[str, int], Weights]:
+def latent(a: pure.MultiHeadLatentAttention, config: GPTConfig) -> tuple[dict[str, int], Weights]:
     C, H, r, A, dn, dr, dv = config.n_embd, a.n_head, a.rank, a.q_rank, a.dn, a.dr, a.dv
     if A is None:
         weights = {"q": (a.q_proj, H * (dn + dr), C)}
@@ -120,84 +111,83 @@ def frozen(x: Any) -> Any:
 
 
 class Step:
-    """One decode step of a model over a cache, by cpu_decode.c. Raises ValueError, AttributeError, KeyError or
-    TypeError if cpu_decode.c does not compute what the model does.
+    """One decode step of a model over a cache, by cpu_decode.c. Raises ValueError, AttributeError, KeyError
+    or TypeError if cpu_decode.c does not compute what the model does.
     """
 
     def __init__(self, model: GPT, cache: KVCache):
-        edited = fingerprints.edited(STANDS_FOR) or torch_functions(nn) != IMPORTED
-        require(not edited, "a function that this stands for was replaced")
+        require(unpatched() and not fingerprints.edited(STANDS_FOR), "a function was replaced")
         self.model, self.lengths, self.threads = model, cache.lengths, 0
         self.tensors: list[Tensor] = []  # whose addresses are in the structs
         self.c, self.layers = CModel(), (CLayer * len(model.layers))()
         self.fill_model(model, model.config, cache)
         for block, layer, own in zip(model.layers, self.layers, cache.layers, strict=True):
-            self.fill_layer(block, layer, model.config, own)
+            self.fill_layer(block, layer, model.config)
+            self.fill_cache(own, layer, model.config)
         self.objects = [*model.modules(), model.config, *cache.layers]
         self.was = frozen(self.state(cache))
 
     def fill_model(self, model: GPT, config: GPTConfig, cache: KVCache) -> None:
-        c, attention = self.c, model.layers[0].self_attn
-        embedding = model.embed_tokens
-        known = (
-            type(config) is GPTConfig and as_written(model, GPT) and as_written(model.layers, nn.ModuleList)
-        )
-        known = known and as_written(embedding, nn.Embedding) and embedding.max_norm is None
-        require(known and not (config.dropout and model.training), "model, config or embedding")
+        c, embedding, attention = self.c, model.embed_tokens, model.layers[0].self_attn
+        known = ((model, GPT), (model.layers, nn.ModuleList), (embedding, nn.Embedding))
+        require(type(config) is GPTConfig and all(as_written(*pair) for pair in known), "other classes")
+        require(embedding.max_norm is None and not (config.dropout and model.training), "the embedding")
         c.vocab, c.width = embedding.weight.shape
         c.embedding = self.address(embedding.weight, c.vocab, c.width)
         self.fill(c, {"final_norm": (model.norm, c.width)})
         c.n_layer, c.layers, c.rope = len(self.layers), self.layers, attention.rope_width
-        describe = latent if isinstance(attention, MultiHeadLatentAttention) else grouped_query
-        self.numbers, _ = describe(attention, config)
+        is_mla = isinstance(attention, pure.MultiHeadLatentAttention)
+        self.kind = pure.MultiHeadLatentAttention if is_mla else pure.GroupedQueryAttention
+        self.parts = latent if is_mla else grouped_query
+        self.numbers, _ = self.parts(attention, config)
         for name, number in self.numbers.items():
             setattr(c, name, number)
         require(c.heads % c.groups == 0 and c.rope <= c.head - c.nope, "heads do not fit")
-        repeat = config.qk_rope_repeat or 1
-        # in radians a token, as model.rope_angles has them: (rope / 2)
-        exponent = torch.arange(0, c.rope // repeat, 2, dtype=torch.float32) / -max(c.rope // repeat, 1)
+        width, repeat = c.rope // (config.qk_rope_repeat or 1), config.qk_rope_repeat or 1
+        exponent = torch.arange(0, width, 2, dtype=torch.float32) / -max(width, 1)
+        # (rope / 2) in radians a token, as model.rope_angles has them
         self.frequency = (config.rope_theta**exponent).repeat(repeat).contiguous()
-        c.frequency = self.frequency.data_ptr()
+        c.frequency, c.lengths = self.frequency.data_ptr(), self.address(cache.lengths, cache.batch_size)
         c.batch, c.max_len, c.endless = cache.batch_size, cache.max_len, cache.endless
-        c.lengths = self.address(cache.lengths, c.batch, dtype=torch.int64)
-        windows = [own.plan.window for own in cache.layers]
-        require(windows == config.layer_windows(), "the cache has other windows")
+        require([own.plan.window for own in cache.layers] == config.layer_windows(), "other windows")
 
-    def fill_layer(self, block: Block, layer: CLayer, config: GPTConfig, own: LayerCache) -> None:
-        c, mlp, attention, plan = self.c, block.mlp, block.self_attn, own.plan
-        kind, describe = (
-            (MultiHeadLatentAttention, latent) if c.rank else (GroupedQueryAttention, grouped_query)
+    def fill_layer(self, block: pure.Block, layer: CLayer, config: GPTConfig) -> None:
+        C, mlp, attention = self.c.width, block.mlp, block.self_attn
+        known = (
+            (block, pure.Block),
+            (mlp, pure.MLP),
+            (attention, self.kind),
+            (attention.attend, pure.Attend),
         )
-        numbers, weights = describe(attention, config)
-        known = ((block, Block), (mlp, MLP), (attention, kind), (attention.attend, Attend))
-        require(
-            numbers == self.numbers and all(as_written(*pair) for pair in known), "a block, or blocks differ"
-        )
-        inner = layer.inner = mlp.gate_proj.weight.size(0)
-        weights |= {"gate": (mlp.gate_proj, inner, c.width), "up": (mlp.up_proj, inner, c.width)}
-        weights |= {
-            "down": (mlp.down_proj, c.width, inner),
-            "mlp_norm": (block.post_attention_layernorm, c.width),
-        }
-        self.fill(layer, weights | {"attention_norm": (block.input_layernorm, c.width)})
+        require(all(as_written(*pair) for pair in known), "a block")
+        numbers, weights = self.parts(attention, config)
+        require(numbers == self.numbers, "attention differs between layers")
+        I = layer.inner = mlp.gate_proj.weight.size(0)  # noqa: E741
+        weights |= {"gate": (mlp.gate_proj, I, C), "up": (mlp.up_proj, I, C), "down": (mlp.down_proj, C, I)}
+        weights |= {"attention_norm": (block.input_layernorm, C)}
+        self.fill(layer, weights | {"mlp_norm": (block.post_attention_layernorm, C)})
+
+    def fill_cache(self, own: LayerCache, layer: CLayer, config: GPTConfig) -> None:
+        c, plan = self.c, own.plan
+        require(type(own) is LayerCache and type(plan) is Plan and not own.joined, "another cache")
         layer.window, layer.sinks, layer.slots = plan.window, plan.sinks, plan.slots
         fits = plan.sinks == config.sink_tokens if plan.window else plan.slots == c.max_len
-        fits = fits and plan.ring == max(plan.slots - plan.sinks, 1) and not own.joined
-        require(fits and type(own) is LayerCache and type(plan) is Plan, "the cache of a layer")
+        require(fits and plan.ring == max(plan.slots - plan.sinks, 1), "other slots")
         keys, values = (own.buffers[name] for name in (("latent", "latent") if c.rank else ("k", "v")))
         shape = c.batch, c.groups, plan.slots, c.rank + c.rope if c.rank else c.head
         layer.keys, layer.values = self.address(keys, *shape), self.address(values, *shape)
 
     def fill(self, struct: CModel | CLayer, weights: Weights) -> None:
         for field, (module, *shape) in weights.items():
-            norm = as_written(module, RMSNorm)
+            norm = as_written(module, pure.RMSNorm)
             address = self.address(module.weight if norm else plain_weight(module), *shape)
             setattr(struct, field, CNorm(address, module.eps) if norm else address)
 
-    def address(self, t: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> int:
+    def address(self, t: Tensor | None, *shape: int) -> int:
         """Of a tensor that C can read, contiguous and of this shape."""
+        dtype = torch.int64 if t is self.lengths else torch.float32
         require(readable(t, dtype) and t.shape == shape and t.is_contiguous(), f"a tensor is not {shape}")
-        # a tensor of one number could be replaced by another that compares equal: see `holds`
+        # another of one number may compare equal, so that `holds` would not see that it was replaced
         require(t is self.lengths or t.numel() > 1, "a tensor is one number")
         self.tensors.append(t)
         return t.data_ptr()
@@ -212,7 +202,7 @@ class Step:
             [*CACHE(cache), *map(PLAN, plans)],
             list(map(len, map(vars, [cache, *plans]))),  # a patched method is an attribute more
             list(map(vars, CLASSES)),
-            [MODEL_FUNCTIONS(model_py), torch_functions(nn)],
+            [*FUNCTIONS(pure), unpatched()],
         ]
 
     def holds(self, model: GPT, cache: KVCache) -> bool:

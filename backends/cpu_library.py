@@ -25,8 +25,8 @@ COMPILE_SECONDS = 120  # a compiler that takes longer hangs
 
 P, N, R, STATUS = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 FUNCTIONS = {  # name: result, arguments
-    "rms_norm": (None, *[P] * 3, *[N] * 3, R),
-    "rms_norm_backward": (STATUS, *[P] * 5, *[N] * 3, R),
+    "rms_norm": (None, *[P] * 3, *[N] * 2, R),
+    "rms_norm_backward": (STATUS, *[P] * 5, *[N] * 2, R),
     "swiglu": (None, *[P] * 6, *[N] * 3),
     "cross_entropy": (None, *[P] * 3, *[N] * 2),
     "causal": (STATUS, *[P] * 5, *[N] * 6, R),

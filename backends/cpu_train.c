@@ -7,22 +7,22 @@
 
 enum { QUERIES = 48, SHARES = 64 };
 
-/* y = x / rms(x) * w for each row of x, `step` apart; the rows of y follow one another. */
-void rms_norm(const float *x, const float *w, float *y, long rows, long n, long step, float eps) {
+/* y = x / rms(x) * w for each row of x (rows, n). */
+void rms_norm(const float *x, const float *w, float *y, long rows, long n, float eps) {
 #pragma omp parallel for schedule(static) if (rows * n > 1 << 15)
-    for (long r = 0; r < rows; r++) norm_row(x + r * step, w, y + r * n, n, eps);
+    for (long r = 0; r < rows; r++) norm_row(x + r * n, w, y + r * n, n, eps);
 }
 
 /* Gradients of `rms_norm`: dx (rows, n) and dw (n). dw is summed over SHARES parts of the rows, whatever the number of
    threads, so that it does not depend on it. */
 int rms_norm_backward(const float *x, const float *w, const float *dy, float *dx, float *dw, long rows, long n,
-                      long step, float eps) {
+                      float eps) {
     float *sums = calloc(SHARES * n, sizeof(float));
     if (!sums) return 1;
 #pragma omp parallel for schedule(static)
     for (long s = 0; s < SHARES; s++)
         for (long r = rows * s / SHARES; r < rows * (s + 1) / SHARES; r++) {
-            const float *x_r = x + r * step, *dy_r = dy + r * n;
+            const float *x_r = x + r * n, *dy_r = dy + r * n;
             float *dx_r = dx + r * n, *dw_s = sums + s * n, along = 0;
             float scale = 1 / sqrtf(dot(x_r, x_r, n) / n + eps);
             for (long i = 0; i < n; i++) along += dy_r[i] * w[i] * x_r[i];

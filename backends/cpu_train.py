@@ -40,8 +40,8 @@ class Norm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        rows, y, weight = as_rows(x), x.new_empty(x.shape), weight.contiguous()
-        call("rms_norm", [rows, weight, y], *rows.shape, rows.stride(0), eps)
+        y = x.new_empty(x.shape)
+        call("rms_norm", [x.contiguous(), weight.contiguous(), y], x.numel() // len(weight), len(weight), eps)
         return y
 
     @staticmethod
@@ -49,16 +49,12 @@ class Norm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *vjp(lambda x, w: F.rms_norm(x, w.shape, w, ctx.eps), x, weight)[1](grad), None
-        rows, grad, weight = as_rows(x), grad.contiguous(), weight.contiguous()
-        grads = x.new_empty(x.shape), torch.empty_like(weight)
-        call("rms_norm_backward", [rows, weight, grad, *grads], *rows.shape, rows.stride(0), ctx.eps)
+        inputs, grads = (
+            [t.contiguous() for t in (x, weight, grad)],
+            [x.new_empty(x.shape), x.new_empty(len(weight))],
+        )
+        call("rms_norm_backward", [*inputs, *grads], x.numel() // len(weight), len(weight), ctx.eps)
         return *grads, None
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """x (..., C) -> (N, C) whose rows are contiguous; a copy only if it must be."""
-    x = x.reshape(-1, x.size(-1))
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 class CpuAttend(Attend):
