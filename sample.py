@@ -145,8 +145,7 @@ def report(stats: Stats, config: GPTConfig, dtype: torch.dtype, rows: int) -> st
     lines = [
         f"prefill {stats.prompt_tokens:,} tokens, {prefill_rate:,.0f} tokens/s; "
         f"decode {stats.decode_tokens:,} tokens, {decode_rate:,.0f} tokens/s; batch of {rows}",
-        f"kv cache ({config.attention}, {name}) {per_token:,} bytes a token, "
-        f"{stats.cache_bytes:,} bytes allocated",
+        f"kv cache ({config.attention}, {name}) {per_token:,} bytes a token, {stats.cache_bytes:,} bytes allocated",
     ]
     if stats.drafted:
         lines.append(f"draft: {stats.accepted:,} of {stats.drafted:,} drafted tokens accepted")

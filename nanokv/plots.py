@@ -29,9 +29,7 @@ def pyplot():
         raise UserError("a picture needs packages: pip install matplotlib adjustText") from e
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.5})
-    plt.rcParams.update(
-        {"legend.fontsize": 8, "legend.handlelength": 3, "figure.constrained_layout.use": True}
-    )
+    plt.rcParams.update({"legend.fontsize": 8, "legend.handlelength": 3, "figure.constrained_layout.use": True})
     return plt
 
 

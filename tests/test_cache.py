@@ -85,9 +85,7 @@ def test_a_cache_in_any_format_stays_near_full_precision(knobs, dtype):
 def test_forms_and_rows_agree_in_what_a_quantized_cache_holds(knobs, dtype):
     """Codes are the same however they are read: what is left is a rare number at the edge of two codes."""
     model, idx = small_model(**knobs), tokens(3, 24)
-    logits = [
-        cached_logits(model, idx, chunks, model.new_cache(3, 24, dtype)) for chunks in ([8, 16], [8] * 3)
-    ]
+    logits = [cached_logits(model, idx, chunks, model.new_cache(3, 24, dtype)) for chunks in ([8, 16], [8] * 3)]
     if knobs["attention"] == "mla":
         for absorbed in (True, False):
             force_form(model, absorbed)
@@ -123,9 +121,7 @@ class Reference:
             largest = 127.0 if self.dtype == torch.int8 else 448.0
             scale = (group.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-30).bfloat16().float()
             codes = (group / scale).clamp(-largest, largest)
-            groups.append(
-                (codes.round() if self.dtype == torch.int8 else codes.to(self.dtype).float()) * scale
-            )
+            groups.append((codes.round() if self.dtype == torch.int8 else codes.to(self.dtype).float()) * scale)
         return torch.cat(groups, -1)
 
     def read(self, name, like):
@@ -222,9 +218,7 @@ def test_quantized_codes_and_scales():
         largest = torch.cat([part.abs().amax(-1, True).expand_as(part) for part in x.split(128, -1)], -1)
         assert ((back - x).abs() <= largest * step * 0.51).all()
         if dtype == torch.int8:  # the spacing of codes is the scale
-            assert (
-                (back - x).abs().amax(-1) > 0.2 * step * largest.amax(-1) * (largest.amax(-1) > 0)
-            ).sum() > 9
+            assert ((back - x).abs().amax(-1) > 0.2 * step * largest.amax(-1) * (largest.amax(-1) > 0)).sum() > 9
         again, scale_again = quantize(back, dtype)
         assert_close(dequantize(again, scale_again, torch.float32), back, largest.max().item() * step)
 
@@ -397,9 +391,7 @@ def test_published_footprints():
 
 def test_published_quantized_footprint():
     """FlashMLA's fp8 cache takes 656 bytes: 512 codes, 64 numbers of rope key in bf16, 4 scales in fp32."""
-    config = GPTConfig(
-        attention="mla", n_layer=1, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128
-    )
+    config = GPTConfig(attention="mla", n_layer=1, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128)
     assert config.kv_bytes_per_token(torch.float8_e4m3fn) == 656 - 4 * 2  # our scales are bf16
     config = GPTConfig(attention="gqa", n_layer=3, n_kv_head=2, head_dim=64)
     assert config.kv_bytes_per_token(torch.int8) == 3 * 2 * 2 * (64 + 2)

@@ -508,16 +508,12 @@ def test_cli_is_quiet_when_the_reader_goes():
 
 
 keys = st.sampled_from([f.name for f in (*fields(GPTConfig), *fields(TrainConfig))]) | st.text(max_size=8)
-words = st.sampled_from(
-    ["None", "True", "auto", "mla", "gqa", "1e3", "-1", "0", "3", "1e400", "cuda:0", "muon"]
-)
+words = st.sampled_from(["None", "True", "auto", "mla", "gqa", "1e3", "-1", "0", "3", "1e400", "cuda:0", "muon"])
 values = words | st.integers().map(str) | st.floats().map(str) | st.text(max_size=8)
 arguments = st.builds("--{}={}".format, keys, values) | st.text(max_size=12)
 expressions = st.recursive(
     values | st.text(max_size=5).map(repr),
-    lambda inner: st.builds(
-        "{} {} {}".format, inner, st.sampled_from(["+", "-", "*", "/", "//", "%", "**"]), inner
-    ),
+    lambda inner: st.builds("{} {} {}".format, inner, st.sampled_from(["+", "-", "*", "/", "//", "%", "**"]), inner),
     max_leaves=6,
 )
 lines = st.builds("{} = {}".format, keys, expressions) | st.text(max_size=20)

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_py
-from backends import accelerate, cpu_decode, cpu_library, pure, torch_private
+from backends import accelerate, cpu_checks, cpu_decode, cpu_library, pure
 from model import MLP, RMSNorm
 from nanokv.cache import KVCache
 
@@ -25,9 +25,7 @@ ODD = {
     "odd-gqa": dict(attention="gqa", n_embd=33, n_head=3, n_kv_head=1, head_dim=18, rotary_dim=6),
     "odd-mha": dict(attention="mha", n_embd=31, n_head=5, head_dim=7, rotary_dim=0, qk_norm=False),
     "odd-mla": dict(attention="mla", n_embd=33, n_head=3, kv_lora_rank=13, qk_rope_head_dim=6),
-    "wide-mla": dict(
-        attention="mla", kv_lora_rank=70, qk_rope_head_dim=10, qk_nope_head_dim=5, v_head_dim=33
-    ),
+    "wide-mla": dict(attention="mla", kv_lora_rank=70, qk_rope_head_dim=10, qk_nope_head_dim=5, v_head_dim=33),
 }
 BOTH = [CASES["gqa"], CASES["mla-q-lora"]]
 both = pytest.mark.parametrize("knobs", BOTH, ids=["gqa", "mla"])
@@ -516,7 +514,7 @@ def test_the_head(rows, tied):
     assert model.head(hidden.requires_grad_()).requires_grad is False
 
 
-@pytest.mark.parametrize("name", torch_private.PRIVATE)
+@pytest.mark.parametrize("name", cpu_checks.PRIVATE)
 def test_torch_has_the_private_functions(name):
-    assert torch_private.find((name,)), f"torch.{name} is gone: torch_private.py needs another"
-    assert torch_private.find(("_C._no_such_function",)) is None
+    assert cpu_checks.find((name,)), f"torch.{name} is gone: cpu_checks.py needs another"
+    assert cpu_checks.find(("_C._no_such_function",)) is None

@@ -29,9 +29,7 @@ def randn(*shape):
 
 def assert_same_gradients(ours, theirs, *inputs, tolerance=1e-5):
     """Values and gradients of `ours`, in fp32, and of `theirs`, in fp64."""
-    mine, exact = (
-        [convert(x.detach()).requires_grad_() for x in inputs] for convert in (torch.clone, Tensor.double)
-    )
+    mine, exact = ([convert(x.detach()).requires_grad_() for x in inputs] for convert in (torch.clone, Tensor.double))
     a, b = ours(*mine), theirs(*exact)
     grad = randn(*b.shape) if b.ndim else torch.tensor(3.0)
     grads = torch.autograd.grad(a, mine, grad), torch.autograd.grad(b, exact, grad.double())
@@ -174,9 +172,7 @@ def batch(B: int, T: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("knobs", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize(
-    "more", [{}, WIDE, {"window": 7, "sink_tokens": 2}, {"tie_embeddings": True}], ids=str
-)
+@pytest.mark.parametrize("more", [{}, WIDE, {"window": 7, "sink_tokens": 2}, {"tie_embeddings": True}], ids=str)
 def test_training_as_the_pure_model(knobs, more):
     loss = LanguageModelLoss(small_model(**more | knobs).train())
     backends.accelerate(loss)

@@ -46,9 +46,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 def commands(page: Path, languages: tuple[str, ...] = ("", "sh")) -> list[list[str]]:
     """The command lines of a page's code blocks, as words, without comments."""
-    text = "\n".join(
-        code for language, code in BLOCK.findall(page.read_text("utf-8")) if language in languages
-    )
+    text = "\n".join(code for language, code in BLOCK.findall(page.read_text("utf-8")) if language in languages)
     lines = text.replace("\\\n", " ").splitlines()
     starts = re.compile(r"(python|make|torchrun|sbatch) ")
     return [shlex.split(line, comments=True) for line in lines if starts.match(line)]
@@ -163,9 +161,7 @@ def test_figures_of_readme_are_those_of_results():
 
 def test_pins_are_within_the_ranges_of_the_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    wanted = project["dependencies"] + [
-        line for extra in project["optional-dependencies"].values() for line in extra
-    ]
+    wanted = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
     ranges = {r.name.lower(): r for r in map(Requirement, wanted)}
     for file in ("requirements.txt", "requirements-dev.txt"):
         for line in (ROOT / file).read_text("utf-8").splitlines():

@@ -57,7 +57,7 @@ EDITS = [
     ("model.py", "else self.lm_head(hidden)", "else 2 * self.lm_head(hidden)"),
     ("nanokv/loss.py", "logits = self.model.head(hidden)", "logits = 2 * self.model.head(hidden)"),
     ("nanokv/loss.py", "reduction=reduction)", "reduction=reduction, label_smoothing=0.1)"),
-    ("nanokv/loss.py", "return self.total(hidden", "return 2 * self.total(hidden"),
+    ("nanokv/loss.py", "return self.head_loss(hidden", "return 2 * self.head_loss(hidden"),
 ]  # fmt: skip
 
 # Runs in the copy: for each edit, what pure and accelerated models compute, as one line of numbers each.
@@ -122,9 +122,7 @@ def results(tmp_path_factory) -> list:
     for folder in ("nanokv", "backends"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     command, environment = [sys.executable, "-c", PROGRAM], os.environ | {"PYTHONPATH": ""}
-    done = subprocess.run(
-        command, cwd=copy, env=environment, input=json.dumps(EDITS), capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=copy, env=environment, input=json.dumps(EDITS), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -49,9 +49,7 @@ def drawn_without_a_cache(model: GPT, prompt: list[int], new: list[int], seed: i
 # generation
 
 
-@pytest.mark.parametrize(
-    "options", [{"temperature": 0}, {"temperature": 0.9, "top_k": 40}], ids=["greedy", "drawn"]
-)
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.9, "top_k": 40}], ids=["greedy", "drawn"])
 def test_tokens_with_a_cache_are_those_without_past_the_contexts_end(model, options):
     new = generate_lists(model, PROMPTS, 200, seed=7, **options)
     assert [len(row) for row in new] == [200] * 4
@@ -152,9 +150,7 @@ def test_one_transfer_from_the_device_a_step(model, monkeypatch):
     calls = []
     for name in ("tolist", "item", "cpu", "__bool__", "__int__", "__float__"):
         real = getattr(torch.Tensor, name)
-        monkeypatch.setattr(
-            torch.Tensor, name, lambda *a, real=real, name=name: calls.append(name) or real(*a)
-        )
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
     steps = generate(model, PROMPTS, 60, top_k=10, top_p=0.9, min_p=0.1)
     next(steps)
     calls.clear()
@@ -330,9 +326,7 @@ def test_padding_of_the_vocabulary_is_never_drawn(model):
     with torch.no_grad():
         model.embed_tokens.weight[50:] *= 10
     for temperature in (0, 1.0):
-        free, bounded = (
-            generate_lists(model, [[1]] * 8, 40, temperature=temperature, n_vocab=n) for n in (None, 50)
-        )
+        free, bounded = (generate_lists(model, [[1]] * 8, 40, temperature=temperature, n_vocab=n) for n in (None, 50))
         assert max(map(max, free)) >= 50 > max(map(max, bounded))
 
 

@@ -62,9 +62,7 @@ def test_runs_go_side_by_side_and_only_once(tmp_path, stand_in, capsys):
     runs = stand_in({f"run{i}": [f"--seed={i}"] for i in range(4)})
     sweep.run_all(runs, tmp_path, jobs=2, threads=3)
     lines = diary(tmp_path)
-    assert sorted(lines) == sorted(
-        f"{what}" for i in range(4) for what in (f"begin run{i} None 3", f"end run{i}")
-    )
+    assert sorted(lines) == sorted(f"{what}" for i in range(4) for what in (f"begin run{i} None 3", f"end run{i}"))
     running = [sum(1 if line.startswith("begin") else -1 for line in lines[: n + 1]) for n in range(8)]
     assert max(running) == 2
     assert capsys.readouterr().out.count("val loss 1.5000, trained in 60 s") == 4
@@ -96,9 +94,7 @@ def test_a_run_with_other_values_is_refused(tmp_path, stand_in):
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"line {i} of {i * i % 91}\n" for i in range(900)))
     prepare.main([f"--input={tmp_path / 'text.txt'}", "--tokenizer=byte", f"--out_dir={tmp_path / 'set'}"])
-    knobs = (
-        "--n_layer=1 --n_head=1 --n_embd=16 --block_size=32 --batch_size=2 --eval_iters=2 --sample_tokens=0"
-    )
+    knobs = "--n_layer=1 --n_head=1 --n_embd=16 --block_size=32 --batch_size=2 --eval_iters=2 --sample_tokens=0"
     (tmp_path / "list").write_text(f"run --dataset={tmp_path / 'set'} {knobs} --max_iters=100000\n")
     command = [sys.executable, "-m", "tools.sweep", str(tmp_path / "list"), str(tmp_path / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -169,9 +169,7 @@ def split_keys(
     return q_rope, k_rope, torch.cat((rest.real, rest.imag, k[:, config.rotary_dim :]), 1)
 
 
-def factorize_latent(
-    config: GPTConfig, k_nope: Tensor, v: Tensor, u: Tensor, rank: int
-) -> tuple[Tensor, Tensor]:
+def factorize_latent(config: GPTConfig, k_nope: Tensor, v: Tensor, u: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """An orthonormal basis (rank, C) of what of u (N, C) the latent keeps, and the matrix (H 2 D, rank) that
     makes keys and values of the latent.
     """

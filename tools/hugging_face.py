@@ -109,9 +109,7 @@ def hf_config(config: GPTConfig) -> dict:
         return {"architectures": [f"{name}ForCausalLM"], "model_type": kind} | content
     content |= {width: getattr(config, width) for width in MLA_WIDTHS}
     content |= {"num_key_value_heads": config.n_head, "rope_interleave": True, "num_nextn_predict_layers": 0}
-    content |= {
-        "first_k_dense_replace": config.n_layer
-    }  # no layer left for experts, whose numbers mean nothing
+    content |= {"first_k_dense_replace": config.n_layer}  # no layer left for experts, whose numbers mean nothing
     experts = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group")
     content |= dict.fromkeys(experts, 1) | {"moe_intermediate_size": config.intermediate_size}
     return {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"} | content

@@ -81,9 +81,7 @@ def accuracy(run_dir: Path) -> float:
 def table(rows: list[dict], pairs: tuple[int, ...]) -> str:
     """Markdown: a model a row, a number of pairs a column."""
     titles = ["model", "cache B/token", *(f"{n} pairs" for n in pairs)]
-    return markdown(
-        [titles, *([r["model"], f"{r['cache']:,}", *(f"{r[n]:.1%}" for n in pairs)] for r in rows)]
-    )
+    return markdown([titles, *([r["model"], f"{r['cache']:,}", *(f"{r[n]:.1%}" for n in pairs)] for r in rows)])
 
 
 def main(argv: list[str]) -> None:

@@ -79,9 +79,7 @@ def run_all(runs: dict[str, list[str]], out_dir: Path, jobs: int = 0, threads: i
                 done += 1
                 minutes = (time.monotonic() - began) / 60
                 left = timedelta(minutes=round(minutes / done * (total - done)))
-                print(
-                    f"[{done}/{total}] {name} {outcome(out_dir / name, code)}; about {left} left", flush=True
-                )
+                print(f"[{done}/{total}] {name} {outcome(out_dir / name, code)}; about {left} left", flush=True)
                 failed += [name] if code else []
     except KeyboardInterrupt:
         for process in running.values():  # each in a session of its own, so that it hears of this once

@@ -94,9 +94,7 @@ def val_loss(run_dir: Path, source: TrainConfig, options: Options) -> float:
 
 def table(rows: list[dict]) -> str:
     """The rows as Markdown."""
-    lines = [
-        [f"{value:.3f}" if type(value) is float else str(value) for value in row.values()] for row in rows
-    ]
+    lines = [[f"{value:.3f}" if type(value) is float else str(value) for value in row.values()] for row in rows]
     return markdown([list(rows[0]), *lines])
 
 
