@@ -35,8 +35,8 @@ STANDS_FOR = (
     *("model.MultiHeadLatentAttention.expanded", "model.rotate", "model.rope_angles", "model.visible"),
     *("model.GPTConfig.layer_windows", "nanokv.cache.KVCache.advance", "nanokv.cache.KVCache.reserve"),
     *("nanokv.cache.LayerCache.append", "nanokv.cache.LayerCache.store", "nanokv.cache.LayerCache.read"),
-    *("nanokv.cache.LayerCache.held", "nanokv.cache.Plan.make", "nanokv.cache.Plan.held"),
-    "nanokv.cache.Plan.slot_of",
+    *("nanokv.cache.LayerCache.held", "nanokv.cache.LayerCache.encode", "nanokv.cache.LayerCache.decode"),
+    *("nanokv.cache.Plan.update", "nanokv.cache.Plan.positions_held", "nanokv.cache.Plan.slot_of"),
 )
 # What these define must not change while a Step is in use, nor what the others name.
 CLASSES = (GPT, pure.Block, pure.MLP, pure.GroupedQueryAttention, pure.MultiHeadLatentAttention, pure.Attend)
@@ -216,7 +216,7 @@ class Step:
         """Token ids (B, 1) -> hidden states (B, 1, C), or None if model.py has to do it, which then finds the
         cache as it was. Raises ValueError if the cache is full.
         """
-        c, lib, threads, held = self.c, cpu_library.library(), torch.get_num_threads(), cache.host_copy
+        c, lib, threads, held = self.c, cpu_library.library(), torch.get_num_threads(), (cache.host_copy, cache.first)
         if threads != self.threads:
             self.threads = c.threads = threads
             c.scratch = None
@@ -225,9 +225,8 @@ class Step:
         cache.reserve(1)
         hidden = torch.empty(c.batch, 1, c.width, dtype=torch.float32)
         if lib.decode_step(ctypes.byref(c), idx.data_ptr(), idx.stride(0), hidden.data_ptr()):
-            cache.host_copy = held
+            cache.host_copy, cache.first = held
             return None
-        cache.first = False
         return hidden
 
 

@@ -27,7 +27,7 @@ def edited(names: Iterable[str]) -> list[str]:
 @functools.cache
 def is_known(name: str, function: Callable) -> bool:
     """Whether the function has the source that the table knows by this name."""
-    return fingerprint(function) == table().get(name)
+    return fingerprint(function) == table().get(name, "unknown")
 
 
 @functools.cache

@@ -368,10 +368,10 @@ def test_a_function_patched_is_not_passed_over(monkeypatch):
 
 
 class OtherCache(KVCache):
-    def advance(self, T):
-        return super().advance(T) + 1
     def advance(self, batch_size, T):
         return super().advance(batch_size, T) + 1
+
+
 @torch.no_grad()
 def test_other_caches_are_left_to_the_model(steps):
     model, idx = small_model(), tokens(2, 9)
