@@ -38,7 +38,7 @@ class Piece(NamedTuple):
 def pieces() -> list[Piece]:
     from backends import cpu_decode, cpu_train
 
-    loss = tuple(f"nanokv.loss.LanguageModelLoss.{method}" for method in ("cross_entropy", "total"))
+    loss = tuple(f"nanokv.loss.LanguageModelLoss.{method}" for method in ("cross_entropy", "head_loss"))
     table = {
         "norm": (cpu_train.CpuRMSNorm, ("model.RMSNorm.forward",)),
         "attention": (cpu_train.CpuAttend, ("model.Attend.forward",)),
