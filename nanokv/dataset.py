@@ -48,7 +48,14 @@ def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) 
         if tokenizer is not None and (_read_meta(folder) or {}).get(key) != value:
             folder = folder / value[:16]
         if _read_meta(folder) is None:
-            _prepare(name, folder, tokenizer, prepare)
+            flags = [f"--out_dir={folder}", f"--tokenizer={tokenizer}"] if tokenizer else []
+            if not (prepare and name in PREPARED_ON_FIRST_USE):
+                command = " ".join([f"python data/{name}/prepare.py", *flags])
+                raise UserError(
+                    f"data set {name!r} is not prepared: run `{command}` (--help lists its flags)"
+                )
+            print(f"preparing the data set {name}", flush=True)
+            run_python([str(ROOT / name / "prepare.py"), *(flags or [f"--out_dir={folder}"])])
         return Dataset(folder, kind)
     for folder in (Path(name), ROOT / name):
         if folder.is_dir():
@@ -285,16 +292,6 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)
-
-
-def _prepare(name: str, folder: Path, tokenizer: str | None, allowed: bool) -> None:
-    """Run the prepare.py of a named set in a process of its own. Raises UserError, its own one line too."""
-    flags = [f"--out_dir={folder}"] + ([f"--tokenizer={tokenizer}"] if tokenizer else [])
-    if not (allowed and name in PREPARED_ON_FIRST_USE):
-        command = " ".join([f"python data/{name}/prepare.py", *(flags if tokenizer else [])])
-        raise UserError(f"data set {name!r} is not prepared: run `{command}` (--help lists its flags)")
-    print(f"preparing the data set {name}", flush=True)
-    run_python([str(ROOT / name / "prepare.py"), *flags])
 
 
 def _read_meta(folder: Path) -> dict | None:

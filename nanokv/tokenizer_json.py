@@ -59,7 +59,11 @@ def from_json(content: dict, end_of_text: str | None) -> Tokenizer:
             return CharTokenizer("".join(words))
         if splitter["type"] == "WhitespaceSplit" and words == [str(i) for i in range(len(words))]:
             return IdsTokenizer(len(words))
-    if model["type"] != "BPE" or model.get("byte_fallback") or not _is_byte_level(content["decoder"]):
+    if (
+        model["type"] != "BPE"
+        or model.get("byte_fallback")
+        or (content["decoder"] or {}).get("type") != "ByteLevel"
+    ):
         raise UserError(f"its tokenizer ({model['type']}) is no byte-level byte-pair encoding")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
@@ -95,7 +99,7 @@ def _pattern(splitter: dict, merges: bool) -> str:
     """The pattern that splits text as this pre-tokenizer does."""
     parts = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
     gpt2 = parts[-1].get("use_regex", True)  # whether the last part splits as GPT-2 does
-    if _is_byte_level(parts[-1]) and not parts[-1].get("add_prefix_space"):
+    if parts[-1]["type"] == "ByteLevel" and not parts[-1].get("add_prefix_space"):
         match parts[:-1]:
             case [] if gpt2:
                 return GPT2_PATTERN
@@ -107,10 +111,6 @@ def _pattern(splitter: dict, merges: bool) -> str:
                 return pattern
     kinds = " + ".join(part["type"] for part in parts)
     raise UserError(f"its pre-tokenizer ({kinds}) is not known")
-
-
-def _is_byte_level(part: dict | None) -> bool:
-    return part is not None and part["type"] == "ByteLevel"
 
 
 def _name(token: bytes) -> str:
