@@ -20,7 +20,6 @@ from nanokv import checkpoint
 from nanokv import distributed as parallel
 from nanokv import metrics as measure
 from nanokv import tokenizer as tokenizers
-from nanokv.checkpoint import Checkpoint
 from nanokv.config import UserError, check_range, cli, from_dict, load
 from nanokv.dataset import Dataset, open_dataset
 from nanokv.device import Hardware, check_device_name, keep_freed_memory, pick_hardware
@@ -36,8 +35,6 @@ USAGE = "python train.py [config.py] [--key=value ...]"
 @dataclass
 class TrainConfig:
     """The knobs of a run, besides those of its model. Raises ValueError if they do not fit together."""
-
-    # The comment beside a field is what --help prints; a comment above one that has its own is a section.
 
     # the run
     out_dir: str | None = None  # run folder; None: out/<config file's name>, or out/<attention>
@@ -145,9 +142,6 @@ def train(argv: list[str]) -> dict:
     return report(run, stopped)
 
 
-# ---- set up
-
-
 def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, TrainConfig]:
     """The knobs that a command line asks for, or if `restarted`, those to go on from the last checkpoint.
     What it does not give is as in the run that init_from names, if there is one.
@@ -219,7 +213,7 @@ def load_start(config: TrainConfig, model: GPT, dataset: Dataset) -> tuple[dict,
         if state["step"] >= config.max_iters and checkpoint.is_finished(source):
             raise UserError(f"{source} is complete at step {state['step']}; raise --max_iters to go on")
     else:
-        weights, optimizer_state = checkpoint.load_weights(source, checkpoint.best_or_last(source)), {}
+        weights, optimizer_state = checkpoint.load_weights(*checkpoint.find(source)), {}
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
@@ -305,9 +299,6 @@ class Run:
         self.saver = checkpoint.Saver(Path(config.out_dir))
         self.skipped = SkippedSteps(config.max_skipped_steps, state["skipped_steps"], log.say)
         self.spikes, self.watchdog = LossSpikes(log.say), StallWatchdog(config.data_timeout, log.say)
-
-
-# ---- the loop
 
 
 def training_loop(run: Run) -> bool:
@@ -438,10 +429,7 @@ def save(run: Run, *names: str) -> None:
     optimizer = parallel.full_state_dict(state_tensors(run.model, run.optimizers))
     with parallel.collective_errors():
         if parallel.rank() == 0:
-            run.saver.save(names, Checkpoint(weights, optimizer, run.state))
-
-
-# ---- report
+            run.saver.save(names, checkpoint.Checkpoint(weights, optimizer, run.state))
 
 
 def report(run: Run, stopped: bool) -> dict:

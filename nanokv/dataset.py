@@ -32,11 +32,11 @@ CHECK_ALL_BELOW = 100_000_000  # a split of more tokens is checked in this many 
 
 
 def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) -> "Dataset":
-    """Opens a set by its name in data/ or by its folder.
+    """Opens a set by its folder or by its name in data/, preparing it if it is missing and small.
 
-    A named set that is missing is prepared if that needs no network. `tokenizer`, a kind or a folder that has
-    one, asks for a named set under another than its own (kept in data/NAME/TOKENIZER), or tells that of a
-    folder that does not. Raises UserError: unknown, missing, unfinished or damaged set, unknown tokenizer.
+    `tokenizer`, a kind or a folder that has one, asks for a named set under another than its own (kept in
+    data/NAME/TOKENIZER), or tells that of a folder that does not. Raises UserError: unknown set or tokenizer,
+    missing, unfinished or damaged set.
     """
     key, value, kind = "tokenizer", tokenizer, tokenizer
     if tokenizer not in (None, *tokenizers.KINDS):
@@ -88,7 +88,6 @@ class Dataset:
 
     def train_batch(self, first: int, count: int, block_size: int, seed: int) -> tuple[Tensor, Tensor]:
         """Samples first .. first + count - 1 of the endless stream that `seed` names: x, y (count, T) int64.
-
         y is x one token on, -1 where a token is no target. Each epoch takes each window once, in an order and
         from an offset of its own. No state: a rank or a resumed run just asks for the samples it needs.
         """
@@ -131,8 +130,8 @@ class Dataset:
         """
         self.check_block_size(block_size)
         if 0 < vocab_size < self.vocab_size:
-            fault = f"is less than the {self.vocab_size} token ids of {self.dir}; remove it or raise it"
-            raise UserError(f"vocab_size = {vocab_size} {fault}")
+            ids = f"the {self.vocab_size} token ids of {self.dir}"
+            raise UserError(f"vocab_size = {vocab_size} is less than {ids}; remove it or raise it")
         return vocab_size or self.vocab_size
 
     @cached_property
@@ -172,8 +171,7 @@ class Dataset:
         largest = max(int(self._ids(raw).max()) for raw in shards.chunks(CHECK_ALL_BELOW))
         if largest >= self.vocab_size:
             fault = f"token id {largest}, beyond its vocabulary of {self.vocab_size}"
-            remedy = f"{again}, or name the right --tokenizer"
-            raise UserError(f"the {split} split of {self.dir} holds {fault}: {remedy}")
+            raise UserError(f"the {split} split holds {fault}: {again}, or name the right --tokenizer")
         return shards
 
     def _inputs_and_targets(self, raw: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -253,7 +251,6 @@ def sample_starts(
     first: int, count: int, n_tokens: int, block_size: int, seed: int, aligned=False
 ) -> np.ndarray:
     """(count,): where samples first .. first + count - 1 begin.
-
     An epoch lays windows of block_size side by side from a random offset below block_size (targets reach one
     token further) and takes them in random order. aligned: examples of block_size + 1 tokens, so no offset.
     """

@@ -167,8 +167,7 @@ def load(folder: str | Path) -> Tokenizer:
     except FileNotFoundError as e:
         raise UserError(f"{folder} holds no tokenizer: {Path(e.filename).name} is missing") from e
     except (ValueError, LookupError, TypeError, AttributeError) as e:
-        remedy = "copy tokenizer_spec.json from its data set, or prepare again"
-        raise UserError(f"the tokenizer in {folder} is damaged: {remedy}") from e
+        raise UserError(f"the tokenizer in {folder} is damaged: copy its data set's or prepare again") from e
 
 
 def sha256(tok: Tokenizer) -> str:

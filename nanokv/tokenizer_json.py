@@ -31,13 +31,10 @@ def to_json(tok: Tokenizer) -> dict:
         model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False}
         model |= {"ignore_merges": True, "vocab": {_name(token): i for token, i in tok.ranks.items()}}
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        return blank | {
-            "added_tokens": [{"id": i, "content": token, **plain} for token, i in tok.specials.items()],
-            "normalizer": {"type": "NFC"} if tok.nfc else None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]} if merges else to_bytes,
-            "decoder": to_bytes,
-            "model": model | {"merges": merges},
-        }
+        specials = [{"id": i, "content": token, **plain} for token, i in tok.specials.items()]
+        blank |= {"added_tokens": specials, "normalizer": {"type": "NFC"} if tok.nfc else None}
+        before = {"type": "Sequence", "pretokenizers": [split, to_bytes]} if merges else to_bytes
+        return blank | {"pre_tokenizer": before, "decoder": to_bytes, "model": model | {"merges": merges}}
     if isinstance(tok, CharTokenizer):
         every = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
         vocab, decoder = {c: i for i, c in enumerate(tok.chars)}, {"type": "Fuse"}
