@@ -1,5 +1,5 @@
 # make train   a venv, the data, a trained config/mla.py, a sample (ARGS="--overwrite=True" trains it anew)
-# make compare the picture and the table of the README: quality against cache, resumable
+# make compare the picture and the table of docs/results.md: quality against cache, resumable
 # make recall  what a small cache forgets: recall against cache, resumable
 # make test    the test suite
 # make machines  the test suite as on other machines: without C, and where `auto` is bfloat16
@@ -17,10 +17,10 @@ train: .venv/run
 
 compare: .venv/run
 	$(BIN)/python -m tools.sweep config/compare.txt out/compare
-	$(BIN)/python compare.py out/compare/* --picture=assets/compare.png --into=README.md
+	$(BIN)/python compare.py out/compare/* --picture=assets/compare.png --into=docs/results.md
 
 recall: .venv/run
-	$(BIN)/python -m tools.recall --picture=assets/recall.png --into=README.md
+	$(BIN)/python -m tools.recall --picture=assets/recall.png --into=docs/results.md
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q -n 2 --dist=loadfile

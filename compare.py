@@ -11,8 +11,10 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -61,9 +63,8 @@ class Run:
         bad = [key for key in REQUIRED[1:] if not is_number(self.summary[key])]
         if bad or not self.summary[CACHE] > 0 or not self.summary["params/total"] > 0:
             raise UserError(f"{self.name}: {', '.join(bad) or CACHE} should be a number above 0")
-        self.curve = [
-            e for e in self.curve if all(map(is_number, map(e.get, ("tokens", "time", "train/loss"))))
-        ]
+        numbers = ("tokens", "time", "train/loss")
+        self.curve = [event for event in self.curve if all(is_number(event.get(key)) for key in numbers)]
         if rates := [rate for e in self.curve if is_number(rate := e.get("train/tokens_per_s"))]:
             self.summary = self.summary | {"train/tokens_per_s": statistics.median(rates)}
 
@@ -75,11 +76,8 @@ class Row:
     runs: list[Run]
     name: str = ""
     frontier: bool = False
-    values: dict[str, list[float]] = field(init=False)  # of MEASURED, from each run that has them
 
     def __post_init__(self):
-        summaries = [run.summary for run in self.runs]
-        self.values = {key: [v for s in summaries if is_number(v := s.get(key))] for key in MEASURED}
         names = [Path(run.name).name for run in self.runs]
         self.name = names[0]
         if len(names) > 1:  # what they have in common: mla-s1 and mla-s2 are mla
@@ -89,11 +87,15 @@ class Row:
         """The mean over seeds of what is MEASURED (None if no run has it), or a fact of the runs."""
         if key not in MEASURED:
             return self.runs[0].summary.get(key)
-        return statistics.fmean(self.values[key]) if self.values[key] else None
+        return statistics.fmean(values) if (values := self.values(key)) else None
+
+    def values(self, key: str) -> list[float]:
+        """Of each run that has it."""
+        return [value for run in self.runs if is_number(value := run.summary.get(key))]
 
     def spread(self, key: str) -> float | None:
         """Sample standard deviation over seeds; None for a single run."""
-        return statistics.stdev(self.values[key]) if len(self.values[key]) > 1 else None
+        return statistics.stdev(values) if len(values := self.values(key)) > 1 else None
 
 
 def is_number(value) -> bool:
@@ -104,53 +106,51 @@ def is_number(value) -> bool:
 
 
 def read_folder(path: Path) -> Run:
-    if not path.is_dir():
-        raise UserError(f"{path}: no folder")
-    if not (path / "config.json").exists():
-        raise UserError(f"{path}: no run folder, it has no config.json")
+    config = checkpoint.read_config(path)
     if not (path / "summary.json").exists():
         raise UserError(f"{path}: stopped before its first checkpoint, it has no summary.json")
-    config, summary = (checkpoint.read_json(path / f"{name}.json") for name in ("config", "summary"))
-    if not isinstance(config, dict) or not isinstance(summary, dict):
-        raise UserError(f"{path}: damaged, config.json or summary.json is no JSON object")
+    summary = checkpoint.read_json(path / "summary.json")
+    if not isinstance(summary, dict):
+        raise UserError(f"{path}: damaged, summary.json is no JSON object")
     return Run(str(path), config, summary, read_curve(path / "metrics.jsonl"))
 
 
 def read_curve(path: Path) -> list[dict]:
-    """Training events of a metrics.jsonl: the first after each of CURVE_POINTS places in it, and the last."""
-    try:
-        data = path.read_bytes() + b"\n"
-    except OSError:
-        return []
-    hits = {data.find(MARK, i * len(data) // CURVE_POINTS) for i in range(CURVE_POINTS)} | {data.rfind(MARK)}
+    """Training events of a metrics.jsonl: about CURVE_POINTS of them, the last included."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    lines = [line for line in lines if MARK in line]
     events = []
-    for at in sorted(hits - {-1}):
-        try:
-            events.append(json.loads(data[data.rfind(b"\n", 0, at) + 1 : data.index(b"\n", at)]))
-        except ValueError:  # cut short when the run was killed
-            continue
+    for line in reversed(lines[:: -max(len(lines) // CURVE_POINTS, 1)]):
+        with suppress(ValueError):  # a line cut short when the run was killed
+            events.append(json.loads(line))
     return [event for event in events if isinstance(event, dict)]
+
+
+@contextmanager
+def wandb_errors(task: str) -> Iterator[None]:
+    """Makes UserErrors of W&B's: no package, no key, no network, no such project."""
+    try:
+        yield
+    except ImportError as e:
+        package = str(e.name).partition(".")[0].replace("_", "-")
+        raise UserError(f"cannot {task} without a package: pip install {package}") from e
+    except Exception as e:  # of several libraries
+        raise UserError(f"cannot {task}: {one_line(e)}") from e
 
 
 def wandb_sources(project: str, api=None) -> list[Callable[[], Run]]:
     """The runs of ENTITY/PROJECT; `api` takes the place of wandb.Api(). Raises UserError."""
-    try:
+    with wandb_errors(f"read {project} from W&B"):
         import wandb
-    except ImportError as e:
-        raise UserError("--wandb needs a package: pip install wandb") from e
-    try:
+
         return [partial(read_wandb, run) for run in (api or wandb.Api(timeout=20)).runs(project)]
-    except Exception as e:  # no key, no network, no such project: errors of several libraries
-        raise UserError(f"cannot read {project} from W&B: {one_line(e)}") from e
 
 
 def read_wandb(run) -> Run:
     keys = ["tokens", "time", "train/loss", "train/tokens_per_s"]
-    try:
+    with wandb_errors(f"read {run.name} from W&B"):
         config, summary = dict(run.config), dict(run.summary)
         curve = run.history(samples=CURVE_POINTS, keys=keys, pandas=False)
-    except Exception as e:
-        raise UserError(f"{run.name}: cannot read it from W&B: {one_line(e)}") from e
     return Run(run.name, config, config | summary, curve, run.id)
 
 
@@ -176,18 +176,15 @@ def read_all(sources: list[Callable[[], Run]]) -> list[Run]:
 
 def make_rows(runs: list[Run]) -> list[Row]:
     """Runs by experiment, sorted by cache and then by quality, with the Pareto frontier marked."""
-    groups: dict[tuple, list[Run]] = {}
+    groups, repeats = {}, Counter()
     for run in runs:
         experiment = {k: v for k, v in run.config.items() if k not in NOT_THE_EXPERIMENT}
         if experiment.get("init_from") == "resume":  # went on after a stop, with what it had begun with
             experiment["init_from"] = "scratch"
         facts = [run.summary.get(key) for key in ("corpus_sha256", "tokens", CACHE)]
-        same = json.dumps([experiment, facts], sort_keys=True, default=str)
-        seed = run.summary.get("seed")
-        again = 0  # a seed that is there already is a repetition, a row of its own
-        while any(other.summary.get("seed") == seed for other in groups.get((same, again), [])):
-            again += 1
-        groups.setdefault((same, again), []).append(run)
+        same, seed = json.dumps([experiment, facts], sort_keys=True, default=str), run.summary.get("seed")
+        groups.setdefault((same, repeats[same, seed]), []).append(run)
+        repeats[same, seed] += 1  # a seed that is there already is a repetition, a row of its own
     rows = [Row(group) for group in groups.values()]
     for row in rows:
         if sum(other.name == row.name for other in rows) > 1:
@@ -233,14 +230,11 @@ def shorten(value) -> str:
 def cells(row: Row) -> dict[str, str]:
     """A row of the table, by column."""
 
-    def measured(key: str, digits: str) -> str:
+    def measured(key: str, digits: str, spread: bool = True) -> str:
         if row[key] is None:
             return "-"
-        spread = "" if row.spread(key) is None else f" ± {row.spread(key):{digits}}"
-        return f"{row[key]:{digits}}{spread}"
-
-    def rate(key: str) -> str:
-        return "-" if row[key] is None else f"{row[key]:,.0f}"
+        spread = spread and row.spread(key) is not None
+        return f"{row[key]:{digits}}" + (f" ± {row.spread(key):{digits}}" if spread else "")
 
     return {
         "run": row.name + (" *" if row.frontier else ""),
@@ -251,28 +245,29 @@ def cells(row: Row) -> dict[str, str]:
         "val loss": measured("best/val_loss", ".4f"),
         "bits/byte": measured("best/val_bpb", ".4f"),
         "seeds": str(len(row.runs)),
-        "decode tok/s": rate("decode/tokens_per_s"),
-        "train tok/s": rate("train/tokens_per_s"),
+        "decode tok/s": measured("decode/tokens_per_s", ",.0f", spread=False),
+        "train tok/s": measured("train/tokens_per_s", ",.0f", spread=False),
     }
 
 
+def table(rows: list[Row]) -> list[list[str]]:
+    """The titles of the columns, and a line for each row."""
+    return [list(cells(rows[0])), *(list(cells(row).values()) for row in rows)]
+
+
 def as_text(rows: list[Row]) -> str:
-    columns = [[title, *column] for title, column in columns_of(rows).items()]
-    for i, column in enumerate(columns):
-        width = max(map(len, column))
-        column.insert(1, "-" * width)
-        columns[i] = [cell.ljust(width) if i < 2 else cell.rjust(width) for cell in column]
-    return "\n".join("  ".join(line) for line in zip(*columns, strict=True))
+    columns = list(zip(*table(rows), strict=True))
+    for i, (title, *column) in enumerate(columns):
+        width = max(map(len, columns[i]))
+        pad = str.ljust if i < 2 else str.rjust
+        columns[i] = [pad(cell, width) for cell in (title, "-" * width, *column)]
+    return "\n".join(map("  ".join, zip(*columns, strict=True)))
 
 
-def as_markdown(rows: list[Row]) -> str:
-    table = columns_of(rows).items()
-    columns = [[title, "---" if i < 2 else "---:", *column] for i, (title, column) in enumerate(table)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
-
-
-def columns_of(rows: list[Row]) -> dict[str, list[str]]:
-    return {title: [cells(row)[title] for row in rows] for title in cells(rows[0])}
+def markdown(lines: list[list[str]], words: int = 1) -> str:
+    """A table whose first line has the titles; all but the first `words` columns are numbers."""
+    sides = ["---"] * words + ["---:"] * (len(lines[0]) - words)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], sides, *lines[1:]))
 
 
 def as_json(rows: list[Row]) -> str:
@@ -301,30 +296,23 @@ def put_into(path: Path, table: str, mark: str = "compare") -> None:
 
 
 def save_workspace(project: str, runs: list[Run]) -> str:
-    """Save a view of ENTITY/PROJECT with the scatter panel, runs coloured by attention; returns its address.
+    """Save a view of ENTITY/PROJECT with the scatter panel, runs colored by attention; returns its address.
 
     Raises UserError.
     """
-    try:
+    with wandb_errors(f"save a workspace in {project}"):
         import wandb_workspaces.reports.v2 as panels
         import wandb_workspaces.workspaces as workspaces
-    except ImportError as e:
-        raise UserError("--workspace needs a package: pip install wandb-workspaces") from e
-    styles = styles_of(run.summary["attention"] for run in runs)
-    x, y = panels.SummaryMetric(CACHE), panels.SummaryMetric("best/val_bpb")
-    scatter = panels.ScatterPlot(title="quality against cache", x=x, y=y, log_x=True)
-    curves = [panels.LinePlot(x=panels.Metric(x), y=["val/loss"]) for x in ("tokens", "time")]
-    section = workspaces.Section(name="Comparison", panels=[scatter, *curves], is_open=True)
-    colours = {run.id: workspaces.RunSettings(color=styles[run.summary["attention"]][0]) for run in runs}
-    settings = workspaces.RunsetSettings(run_settings=colours)
-    entity, _, name = project.partition("/")
-    workspace = workspaces.Workspace(
-        entity, name, "Quality against cache", [section], runset_settings=settings
-    )
-    try:
-        return workspace.save().url
-    except Exception as e:  # no key, no network: errors of several libraries
-        raise UserError(f"cannot save a workspace in {project}: {one_line(e)}") from e
+
+        styles = styles_of(run.summary["attention"] for run in runs)
+        x, y = panels.SummaryMetric(CACHE), panels.SummaryMetric("best/val_bpb")
+        scatter = panels.ScatterPlot(title="quality against cache", x=x, y=y, log_x=True)
+        curves = [panels.LinePlot(x=panels.Metric(x), y=["val/loss"]) for x in ("tokens", "time")]
+        section = workspaces.Section(name="Comparison", panels=[scatter, *curves], is_open=True)
+        colors = {run.id: workspaces.RunSettings(color=styles[run.summary["attention"]][0]) for run in runs}
+        settings, names = workspaces.RunsetSettings(run_settings=colors), project.split("/")
+        title = "Quality against cache"
+        return workspaces.Workspace(*names, title, [section], runset_settings=settings).save().url
 
 
 def main(argv: list[str]) -> None:
@@ -339,11 +327,12 @@ def main(argv: list[str]) -> None:
     sources = wandb_sources(options.wandb) if options.wandb else [partial(read_folder, f) for f in folders]
     runs = read_all(sources)
     rows = make_rows(runs)
-    print({"text": as_text, "markdown": as_markdown, "json": as_json}[options.format](rows))
+    page = markdown(table(rows), words=2)
+    print({"text": as_text(rows), "markdown": page, "json": as_json(rows)}[options.format])
     for line in warnings(rows):
         print(f"warning: {line}", file=sys.stderr)
     if options.into:
-        put_into(Path(options.into), as_markdown(rows))
+        put_into(Path(options.into), page)
     if options.picture:
         draw_compare(rows, quality_key(rows), Path(options.picture))
     if options.workspace:

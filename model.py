@@ -1,4 +1,4 @@
-"""A GPT whose attention is one flag: mha, mqa, gqa or mla. Only the maths, in torch, as the papers write it.
+"""A GPT with a choice of attention: mha, mqa, gqa or mla. Only the maths, in torch, as in the papers.
 
 Pre-norm blocks of RMSNorm, attention, RMSNorm and SwiGLU, without biases; rotary position embedding, full or
 partial, computed from positions, without a length limit. The KV cache is in nanokv/cache.py; each attention
@@ -9,10 +9,12 @@ Dimensions in comments: B batch, T new tokens, S tokens that attention reads, C 
 D head width, V vocabulary.
 """
 
+# pyright: reportOptionalOperand=false, reportOperatorIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +29,8 @@ Cache = LayerCache | None
 
 @dataclass
 class GPTConfig:
-    """Shape of a model. A field left None is resolved by the attention it belongs to. Raises ValueError, one
-    line that names the fault and the remedy, if the fields do not fit together.
+    """Shape of a model. The attention class fills in its fields that are None. Raises ValueError, one line
+    that names the fault and the remedy, if the fields do not fit together.
     """
 
     # model
@@ -44,8 +46,8 @@ class GPTConfig:
     norm_eps: float = 1e-6  # added to the mean square in every RMSNorm
     tie_embeddings: bool = False  # one matrix for the token embedding and the output head
     # sliding window
-    window: int = 0  # last tokens that a layer marked S sees, the current one included; 0: all layers see all
-    window_pattern: str = "S"  # the layers, repeated: S sees `window` tokens, L all; SSSL: every fourth all
+    window: int = 0  # last tokens that a layer marked S sees, the current one included; 0: full attention
+    window_pattern: str = "S"  # repeated over the layers: S sliding window, L full; SSSL: every fourth is full
     sink_tokens: int = 0  # first tokens that an S layer sees besides its window (attention sinks)
     # mha, mqa, gqa
     n_kv_head: int | None = None  # key and value heads, a divisor of n_head; mha: n_head, mqa: 1
@@ -58,7 +60,7 @@ class GPTConfig:
     qk_nope_head_dim: int | None = None  # width of a head's unrotated query and key; None: the rest of D
     v_head_dim: int | None = None  # width of a head's value; None: that of its key, D
     q_lora_rank: int | None = None  # width of the query's latent; None: a full-rank query projection
-    qk_rope_repeat: int | None = None  # how often each RoPE frequency occurs in that rotated part; None: 1
+    qk_rope_repeat: int | None = None  # times that each RoPE frequency occurs in qk_rope_head_dim; None: 1
 
     def __post_init__(self):
         if self.attention not in ATTENTIONS:
@@ -82,7 +84,7 @@ class GPTConfig:
             self.intermediate_size = max(8 * self.n_embd // 3 // 64, 1) * 64
 
     def layer_windows(self) -> list[int]:
-        """The window of each layer, in tokens; 0 where it sees all."""
+        """The window of each layer, in tokens; 0: full attention."""
         pattern = self.window_pattern
         return [self.window if pattern[i % len(pattern)] == "S" else 0 for i in range(self.n_layer)]
 
@@ -98,7 +100,7 @@ class GPTConfig:
 def rope_angles(positions: Tensor, width: int, theta: float, repeat: int = 1) -> Rope:
     """Cosines and sines, (B, 1, T, width / 2) each, of RoPE (Su et al. 2021) at `positions` (B, T), in fp32.
 
-    Pair j turns by position * theta^(-2j / width). With `repeat`, that many RoPEs of width / repeat each.
+    Pair j turns by position * theta^(-2j / width). With `repeat`, the frequencies of width / repeat, that often.
     """
     width //= repeat
     exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / -max(width, 1)
@@ -107,7 +109,7 @@ def rope_angles(positions: Tensor, width: int, theta: float, repeat: int = 1) ->
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn as many first dimensions of x (B, H, T, D) as `rope` has. A pair is j, half + j, as in Llama."""
+    """Apply RoPE to the leading dimensions of x (B, H, T, D). Pairs are (j, half + j), as in Llama."""
     (cos, sin), half = rope, rope[0].size(-1)
     x1, x2, rest = x.split((half, half, x.size(-1) - 2 * half), -1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), -1).type_as(x)
@@ -116,7 +118,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 def visible(q: Tensor, k: Tensor, window: int, sinks: int) -> Tensor:
     """The attention mask: whether a query at position q sees a key at position k (-1: no key there).
 
-    Keys up to its own; with a window, the last `window` of these and the first `sinks`. Shapes broadcast.
+    Causal; with a window, only the last `window` keys and the first `sinks`. Shapes broadcast.
     """
     seen = (k >= 0) & (k <= q)
     return seen & ((k > q - window) | (k < sinks)) if window else seen
@@ -153,7 +155,7 @@ class RMSNorm(nn.Module):
 class Attend(nn.Module):
     """The inner attention, softmax(scale q k^T) v, without parameters.
 
-    It is handed the layer's cache, not what was read from it, so that a kernel in its place can read codes.
+    It takes the layer's cache rather than its contents, so that a kernel in its place can read the codes.
     """
 
     def __init__(self, scale: float, dropout: float = 0.0):
@@ -165,8 +167,9 @@ class Attend(nn.Module):
 
         k, v: tensors, or names of the cache's parts. key_factor (B, H, S) multiplies the scores of each key.
         """
-        if isinstance(k, str):
-            k, v = (cache.read(name, like=q) for name in (k, v)) if k != v else [cache.read(k, like=q)] * 2
+        if cache is not None and not isinstance(k, Tensor):
+            same, k = k == v, cache.read(k, like=q)
+            v = k if same else cache.read(v, like=q)
         (B, H, T, D), G = q.shape, k.size(1)
         dropout = self.dropout if self.training else 0.0
         if key_factor is not None:
@@ -174,15 +177,14 @@ class Attend(nn.Module):
                 mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[None, None]
             k, v = (t.repeat_interleave(H // G, 1) for t in (k, v))
             scores = self.scale * key_factor[:, :, None] * (q @ k.mT)  # (B, H, T, S)
-            weights = scores.masked_fill(~mask, -math.inf).float().softmax(-1).type_as(v)
+            weights = scores.masked_fill(~mask, -torch.inf).float().softmax(-1).type_as(v)
             return F.dropout(weights, dropout) @ v
         if mask is None:
-            shared = dict(scale=self.scale, enable_gqa=G < H)
-            return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, **shared)
+            return F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=self.scale, enable_gqa=G < H)
         # the heads that share a key become more queries of it, so that no key is repeated in memory
         q, mask = q.reshape(B, G, H // G * T, D), mask.repeat(1, 1, H // G, 1)
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
-        return y.view(B, H, T, -1)
+        return y.reshape(B, H, T, -1)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -197,9 +199,7 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.head_dim, self.qk_norm, self.rope_width = config.head_dim, config.qk_norm, config.rotary_dim
-        self.score_width = (
-            config.n_head * 2 * config.head_dim
-        )  # multiply-adds of a query and a key, all heads
+        self.score_width = 2 * config.n_head * config.head_dim  # multiply-adds per query-key pair
         self.q_proj = Linear(config.n_embd, config.n_head * config.head_dim)
         self.k_proj = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.v_proj = Linear(config.n_embd, config.n_kv_head * config.head_dim)
@@ -256,7 +256,7 @@ class MultiHeadLatentAttention(nn.Module):
     Absorbed form, for decoding: q . (W_uk c) = (W_uk^T q) . c, so W_uk_h moves to the query, and likewise
     W_uv_h behind the sum; the heads attend to the cached latents themselves.
 
-    Position has a key of its own, k_rope, because RoPE would stand between the two: in q^T R_(t-s) W_uk c the
+    RoPE is applied to a separate key, k_rope, since it would keep W_uk from moving: in q^T R_(t-s) W_uk c the
     rotation R depends on the distance, so W_uk^T R^T q would be another vector for every cached token. One
     rope key of width dr is shared by all heads. The latent is normed before it is cached, so that both
     up-projections read a vector of fixed size, however the residual stream grows during training.
@@ -310,7 +310,7 @@ class MultiHeadLatentAttention(nn.Module):
         """Whether T new tokens cost fewer multiply-adds absorbed than expanded. Per head and cached token:
         T (2 r + dr) absorbed; T (dn + dr + dv) and, once, r (dn + dv) expanded.
         """
-        if not is_plain(self.kv_b_proj):  # its weight is not all that it computes
+        if not is_plain(self.kv_b_proj):  # an adapter or a hook: its weight alone is not enough
             return False
         return T * (2 * self.rank - self.dn - self.dv) < self.rank * (self.dn + self.dv)
 
@@ -348,7 +348,7 @@ class MultiHeadLatentAttention(nn.Module):
 
 
 # A new attention is a class with the same members, and an entry here: see docs/add_an_attention.md.
-ATTENTIONS = {"mha": GroupedQueryAttention, "mqa": GroupedQueryAttention, "gqa": GroupedQueryAttention}
+ATTENTIONS: dict[str, Any] = dict.fromkeys(("mha", "mqa", "gqa"), GroupedQueryAttention)
 ATTENTIONS["mla"] = MultiHeadLatentAttention
 
 
@@ -403,7 +403,7 @@ class GPT(nn.Module):
             raise ValueError("a model needs a vocab_size of at least 1")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.layers: Any = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = Linear(config.n_embd, config.vocab_size)
@@ -422,25 +422,23 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=std if tied else 1.0)
             elif p.ndim == 2:
                 nn.init.normal_(p, std=p.size(1) ** -0.5)
-        if tied:  # the head would find in every token that token itself: its logit starts at std * C * norm
+        if tied:  # else each token would predict itself: its own logit starts at std * C * norm
             nn.init.constant_(self.norm.weight, 0.5 / (std * self.config.n_embd))
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) -> final hidden states (B, T, C), appending to `cache` if one is given."""
         config, windows, masks = self.config, self.config.layer_windows(), {}
+        x = F.dropout(self.embed_tokens(idx), config.dropout, self.training)  # (B, T, C)
         if cache is None:
             positions, caches = torch.arange(idx.size(1), device=idx.device)[None], [None] * len(windows)
-        elif len(idx) != cache.batch_size:
-            raise ValueError(f"a batch of {len(idx)} rows does not fit a cache for {cache.batch_size}")
         else:
-            positions, caches = cache.advance(idx.size(1)), cache.layers  # (B, T)
-        for window, layer in dict(zip(windows, caches, strict=True)).items():  # layers of one window share it
+            positions, caches = cache.advance(*idx.shape), cache.layers  # (B, T)
+        for window, layer in dict(zip(windows, caches, strict=True)).items():  # one mask per window
             if window or not (layer is None or layer.first):  # else plain causal attention, without a mask
                 q, k = (positions, positions) if layer is None else layer.positions
                 masks[window] = visible(q[:, None, :, None], k[:, None, None], window, config.sink_tokens)
         width, repeat = self.layers[0].self_attn.rope_width, config.qk_rope_repeat or 1
         rope = rope_angles(positions, width, config.rope_theta, repeat)
-        x = F.dropout(self.embed_tokens(idx), config.dropout, self.training)  # (B, T, C)
         for layer, window, layer_cache in zip(self.layers, windows, caches, strict=True):
             x = layer(x, rope, masks.get(window), layer_cache)
         return self.norm(x)
@@ -461,7 +459,7 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None, spare: int = 0):
         """An empty cache for batch_size rows of up to max_len tokens; dtype: None is that of the weights.
-        spare: how far a `rewind` may go back where a window is full. ValueError if dtype is no cache format.
+        spare: extra slots of windowed layers, for `rewind` to go back. ValueError if dtype is no cache format.
         """
         weight = self.embed_tokens.weight
         dtype = dtype or weight.dtype

@@ -21,9 +21,9 @@ from model import GPT, GPTConfig
 from nanokv import checkpoint
 from nanokv import tokenizer as tokenizers
 from nanokv.cache import CACHE_FORMATS
-from nanokv.config import UserError, cli, only_fields, parse
+from nanokv.config import UserError, check_range, cli, only_fields, parse
 from nanokv.device import pick_device, pick_dtype
-from nanokv.generate import DraftModel, Lookup, Stats, check_sampling, generate
+from nanokv.generate import DraftModel, PromptLookup, Stats, check_sampling, generate
 from nanokv.text import TextStream, encode_prompt, stop_ids
 
 SEPARATOR = "---------------"
@@ -59,11 +59,8 @@ class Options:
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
-        for name in ("num_samples", "batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, not {self.seed}")
+        check_range(self, "num_samples batch_size max_new_tokens", at_least=1)
+        check_range(self, "seed", at_least=0)
         if self.greedy:
             self.temperature = 0.0
 
@@ -84,9 +81,7 @@ def load_run(
             raise RuntimeError(f"{len(weights)} tensors do not fill {config.n_layer} layers")
         model = checkpoint.build(partial(GPT, config), weights)
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"the weights in {run_dir / which} do not fit the model in its config.json"
-        ) from error
+        raise UserError(f"the weights in {run_dir / which} do not fit its config.json") from error
     tokenizer = tokenizers.load(run_dir)
     if tokenizer.n_vocab > config.vocab_size:
         raise UserError(f"the tokenizer in {run_dir} is not this run's: it has more ids than the model")
@@ -146,22 +141,15 @@ def report(stats: Stats, config: GPTConfig, dtype: torch.dtype, rows: int) -> st
     """Lines on speed, on the cache (in dtype), and on the draft if there was one."""
     prefill_rate = stats.prompt_tokens / stats.prefill_seconds
     decode_rate = stats.decode_tokens / stats.decode_seconds if stats.decode_seconds else 0.0
-    per_token = config.kv_bytes_per_token(dtype)
-    return (
+    per_token, name = config.kv_bytes_per_token(dtype), str(dtype).removeprefix("torch.")
+    lines = [
         f"prefill {stats.prompt_tokens:,} tokens, {prefill_rate:,.0f} tokens/s; "
-        f"decode {stats.decode_tokens:,} tokens, {decode_rate:,.0f} tokens/s; batch of {rows}\n"
-        f"kv cache ({config.attention}, {str(dtype).removeprefix('torch.')}) {per_token:,} bytes a token, "
-        f"{stats.cache_bytes:,} bytes allocated"
-        + (f"\ndraft: {stats.right:,} of {stats.guessed:,} guesses were right" if stats.guessed else "")
-    )
-
-
-def load_draft(options: Options, tokenizer: tokenizers.Tokenizer) -> GPT:
-    """The model of the run that --draft names. Raises UserError if it has other tokens."""
-    model, its_tokenizer = load_run(options.draft, options.device, options.dtype)
-    if tokenizers.sha256(its_tokenizer) != tokenizers.sha256(tokenizer):
-        raise UserError(f"{options.draft} cannot draft for {options.out_dir}: it has another tokenizer")
-    return model
+        f"decode {stats.decode_tokens:,} tokens, {decode_rate:,.0f} tokens/s; batch of {rows}",
+        f"kv cache ({config.attention}, {name}) {per_token:,} bytes a token, {stats.cache_bytes:,} bytes allocated",
+    ]
+    if stats.drafted:
+        lines.append(f"draft: {stats.accepted:,} of {stats.drafted:,} drafted tokens accepted")
+    return "\n".join(lines)
 
 
 def print_all(options: Options, model: GPT, tokenizer: tokenizers.Tokenizer, prompts: list[list[int]]) -> str:
@@ -170,27 +158,22 @@ def print_all(options: Options, model: GPT, tokenizer: tokenizers.Tokenizer, pro
     shown = ["" if tuple(ids) == stop_ids(tokenizer) else tokenizer.decode(ids) for ids in prompts]
     stop = [text for text in options.stop.replace("\\n", "\n").split("||") if text]
     cache_dtype = CACHE_FORMATS.get(options.cache_dtype, model.embed_tokens.weight.dtype)
-    drafter = None if options.draft in (None, "lookup") else load_draft(options, tokenizer)
+    drafter = None
+    if options.draft not in (None, "lookup"):
+        drafter, its_tokenizer = load_run(options.draft, options.device, options.dtype)
+        if tokenizers.sha256(its_tokenizer) != tokenizers.sha256(tokenizer):
+            raise UserError(f"{options.draft} cannot draft for {options.out_dir}: it has another tokenizer")
     stats, total = Stats(), len(prompts) * options.num_samples
     at_once = 1 if options.draft else options.batch_size
+    knobs = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    knobs |= {"stop_ids": stop_ids(tokenizer), "n_vocab": tokenizer.n_vocab}
+    knobs |= {"cache_dtype": cache_dtype, "stats": stats}
     try:
         for first in range(0, total, at_once):
             rows = [i // options.num_samples for i in range(first, min(first + at_once, total))]
-            steps = generate(
-                model,
-                [prompts[row] for row in rows],
-                options.max_new_tokens,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                min_p=options.min_p,
-                seed=options.seed + first,
-                stop_ids=stop_ids(tokenizer),
-                n_vocab=tokenizer.n_vocab,
-                cache_dtype=cache_dtype,
-                stats=stats,
-                draft=Lookup() if options.draft == "lookup" else drafter and DraftModel(drafter),
-            )
+            draft = PromptLookup() if options.draft == "lookup" else drafter and DraftModel(drafter)
+            own = {"seed": options.seed + first, "draft": draft}
+            steps = generate(model, [prompts[row] for row in rows], options.max_new_tokens, **own, **knobs)
             if first:
                 print(SEPARATOR)
             print_samples(steps, [shown[row] for row in rows], [TextStream(tokenizer, stop) for _ in rows])
@@ -200,9 +183,7 @@ def print_all(options: Options, model: GPT, tokenizer: tokenizers.Tokenizer, pro
 
 
 def main(argv: list[str]) -> None:
-    if argv and not argv[0].startswith("-"):
-        argv = [f"--out_dir={argv[0]}", *argv[1:]]
-    options = parse(Options, argv, USAGE)
+    options = parse(Options, argv, USAGE, bare=1)
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     texts = read_prompts(options.start, options.split_lines)
     model, tokenizer = load_run(options.out_dir, options.device, options.dtype, options.which)

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from backends import cpu_library
 from nanokv.config import UserError
 
 CHOICES = ("auto", "none", "cpu", "cuda")
@@ -27,11 +28,25 @@ class Piece(NamedTuple):
     fast: type[nn.Module]
     stands_for: tuple[str, ...]  # the functions that `fast` does not call, see fingerprints.py
 
+    @property
+    def edited(self) -> bool:
+        from backends.fingerprints import edited
+
+        return bool(edited(self.stands_for))
+
 
 def pieces() -> list[Piece]:
     from backends import cpu_decode, cpu_train
 
-    return [Piece(*piece) for piece in (*cpu_train.PIECES, *cpu_decode.PIECES)]
+    loss = tuple(f"nanokv.loss.LanguageModelLoss.{method}" for method in ("cross_entropy", "total"))
+    table = {
+        "norm": (cpu_train.CpuRMSNorm, ("model.RMSNorm.forward",)),
+        "attention": (cpu_train.CpuAttend, ("model.Attend.forward",)),
+        "mlp": (cpu_train.CpuMLP, ("model.MLP.forward",)),
+        "loss": (cpu_train.CpuLanguageModelLoss, (*loss, "model.GPT.head")),
+        "decoding": (cpu_decode.CpuGPT, cpu_decode.STANDS_FOR),
+    }
+    return [Piece(name, fast.__base__, fast, names) for name, (fast, names) in table.items()]
 
 
 def accelerate(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -46,7 +61,7 @@ def accelerate(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         raise UserError(f"NANOKV_BACKEND must be one of {', '.join(CHOICES)}, not {choice!r}")
     _notes[module] = why_not(module, choice, dtype)
     if not _notes[module]:
-        swaps = {piece.pure: piece.fast for piece in pieces() if not is_edited(piece)}
+        swaps = {piece.pure: piece.fast for piece in pieces() if not piece.edited}
         for part in module.modules():
             part.__class__ = swaps.get(type(part), type(part))
     return module
@@ -64,16 +79,8 @@ def why_not(module: nn.Module, choice: str, dtype: torch.dtype | None) -> str:
     dtypes = {dtype} if dtype else {w.dtype for w in weights} or {torch.float32}
     if torch.float32 not in dtypes:
         return "cpu: torch (C computes in fp32 only)"
-    from backends import cpu_library
-
     reason = cpu_library.why_not()
     return reason and f"cpu: torch ({reason})"
-
-
-def is_edited(piece: Piece) -> bool:
-    from backends import fingerprints
-
-    return bool(fingerprints.edited(piece.stands_for))
 
 
 def pure(module: nn.Module) -> nn.Module:
@@ -86,13 +93,10 @@ def pure(module: nn.Module) -> nn.Module:
 
 def describe(module: nn.Module) -> str:
     """One line: which backend computes what, and what was left to torch, and why."""
-    types = {type(part) for part in module.modules()}
-    present = [piece for piece in pieces() if {piece.pure, piece.fast} & types]
-    taken = [piece.name for piece in present if piece.fast in types]
-    left = [piece.name for piece in present if piece.fast not in types and is_edited(piece)]
+    types, known, n = {type(part) for part in module.modules()}, pieces(), torch.get_num_threads()
+    taken = ", ".join(piece.name for piece in known if piece.fast in types)
+    left = [f"{piece.name}: torch (its code was edited)" for piece in known if piece.pure in types and piece.edited]
     if not taken and (_notes.get(module) or not left):
         return f"backend {_notes.get(module) or 'none: torch'}"
-    threads = torch.get_num_threads()
-    by_c = f"{', '.join(taken)} in C ({threads} thread{'s' * (threads > 1)})" if taken else ""
-    reasons = [f"{name}: torch (its code was edited)" for name in left]
-    return "backend cpu: " + "; ".join([by_c] * bool(by_c) + reasons)
+    by_c = [f"{taken} in C ({n} thread{'s' * (n > 1)})"] if taken else []
+    return "backend cpu: " + "; ".join(by_c + left)

@@ -23,6 +23,9 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
 
+static inline long min(long a, long b) { return a < b ? a : b; }
+static inline long max(long a, long b) { return a > b ? a : b; }
+
 static inline vec load(const float *x) { return *(const vec *)x; }
 static inline void store(float *x, vec a) { *(vec *)x = a; }
 
@@ -100,33 +103,21 @@ static inline void norm_row(const float *x, const float *w, float *y, long n, fl
     for (long i = 0; i < n; i++) y[i] = x[i] * scale * w[i];
 }
 
-/* RoPE in place, as model.rotate does it: the first `width` numbers of each row of x, whose rows are `step` apart.
-   cosine and sine have `width` numbers, and the sines carry the sign of the rotation. sign = -1 rotates back. */
-static inline void rotate(float *x, const float *cosine, const float *sine, long rows, long step, long width,
-                          float sign) {
-    for (long half = width / 2; rows--; x += step)
-        for (long i = 0; i < half; i++) {
-            float a = x[i], b = x[i + half];
-            x[i] = a * cosine[i] + sign * b * sine[i];
-            x[i + half] = b * cosine[i + half] + sign * a * sine[i + half];
-        }
-}
-
 /* n rounded up to whole tiles. */
 static inline long whole_columns(long n) { return (n + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
 /* One tile of a matrix product: y (ROWS, COLUMNS) = a b, or y += a b with `add`. The sum is over n. Only the first
    `rows` rows of a and y exist. The next row of a is `a_row` on, its next number `a_step`. A number of a multiplies a
-   whole vector of b, so nothing has to be summed across the lanes of a vector. `prefetch` pays where a is read from
-   memory, and costs where it is in the cache. */
-static inline __attribute__((always_inline)) void tile_of(const float *a, long a_row, long a_step, long rows,
-                                                          const float *b, long b_row, long n, float *y, long y_row,
-                                                          int add, int prefetch) {
+   whole vector of b, so nothing has to be summed across the lanes of a vector. `prefetch` the rows of the next tile
+   where a is read from memory: it costs where a is in the cache. */
+static inline __attribute__((always_inline)) void tile(const float *a, long a_row, long a_step, long rows,
+                                                       const float *b, long b_row, long n, float *y, long y_row,
+                                                       int add, int prefetch) {
     const float *ahead = a + ROWS * a_row, *a0 = a, *a1 = rows > 1 ? a0 + a_row : a0, *a2 = rows > 2 ? a1 + a_row : a1;
     const float *a3 = rows > 3 ? a2 + a_row : a2, *a4 = rows > 4 ? a3 + a_row : a3, *a5 = rows > 5 ? a4 + a_row : a4;
     vec s0 = {0}, s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, t0 = s0, t1 = s0, t2 = s0, t3 = s0, t4 = s0, t5 = s0;
     for (long i = 0; i < n * a_step; i += a_step, b += b_row) {
-        if (prefetch) __builtin_prefetch(ahead), ahead += ROWS; /* the rows of the next tile */
+        if (prefetch) __builtin_prefetch(ahead), ahead += ROWS;
         vec u = load(b), v = load(b + LANES);
         s0 += u * a0[i], t0 += v * a0[i], s1 += u * a1[i], t1 += v * a1[i], s2 += u * a2[i], t2 += v * a2[i];
         s3 += u * a3[i], t3 += v * a3[i], s4 += u * a4[i], t4 += v * a4[i], s5 += u * a5[i], t5 += v * a5[i];
@@ -136,15 +127,6 @@ static inline __attribute__((always_inline)) void tile_of(const float *a, long a
         if (add) sums[r][0] += load(y), sums[r][1] += load(y + LANES);
         store(y, sums[r][0]), store(y + LANES, sums[r][1]);
     }
-}
-
-/* `tile_of`, compiled apart for contiguous rows of a. */
-static inline void tile(const float *a, long a_row, long a_step, long rows, const float *b, long b_row, long n,
-                        float *y, long y_row, int add) {
-    if (a_step == 1)
-        tile_of(a, a_row, 1, rows, b, b_row, n, y, y_row, add, 1);
-    else
-        tile_of(a, a_row, a_step, rows, b, b_row, n, y, y_row, add, 1);
 }
 
 #endif

@@ -6,8 +6,6 @@
 
 enum { BLOCK = 32 }; /* keys at a time */
 
-static inline long min2(long a, long b) { return a < b ? a : b; }
-
 /* load, and keep the vector in a register: gcc would read memory again for each of its uses */
 static inline vec load_once(const float *x) {
     vec y = load(x);
@@ -84,13 +82,13 @@ static void share_of_softmax(const float *q, const float *k, const float *v, flo
     memset(y, 0, n * dv * sizeof(float));
     for (long i = 0; i < n; i++) sum[i] = 0, top[i] = -FLT_MAX;
     for (long at = 0; at < keys; at += BLOCK, k += BLOCK * step, v += BLOCK * step) {
-        long rows = min2(keys - at, BLOCK), ahead = at + BLOCK < keys ? BLOCK * step : 0, c = 0;
+        long rows = min(keys - at, BLOCK), ahead = at + BLOCK < keys ? BLOCK * step : 0, c = 0;
         for (long j = 0; j < rows; j += 4) /* four keys stay in the L1 cache for all queries */
             for (long i = 0; i < n; i += 3) { /* queries that are missing of three are the last one again */
-                long i1 = min2(i + 1, n - 1), i2 = min2(i + 2, n - 1);
+                long i1 = min(i + 1, n - 1), i2 = min(i + 2, n - 1);
                 const float *queries[3] = {q + i * d, q + i1 * d, q + i2 * d}, *four[4];
                 float *out[3] = {p + i * BLOCK + j, p + i1 * BLOCK + j, p + i2 * BLOCK + j};
-                for (long u = 0; u < 4; u++) four[u] = k + min2(j + u, rows - 1) * step;
+                for (long u = 0; u < 4; u++) four[u] = k + min(j + u, rows - 1) * step;
                 dot3x4(queries, four, four[0] + ahead, d, scale, out);
             }
         for (long i = 0; i < n; i++) {
@@ -107,7 +105,7 @@ static void share_of_softmax(const float *q, const float *k, const float *v, flo
         }
         for (; c + 4 * LANES <= dv; c += 4 * LANES) /* 32 columns of the values stay in the L1 cache */
             for (long i = 0; i < n; i += 3) {
-                long i1 = min2(i + 1, n - 1), i2 = min2(i + 2, n - 1);
+                long i1 = min(i + 1, n - 1), i2 = min(i + 2, n - 1);
                 float *out[3] = {y + i * dv + c, y + i1 * dv + c, y + i2 * dv + c};
                 float kept[3] = {keep[i], keep[i1], keep[i2]};
                 mix3((float *[]){p + i * BLOCK, p + i1 * BLOCK, p + i2 * BLOCK}, v + c, ahead, step, rows, kept, out);

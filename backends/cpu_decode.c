@@ -16,6 +16,8 @@
 #include "cpu_attention.h"
 #ifdef _OPENMP
 #include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
 #endif
 
 enum { MIN_SHARE = 64 }; /* fewest keys that are worth a share of their own */
@@ -55,21 +57,13 @@ typedef struct {
     long size;     /* of all of them, in numbers */
 } buffers;
 
-static long thread_number(void) {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
-static long max2(long a, long b) { return a > b ? a : b; }
+static float *own_of_thread(const buffers *s) { return s->own + omp_get_thread_num() * s->own_size; }
 
 /* Widths of the keys and values that attention reads: those of a head, or for MLA those of the latent. */
 static long key_width(const model *m) { return m->rank ? m->rank + m->rope : m->head; }
 static long value_width(const model *m) { return m->rank ? m->rank : m->head; }
 static long widest_input(const model *m) {
-    return max2(m->width, max2(m->q_rank, m->heads * (m->rank ? m->dv : m->head)));
+    return max(m->width, max(m->q_rank, m->heads * (m->rank ? m->dv : m->head)));
 }
 
 /* The next n numbers of the scratch memory. They begin a cache line, so that threads do not share one. */
@@ -83,14 +77,14 @@ static buffers divide_scratch(const model *m) {
     buffers s = {0};
     long B = m->batch, H = m->heads, kv = m->rank ? m->rank + m->rope : m->groups * m->head, inner = 0;
     long queries = H / m->groups, d = key_width(m), dv = value_width(m);
-    for (long i = 0; i < m->n_layer; i++) inner = max2(inner, m->layers[i].inner);
+    for (long i = 0; i < m->n_layer; i++) inner = max(inner, m->layers[i].inner);
     s.x = take(m, &s, B * m->width), s.q = take(m, &s, B * H * m->head), s.k = take(m, &s, B * kv);
     s.v = take(m, &s, B * kv), s.q_latent = take(m, &s, B * m->q_rank), s.mixed = take(m, &s, m->rank ? B * H * d : 0);
     s.context = take(m, &s, m->rank ? B * H * dv : 0), s.out = take(m, &s, B * H * (m->rank ? m->dv : m->head));
-    s.cosine = take(m, &s, B * m->rope), s.sine = take(m, &s, B * m->rope), s.rms = take(m, &s, B);
+    s.cosine = take(m, &s, B * m->rope / 2), s.sine = take(m, &s, B * m->rope / 2), s.rms = take(m, &s, B);
     s.packed = take(m, &s, whole_columns(B) * widest_input(m)), s.inner = take(m, &s, whole_columns(B) * inner);
     s.parts = take(m, &s, m->threads > 1 ? B * m->groups * m->threads * queries * (dv + 2) : 0);
-    s.own_size = whole_columns(max2(widest_input(m), queries * (d + BLOCK + 3)));
+    s.own_size = whole_columns(max(widest_input(m), queries * (d + BLOCK + 3)));
     s.own = take(m, &s, s.own_size * m->threads);
     return s;
 }
@@ -105,7 +99,7 @@ static void pack(const float *x, const float *rms, const float *weight, float *y
     for (long i = 0; i < n; i++)
         for (long c = 0; c < batch; c += COLUMNS)
             for (long u = 0; u < COLUMNS; u++) {
-                long b = min2(c + u, batch - 1);
+                long b = min(c + u, batch - 1);
                 y[c * n + i * COLUMNS + u] = x[b * n + i] * (weight ? rms[b] * weight[i] : 1);
             }
 }
@@ -114,7 +108,7 @@ static void pack(const float *x, const float *rms, const float *weight, float *y
    than to wait for one thread's. */
 static const float *normalize(const model *m, const buffers *s, const float *x, const norm *w, long n) {
     if (m->batch == 1) {
-        float *y = s->own + thread_number() * s->own_size;
+        float *y = own_of_thread(s);
         norm_row(x, w->weight, y, n, w->eps);
         return y;
     }
@@ -136,7 +130,7 @@ static void project(long batch, const float *w, const float *x, const float *plu
     for (long r = 0; r < rows; r += ROWS)
         for (long c = 0; c < batch; c += COLUMNS) {
             float sums[ROWS][COLUMNS];
-            tile(w + r * n, n, 1, rows - r, x + c * n, COLUMNS, n, sums[0], COLUMNS, 0);
+            tile(w + r * n, n, 1, rows - r, x + c * n, COLUMNS, n, sums[0], COLUMNS, 0, 1);
             for (long b = c; b < batch && b < c + COLUMNS; b++)
                 for (long i = r; i < rows && i < r + ROWS; i++)
                     y[b * rows + i] = (plus ? plus[b * rows + i] : 0) + sums[i - r][b - c];
@@ -160,8 +154,8 @@ static void gate_up(const layer *l, const float *x, float *y, long batch, long n
     for (long r = 0; r < l->inner; r += ROWS)
         for (long c = 0; c < batch; c += COLUMNS) {
             float g[ROWS][COLUMNS], u[ROWS][COLUMNS], *out = y + c * l->inner + r * COLUMNS;
-            tile(gate + r * n, n, 1, l->inner - r, x + c * n, COLUMNS, n, g[0], COLUMNS, 0);
-            tile(up + r * n, n, 1, l->inner - r, x + c * n, COLUMNS, n, u[0], COLUMNS, 0);
+            tile(gate + r * n, n, 1, l->inner - r, x + c * n, COLUMNS, n, g[0], COLUMNS, 0, 1);
+            tile(up + r * n, n, 1, l->inner - r, x + c * n, COLUMNS, n, u[0], COLUMNS, 0, 1);
             for (long i = 0; i < ROWS * COLUMNS && r * COLUMNS + i < l->inner * COLUMNS; i += LANES)
                 gated(g[0] + i, u[0] + i, NULL, out + i, NULL, LANES);
         }
@@ -174,10 +168,11 @@ static void mlp(const model *m, const layer *l, const buffers *s) {
 #pragma omp barrier
 }
 
-/* In how many shares to cut the keys of each of `groups` key heads, so that no thread is idle for long: the smallest
-   number from which no other takes a tenth off the work of the busiest thread. */
-static long count_shares(long groups, long keys, long threads) {
-    long best = 1;
+/* In how many shares to cut the keys of each key head, so that no thread is idle for long: the smallest number from
+   which no other takes a tenth off the work of the busiest thread. */
+static long count_shares(const model *m, const layer *l) {
+    long groups = m->batch * m->groups, threads = m->threads, keys = 0, best = 1;
+    for (long b = 0; b < m->batch; b++) keys = max(keys, min(m->lengths[b] + 1, l->slots));
     for (long n = 2; n <= threads && n * MIN_SHARE <= keys; n++) {
         long most = (groups * n + threads - 1) / threads, now = (groups * best + threads - 1) / threads;
         if (10 * most * best < 9 * now * n) best = n;
@@ -187,21 +182,14 @@ static long count_shares(long groups, long keys, long threads) {
 
 /* The slot of the token at position p. The slots behind the sinks are a ring. */
 static long slot_of(const layer *l, long p) {
-    long ring = max2(l->slots - l->sinks, 1);
+    long ring = max(l->slots - l->sinks, 1);
     return p < l->sinks ? p : p - (p - l->sinks) / ring * ring;
-}
-
-/* How many shares this layer's attention is cut in; all rows have the same number. */
-static long shares_of(const model *m, const layer *l) {
-    long most = 0;
-    for (long b = 0; b < m->batch; b++) most = max2(most, min2(m->lengths[b] + 1, l->slots));
-    return count_shares(m->batch * m->groups, most, m->threads);
 }
 
 /* The first of the keys in a share of row b, and how many there are: none if it has few keys. */
 static long first_key(const model *m, const layer *l, long b, long share, long shares, long *count) {
-    long keys = min2(m->lengths[b] + 1, l->slots), each = ((keys + shares - 1) / shares + BLOCK - 1) / BLOCK * BLOCK;
-    *count = min2(max2(keys - share * each, 0), each);
+    long keys = min(m->lengths[b] + 1, l->slots), each = ((keys + shares - 1) / shares + BLOCK - 1) / BLOCK * BLOCK;
+    *count = min(max(keys - share * each, 0), each);
     return share * each;
 }
 
@@ -211,7 +199,7 @@ static void attend(const model *m, const layer *l, const buffers *s, const float
                    long share, long shares) {
     long n = m->heads / m->groups, d = key_width(m), dv = value_width(m), group = b * m->groups + g, count;
     long first = first_key(m, l, b, share, shares, &count), at = (group * l->slots + first) * d;
-    float *own = s->own + thread_number() * s->own_size + n * d, *sum = own + n * (BLOCK + 1), *top = sum + n;
+    float *own = own_of_thread(s) + n * d, *sum = own + n * (BLOCK + 1), *top = sum + n;
     float *part = s->parts + (group * shares + share) * n * (dv + 2), *out = y + group * n * dv;
     if (shares > 1) out = part, sum = part + n * dv, top = sum + n;
     share_of_softmax(q, l->keys + at, l->values + at, out, sum, top, own, n, count, d, dv, d, m->scale);
@@ -244,17 +232,28 @@ static void project_out(const model *m, const layer *l, const buffers *s, long n
 #pragma omp barrier
 }
 
-/* The head at x of row b: qk_norm if it has one, then RoPE. */
-static void norm_and_rotate(const model *m, const buffers *s, const norm *w, float *x, long b, long rows) {
-    if (w->weight)
-        for (long i = 0; i < rows; i++) norm_row(x + i * m->head, w->weight, x + i * m->head, m->head, w->eps);
-    rotate(x, s->cosine + b * m->rope, s->sine + b * m->rope, rows, m->head, m->rope, 1);
+/* RoPE of one head at the position of row b, in place, as model.rotate does it. */
+static void rotate(const model *m, const buffers *s, float *x, long b) {
+    long half = m->rope / 2;
+    const float *cosine = s->cosine + b * half, *sine = s->sine + b * half;
+    for (long i = 0; i < half; i++) {
+        float x1 = x[i], x2 = x[i + half];
+        x[i] = x1 * cosine[i] - x2 * sine[i], x[i + half] = x2 * cosine[i] + x1 * sine[i];
+    }
+}
+
+/* The heads at x of row b: qk_norm if the layer has one, then RoPE. */
+static void norm_and_rotate(const model *m, const buffers *s, const norm *w, float *x, long b, long heads) {
+    for (; heads--; x += m->head) {
+        if (w->weight) norm_row(x, w->weight, x, m->head, w->eps);
+        rotate(m, s, x, b);
+    }
 }
 
 /* x += GroupedQueryAttention(norm(x)). A share's queries are made by the thread that needs them; the new key and value
    are stored by the one whose share they are in, which alone reads them. */
 static void grouped_query(const model *m, const layer *l, const buffers *s) {
-    long n = m->heads / m->groups, d = m->head, shares = shares_of(m, l);
+    long n = m->heads / m->groups, d = m->head, shares = count_shares(m, l);
     const float *h = normalize(m, s, s->x, &l->attention_norm, m->width);
     project(m->batch, l->q, h, NULL, s->q, m->heads * d, m->width);
     project(m->batch, l->k, h, NULL, s->k, m->groups * d, m->width);
@@ -264,7 +263,7 @@ static void grouped_query(const model *m, const layer *l, const buffers *s) {
     for (long t = 0; t < m->batch * m->groups * shares; t++) {
         long group = t / shares, b = group / m->groups, slot = slot_of(l, m->lengths[b]), count;
         long first = first_key(m, l, b, t % shares, shares, &count);
-        float *q = s->own + thread_number() * s->own_size, *k = s->k + group * d;
+        float *q = own_of_thread(s), *k = s->k + group * d;
         memcpy(q, s->q + group * n * d, n * d * sizeof(float));
         norm_and_rotate(m, s, &l->q_norm, q, b, n);
         if (first <= slot && slot < first + count) {
@@ -284,14 +283,14 @@ static void absorb_queries(const model *m, const layer *l, const buffers *s) {
     long wide = key_width(m), r = m->rank, blocks = (r + BLOCK - 1) / BLOCK + 1;
 #pragma omp for schedule(static)
     for (long t = 0; t < m->heads * blocks; t++) {
-        long h = t / blocks, c = t % blocks * BLOCK, n = min2(r - c, BLOCK);
+        long h = t / blocks, c = t % blocks * BLOCK, n = min(r - c, BLOCK);
         const float *w_uk = l->kv_b + h * (m->nope + m->dv) * r + c;
         for (long b = 0; b < m->batch; b++) {
             const float *q = s->q + (b * m->heads + h) * m->head;
             float *y = s->mixed + (b * m->heads + h) * wide;
             if (t % blocks == blocks - 1) { /* one more than the columns need */
                 memcpy(y + r, q + m->nope, m->rope * sizeof(float));
-                rotate(y + r, s->cosine + b * m->rope, s->sine + b * m->rope, 1, 0, m->rope, 1);
+                rotate(m, s, y + r, b);
             } else if (n == BLOCK) {
                 vec sums[BLOCK / LANES] = {{0}};
                 for (long j = 0; j < m->nope; j++)
@@ -308,7 +307,7 @@ static void absorb_queries(const model *m, const layer *l, const buffers *s) {
 
 /* x += MultiHeadLatentAttention(norm(x)) in its absorbed form: all heads attend to the latents in the cache. */
 static void multi_head_latent(const model *m, const layer *l, const buffers *s) {
-    long wide = key_width(m), r = m->rank, rows = m->heads * m->dv, shares = shares_of(m, l);
+    long wide = key_width(m), r = m->rank, rows = m->heads * m->dv, shares = count_shares(m, l);
     const float *h = normalize(m, s, s->x, &l->attention_norm, m->width);
     project(m->batch, l->kv_a, h, NULL, s->k, wide, m->width);
     if (m->q_rank) {
@@ -322,7 +321,7 @@ static void multi_head_latent(const model *m, const layer *l, const buffers *s) 
     for (long b = 0; b < m->batch; b++) { /* [c | k_rope] to the cache */
         float *own = s->k + b * wide;
         norm_row(own, l->kv_a_norm.weight, own, r, l->kv_a_norm.eps);
-        rotate(own + r, s->cosine + b * m->rope, s->sine + b * m->rope, 1, 0, m->rope, 1);
+        rotate(m, s, own + r, b);
         memcpy(l->keys + (b * l->slots + slot_of(l, m->lengths[b])) * wide, own, wide * sizeof(float));
     }
     absorb_queries(m, l, s);
@@ -346,11 +345,10 @@ static void begin(const model *m, const buffers *s, const int64_t *ids, long ste
     long half = m->rope / 2;
 #pragma omp for schedule(static)
     for (long b = 0; b < m->batch; b++) {
-        float *cosine = s->cosine + b * m->rope, *sine = s->sine + b * m->rope;
         memcpy(s->x + b * m->width, m->embedding + ids[b * step] * m->width, m->width * sizeof(float));
         for (long i = 0; i < half; i++) {
             float angle = (float)m->lengths[b] * m->frequency[i];
-            cosine[i] = cosine[i + half] = cosf(angle), sine[i + half] = sinf(angle), sine[i] = -sine[i + half];
+            s->cosine[b * half + i] = cosf(angle), s->sine[b * half + i] = sinf(angle);
         }
     }
 }
@@ -362,7 +360,7 @@ static int can_step(const model *m, const int64_t *ids, long step) {
         if (ids[b * step] < 0 || ids[b * step] >= m->vocab) return 0;
         if (m->lengths[b] < 0 || (m->lengths[b] >= m->max_len && !m->endless)) return 0;
         for (const layer *l = m->layers; l < m->layers + m->n_layer; l++)
-            if (l->window && min2(m->lengths[b] + 1, l->slots) > l->sinks + l->window) return 0;
+            if (l->window && min(m->lengths[b] + 1, l->slots) > l->sinks + l->window) return 0;
     }
     return 1;
 }

@@ -1,35 +1,31 @@
-"""Decoding on a CPU: one call of cpu_decode.c for each new token of a model, instead of some hundred operators.
+"""Decoding on a CPU: one call of cpu_decode.c for each step of a model, in place of a hundred operators.
 
 `CpuGPT` stands in for model.GPT. A `Step` has what the C function needs of one model and one cache: addresses
 of weights and buffers, and widths. It is made at the first decode step over that cache, and used as long as
-nothing has changed that it was made from: before each step `Step.holds` compares the model's modules, their
-attributes, hooks, weights and classes, and the cache, with what they were. That takes some microseconds for
-each block. After a change, the step is left to model.py, and the next one makes a new Step, if cpu_decode.c
-still computes what the model does.
+nothing has changed that it was made from: `Step.holds` compares the model's modules, their attributes, hooks,
+weights and classes, and the cache, with what they were. That takes some microseconds for each block.
 """
 
 from __future__ import annotations
 
 import ctypes
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import model as model_py
+import model as pure
 from backends import cpu_library, fingerprints
-from backends.cpu_structs import CannotDecode, Structs, check
-from backends.torch_private import plain_eager
-from model import GPT, MLP, Attend, Block, GroupedQueryAttention, Linear, MultiHeadLatentAttention, RMSNorm
+from backends.cpu_checks import as_written, can_replace, plain_operators, plain_weight, readable, unpatched
+from backends.cpu_library import N, P, R
+from model import GPT, GPTConfig
 from nanokv.cache import KVCache, LayerCache, Plan
 
-FEW_ROWS = (
-    128  # of hidden states; for more a BLAS is faster, which copies the matrix into an order of its own
-)
-LONGEST_PAUSE = 64  # decode steps, before it is tried again to make a Step of a model that could not be one
+FEW_ROWS = 128  # of hidden states; for more a BLAS is faster, which first reorders the matrix
+RETRY = 8  # decode steps that model.py takes after a change, before it is tried to make a Step again
 
 # What cpu_decode.c computes instead. If one of these was edited, it is not used: see fingerprints.py.
 STANDS_FOR = (
@@ -42,91 +38,177 @@ STANDS_FOR = (
     *("nanokv.cache.LayerCache.held", "nanokv.cache.Plan.make", "nanokv.cache.Plan.held"),
     "nanokv.cache.Plan.slot_of",
 )
-# What these classes and modules define must not change while a Step is in use.
-CLASSES = (GPT, Block, MLP, GroupedQueryAttention, MultiHeadLatentAttention, Attend, RMSNorm, Linear)
-CLASSES += (model_py.GPTConfig, KVCache, LayerCache, Plan)
-MODEL_FUNCTIONS = attrgetter("rotate", "rope_angles", "visible")
-MODULE_FUNCTIONS = attrgetter("__call__", "__getattr__", "_call_impl", "_wrapped_call_impl")
-TORCH_FUNCTIONS = attrgetter("linear", "rms_norm", "silu", "embedding", "scaled_dot_product_attention")
-
-
-def torch_functions() -> tuple[Any, ...]:
-    forwards = nn.Linear.forward, nn.Embedding.forward
-    return *forwards, *TORCH_FUNCTIONS(F), *MODULE_FUNCTIONS(nn.Module)
-
-
-IMPORTED = torch_functions()
-
-
-def snapshot(module: nn.Module) -> tuple[dict[str, Any], list[Any]]:
-    """A module's attributes, to be compared with its `__dict__` later, and those containers that are empty.
-
-    Of a container that is not empty it has a copy, since it could be changed in place.
-    """
-    attributes, empty = dict(vars(module)), []
-    for name, value in attributes.items():
-        if isinstance(value, dict | set):
-            if value:
-                attributes[name] = value.copy()
-            else:
-                empty.append(value)
-    return attributes, empty
-
-
-ATTRIBUTES, DTYPE = attrgetter("__dict__"), attrgetter("dtype")
-CACHE = attrgetter("layers", "batch_size", "max_len", "endless", "counts")
+# What these define must not change while a Step is in use, nor what the others name.
+CLASSES = (GPT, pure.Block, pure.MLP, pure.GroupedQueryAttention, pure.MultiHeadLatentAttention, pure.Attend)
+CLASSES += (pure.RMSNorm, pure.Linear, GPTConfig, KVCache, LayerCache, Plan)
+FUNCTIONS = attrgetter("rotate", "rope_angles", "visible")
+CACHE = attrgetter("layers", "batch_size", "max_len", "endless")
 PLAN = attrgetter("window", "sinks", "slots", "ring")
+TENSOR = (Tensor.data_ptr, Tensor.size, Tensor.is_contiguous, attrgetter("dtype"))
+
+Weights = dict[str, tuple]  # field of a C struct -> a module, and the shape of its weight
+
+
+# The structs of cpu_decode.c.
+class CNorm(ctypes.Structure):
+    _fields_ = [("weight", P), ("eps", R)]
+
+
+class CLayer(ctypes.Structure):
+    _fields_ = [
+        *((f"{name}_norm", CNorm) for name in ("attention", "mlp", "q", "k", "q_a", "kv_a")),
+        *((name, P) for name in ("q_a", "q", "k", "v", "kv_a", "kv_b", "o", "gate", "up", "down")),
+        *(("keys", P), ("values", P), ("inner", N), ("slots", N), ("window", N), ("sinks", N)),
+    ]
+
+
+class CModel(ctypes.Structure):
+    _fields_ = [
+        *(("embedding", P), ("final_norm", CNorm), ("layers", ctypes.POINTER(CLayer))),
+        *((name, P) for name in ("frequency", "lengths", "scratch")),
+        *((name, N) for name in ("n_layer", "batch", "width", "vocab", "heads", "groups", "max_len")),
+        *((name, N) for name in ("endless", "head", "rope", "rank", "q_rank", "nope", "dv")),
+        *(("threads", N), ("scale", R)),
+    ]
+
+
+def require(condition: bool, what: str) -> None:
+    """Raises ValueError unless cpu_decode.c computes what the model does over the cache."""
+    if not condition:
+        raise ValueError(f"cpu_decode.c does not decode here: {what}")
+
+
+def grouped_query(a: pure.GroupedQueryAttention, config: GPTConfig) -> tuple[dict[str, int], Weights]:
+    """Numbers for `model` of cpu_decode.c, and weights for a `layer`."""
+    C, H, G, D = config.n_embd, config.n_head, config.n_kv_head, a.head_dim
+    weights = {"q": (a.q_proj, H * D, C), "o": (a.o_proj, C, H * D)}
+    weights |= {"k": (a.k_proj, G * D, C), "v": (a.v_proj, G * D, C)}
+    if a.qk_norm:
+        weights |= {"q_norm": (a.q_norm, D), "k_norm": (a.k_norm, D)}
+    return {"heads": H, "groups": G, "head": D, "scale": a.attend.scale}, weights
+
+
+def latent(a: pure.MultiHeadLatentAttention, config: GPTConfig) -> tuple[dict[str, int], Weights]:
+    C, H, r, A, dn, dr, dv = config.n_embd, a.n_head, a.rank, a.q_rank, a.dn, a.dr, a.dv
+    if A is None:
+        weights = {"q": (a.q_proj, H * (dn + dr), C)}
+    else:
+        weights = {"q_a": (a.q_a_proj, A, C), "q_a_norm": (a.q_a_layernorm, A)}
+        weights |= {"q": (a.q_b_proj, H * (dn + dr), A)}
+    weights |= {"kv_a": (a.kv_a_proj_with_mqa, r + dr, C), "kv_a_norm": (a.kv_a_layernorm, r)}
+    weights |= {"kv_b": (a.kv_b_proj, H * (dn + dv), r), "o": (a.o_proj, C, H * dv)}
+    numbers = {"heads": H, "groups": 1, "head": dn + dr, "rank": r, "q_rank": A or 0, "nope": dn, "dv": dv}
+    return numbers | {"scale": a.attend.scale}, weights
+
+
+def frozen(x: Any) -> Any:
+    """A copy of containers that holds what is in them now, since they may change in place."""
+    if isinstance(x, list):
+        return [frozen(part) for part in x]
+    if isinstance(x, dict | MappingProxyType):
+        return {name: frozen(value) for name, value in x.items()}
+    return x.copy() if isinstance(x, set) else x
 
 
 class Step:
-    """One decode step of a model over a cache, by cpu_decode.c. Raises CannotDecode."""
+    """One decode step of a model over a cache, by cpu_decode.c. Raises ValueError, AttributeError, KeyError
+    or TypeError if cpu_decode.c does not compute what the model does.
+    """
 
-    def __init__(self, model: GPT, cache: KVCache, lib: ctypes.CDLL):
-        edited = fingerprints.edited(STANDS_FOR) or torch_functions() != IMPORTED
-        if type(cache) is not KVCache or cache.counts is not None or edited:
-            raise CannotDecode("the cache, or a function that this stands for, was replaced")
-        try:
-            self.structs = Structs(model, cache)
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise CannotDecode("the model is put together in another way") from e
-        self.lib, self.threads = lib, 0
-        self.tensors = self.structs.tensors
-        self.storages = [
-            t.detach() for t in self.tensors
-        ]  # so that nothing else comes to be at their addresses
-        self.model, self.config, self.lengths = model, model.config, cache.lengths
-        self.objects = [*model.modules(), *cache.layers]
-        self.plans = [layer.plan for layer in cache.layers]
-        attributes, empty = zip(*map(snapshot, self.objects), strict=True)
-        self.attributes, self.empty = list(attributes), sum(empty, [])
-        self.config_was = dict(vars(model.config))
-        self.classes, self.functions = list(map(dict, map(vars, CLASSES))), MODEL_FUNCTIONS(model_py)
-        self.types, self.tensors_were, self.cache_was = self.look(cache)
+    def __init__(self, model: GPT, cache: KVCache):
+        require(unpatched() and not fingerprints.edited(STANDS_FOR), "a function was replaced")
+        self.model, self.lengths, self.threads = model, cache.lengths, 0
+        self.tensors: list[Tensor] = []  # whose addresses are in the structs
+        self.c, self.layers = CModel(), (CLayer * len(model.layers))()
+        self.fill_model(model, model.config, cache)
+        for block, layer, own in zip(model.layers, self.layers, cache.layers, strict=True):
+            self.fill_layer(block, layer, model.config)
+            self.fill_cache(own, layer, model.config)
+        self.objects = [*model.modules(), model.config, *cache.layers]
+        self.was = frozen(self.state(cache))
 
-    def look(self, cache: KVCache) -> tuple[list[Any], ...]:
-        """What has to stay as it is, besides attributes."""
-        types = list(map(type, self.objects))
-        # of a contiguous tensor: number and strides give the shape
-        parts = (type, Tensor.data_ptr, Tensor.stride, Tensor.numel, DTYPE)
-        tensors = [list(map(part, self.tensors)) for part in parts]
-        layers, *numbers = CACHE(cache)
-        methods = len(vars(cache)), *map(len, map(vars, self.plans))  # a patched one is an attribute more
-        return types, tensors, [list(layers), numbers, methods, list(map(PLAN, self.plans))]
+    def fill_model(self, model: GPT, config: GPTConfig, cache: KVCache) -> None:
+        c, embedding, attention = self.c, model.embed_tokens, model.layers[0].self_attn
+        known = ((model, GPT), (model.layers, nn.ModuleList), (embedding, nn.Embedding))
+        require(type(config) is GPTConfig and all(as_written(*pair) for pair in known), "other classes")
+        require(embedding.max_norm is None and not (config.dropout and model.training), "the embedding")
+        c.vocab, c.width = embedding.weight.shape
+        c.embedding = self.address(embedding.weight, c.vocab, c.width)
+        self.fill(c, {"final_norm": (model.norm, c.width)})
+        c.n_layer, c.layers, c.rope = len(self.layers), self.layers, attention.rope_width
+        is_mla = isinstance(attention, pure.MultiHeadLatentAttention)
+        self.kind = pure.MultiHeadLatentAttention if is_mla else pure.GroupedQueryAttention
+        self.parts = latent if is_mla else grouped_query
+        self.numbers, _ = self.parts(attention, config)
+        for name, number in self.numbers.items():
+            setattr(c, name, number)
+        require(c.heads % c.groups == 0 and c.rope <= c.head - c.nope, "heads do not fit")
+        width, repeat = c.rope // (config.qk_rope_repeat or 1), config.qk_rope_repeat or 1
+        exponent = torch.arange(0, width, 2, dtype=torch.float32) / -max(width, 1)
+        # (rope / 2) in radians a token, as model.rope_angles has them
+        self.frequency = (config.rope_theta**exponent).repeat(repeat).contiguous()
+        c.frequency, c.lengths = self.frequency.data_ptr(), self.address(cache.lengths, cache.batch_size)
+        c.batch, c.max_len, c.endless = cache.batch_size, cache.max_len, cache.endless
+        require([own.plan.window for own in cache.layers] == config.layer_windows(), "other windows")
+
+    def fill_layer(self, block: pure.Block, layer: CLayer, config: GPTConfig) -> None:
+        C, mlp, attention = self.c.width, block.mlp, block.self_attn
+        known = (
+            (block, pure.Block),
+            (mlp, pure.MLP),
+            (attention, self.kind),
+            (attention.attend, pure.Attend),
+        )
+        require(all(as_written(*pair) for pair in known), "a block")
+        numbers, weights = self.parts(attention, config)
+        require(numbers == self.numbers, "attention differs between layers")
+        I = layer.inner = mlp.gate_proj.weight.size(0)  # noqa: E741
+        weights |= {"gate": (mlp.gate_proj, I, C), "up": (mlp.up_proj, I, C), "down": (mlp.down_proj, C, I)}
+        weights |= {"attention_norm": (block.input_layernorm, C)}
+        self.fill(layer, weights | {"mlp_norm": (block.post_attention_layernorm, C)})
+
+    def fill_cache(self, own: LayerCache, layer: CLayer, config: GPTConfig) -> None:
+        c, plan = self.c, own.plan
+        require(type(own) is LayerCache and type(plan) is Plan and not own.joined, "another cache")
+        layer.window, layer.sinks, layer.slots = plan.window, plan.sinks, plan.slots
+        fits = plan.sinks == config.sink_tokens if plan.window else plan.slots == c.max_len
+        require(fits and plan.ring == max(plan.slots - plan.sinks, 1), "other slots")
+        keys, values = (own.buffers[name] for name in (("latent", "latent") if c.rank else ("k", "v")))
+        shape = c.batch, c.groups, plan.slots, c.rank + c.rope if c.rank else c.head
+        layer.keys, layer.values = self.address(keys, *shape), self.address(values, *shape)
+
+    def fill(self, struct: CModel | CLayer, weights: Weights) -> None:
+        for field, (module, *shape) in weights.items():
+            norm = as_written(module, pure.RMSNorm)
+            address = self.address(module.weight if norm else plain_weight(module), *shape)
+            setattr(struct, field, CNorm(address, module.eps) if norm else address)
+
+    def address(self, t: Tensor | None, *shape: int) -> int:
+        """Of a tensor that C can read, contiguous and of this shape."""
+        dtype = torch.int64 if t is self.lengths else torch.float32
+        require(readable(t, dtype) and t.shape == shape and t.is_contiguous(), f"a tensor is not {shape}")
+        # another of one number may compare equal, so that `holds` would not see that it was replaced
+        require(t is self.lengths or t.numel() > 1, "a tensor is one number")
+        self.tensors.append(t)
+        return t.data_ptr()
+
+    def state(self, cache: KVCache) -> list[Any]:
+        """All that this was made from, but for the numbers in tensors."""
+        plans = [own.plan for own in cache.layers]
+        return [
+            list(map(vars, self.objects)),
+            list(map(type, self.objects)),
+            [list(map(part, self.tensors)) for part in TENSOR],
+            [*CACHE(cache), *map(PLAN, plans)],
+            list(map(len, map(vars, [cache, *plans]))),  # a patched method is an attribute more
+            list(map(vars, CLASSES)),
+            [*FUNCTIONS(pure), unpatched()],
+        ]
 
     def holds(self, model: GPT, cache: KVCache) -> bool:
         """Whether model and cache are what this was made from, but for the numbers in their tensors."""
         try:
-            return (
-                model is self.model
-                and cache.lengths is self.lengths
-                and list(map(ATTRIBUTES, self.objects)) == self.attributes
-                and not any(self.empty)
-                and vars(self.config) == self.config_was
-                and self.look(cache) == (self.types, self.tensors_were, self.cache_was)
-                and list(map(vars, CLASSES)) == self.classes
-                and MODEL_FUNCTIONS(model_py) == self.functions
-                and torch_functions() == IMPORTED
-            )
+            return model is self.model and cache.lengths is self.lengths and self.state(cache) == self.was
         except Exception:  # an attribute that changed may not even compare: two tensors do not
             return False
 
@@ -134,107 +216,71 @@ class Step:
         """Token ids (B, 1) -> hidden states (B, 1, C), or None if model.py has to do it, which then finds the
         cache as it was. Raises ValueError if the cache is full.
         """
-        c, threads, held = self.structs.model, torch.get_num_threads(), cache.host_copy
+        c, lib, threads, held = self.c, cpu_library.library(), torch.get_num_threads(), cache.host_copy
         if threads != self.threads:
             self.threads = c.threads = threads
             c.scratch = None
-            self.scratch = torch.empty(self.lib.decode_scratch(ctypes.byref(c)), dtype=torch.float32)
+            self.scratch = torch.empty(lib.decode_scratch(ctypes.byref(c)), dtype=torch.float32)
             c.scratch = self.scratch.data_ptr()
         cache.reserve(1)
         hidden = torch.empty(c.batch, 1, c.width, dtype=torch.float32)
-        if self.lib.decode_step(ctypes.byref(c), idx.data_ptr(), idx.stride(0), hidden.data_ptr()):
+        if lib.decode_step(ctypes.byref(c), idx.data_ptr(), idx.stride(0), hidden.data_ptr()):
             cache.host_copy = held
             return None
         cache.first = False
         return hidden
 
 
-class Pause:
-    """In place of a Step that could not be made: for how many decode steps not to try again."""
-
-    def __init__(self, last: Pause | None):
-        self.length = min(2 * last.length, LONGEST_PAUSE) if last else 1
-        self.left = self.length
-
-
-STEPS: WeakKeyDictionary[KVCache, Step | Pause] = WeakKeyDictionary()
+# of each cache: its Step, or how many decode steps to wait before one is made
+STEPS: WeakKeyDictionary[KVCache, Step | int] = WeakKeyDictionary()
 
 
 def step_for(model: GPT, cache: KVCache) -> Step | None:
-    """The Step of this cache, made anew if there was none; None if this step is model.py's."""
-    step, lib = STEPS.get(cache), cpu_library.library()
-    if lib is None:
-        return None
+    """The Step of this cache, made if there was none; None if this step is model.py's."""
+    step = STEPS.get(cache, 0)
     if isinstance(step, Step):
         if step.holds(model, cache):
             return step
-        del STEPS[cache]
-        return None
-    if step is not None and step.left > 0:
-        step.left -= 1
-        return None
-    try:
-        STEPS[cache] = Step(model, cache, lib)
-    except CannotDecode:
-        STEPS[cache] = Pause(step)
-        return None
-    return STEPS[cache]
-
-
-def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., C) weight^T (C, V) -> (..., V), both fp32 and contiguous, for few rows. Raises MemoryError."""
-    (V, C), y = weight.shape, torch.empty(*x.shape[:-1], len(weight), dtype=torch.float32)
-    cpu_library.call("few_rows_linear", [weight, x, y], x.numel() // C, V, C, torch.get_num_threads())
-    return y
-
-
-def is_plain(t: Tensor) -> bool:
-    """Whether C can read it as fp32 numbers in a row."""
-    return (
-        type(t) in (Tensor, nn.Parameter)
-        and t.dtype == torch.float32
-        and t.device.type == "cpu"
-        and t.layout == torch.strided
-        and t.is_contiguous()
-        and not t.is_neg()
-    )
+        STEPS[cache] = RETRY
+    elif step > 0:
+        STEPS[cache] = step - 1
+    else:
+        try:
+            STEPS[cache] = Step(model, cache)
+            return STEPS[cache]
+        except (ValueError, AttributeError, KeyError, TypeError):  # the model is put together in another way
+            STEPS[cache] = RETRY
+    return None
 
 
 class CpuGPT(GPT):
     """GPT whose decode steps are one C call each, and whose head is another."""
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        if cache is not None and type(cache) is KVCache and plain_eager():
-            one = type(idx) is Tensor and idx.dtype == torch.int64 and idx.shape == (cache.batch_size, 1)
-            step = step_for(self, cache) if one and idx.device.type == "cpu" else None
+        if type(cache) is KVCache and not torch.is_grad_enabled() and plain_operators():
+            one = readable(idx, torch.int64) and idx.shape == (cache.batch_size, 1) and cache.counts is None
+            step = step_for(self, cache) if one and cpu_library.library() else None
             hidden = step.run(idx, cache) if step else None
             if hidden is not None:
                 return hidden
         return super().hidden(idx, cache)
 
     def head(self, hidden: Tensor) -> Tensor:
-        few = 0 < hidden.numel() <= FEW_ROWS * hidden.size(-1)
-        if (
-            few
-            and plain_eager()
-            and is_plain(hidden)
-            and cpu_library.library()
-            and torch_functions() == IMPORTED
-        ):
-            weight = self.head_weight()
-            if weight is not None and is_plain(weight) and weight.size(1) == hidden.size(-1):
-                return few_rows_linear(hidden, weight)
+        few = 0 < hidden.numel() <= FEW_ROWS * hidden.size(-1) and not torch.is_grad_enabled()
+        if few and can_replace(GPT, "head", hidden) and hidden.is_contiguous():
+            weight = head_weight(self)
+            if weight is not None and weight.is_contiguous() and weight.size(1) == hidden.size(-1):
+                (V, C), y = weight.shape, torch.empty(*hidden.shape[:-1], len(weight), dtype=torch.float32)
+                numbers = hidden.numel() // C, V, C, torch.get_num_threads()
+                cpu_library.call("few_rows_linear", [weight, hidden, y], *numbers)
+                return y  # (..., V)
         return super().head(hidden)
 
-    def head_weight(self) -> Tensor | None:
-        """The matrix that is all of the output head; None if there is more to it."""
-        try:
-            if self.config.tie_embeddings:
-                return self.embed_tokens.weight
-            linear = check(self.lm_head, Linear)
-            return linear.weight if linear.bias is None else None
-        except (AttributeError, CannotDecode):
-            return None
 
-
-PIECES = (("decoding", GPT, CpuGPT, STANDS_FOR),)
+def head_weight(model: nn.Module) -> Tensor | None:
+    """The matrix (V, C) that makes logits of hidden states; None where the head is more than a matrix."""
+    replaced = "head" in vars(model) or getattr(type(model), "head", None) not in (GPT.head, CpuGPT.head)
+    if replaced or not can_replace(GPT, "head"):
+        return None
+    weight = model.embed_tokens.weight if model.config.tie_embeddings else plain_weight(model.lm_head)
+    return weight if readable(weight) else None

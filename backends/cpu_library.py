@@ -15,10 +15,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch
 from torch import Tensor
-
-from backends.torch_private import plain_operators
 
 SOURCES = sorted(Path(__file__).parent.glob("cpu*.[ch]"))
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"]
@@ -26,23 +23,18 @@ FLAGS += ["-shared", "-fPIC"]
 FOR_THIS_MACHINE = [["-march=native", "-fopenmp"], ["-march=native"], []]  # the first that the compiler takes
 COMPILE_SECONDS = 120  # a compiler that takes longer hangs
 
-P, N, R = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
-SIGNATURES = {
-    "rms_norm": [P] * 3 + [N] * 3 + [R],
-    "rms_norm_backward": [P] * 5 + [N] * 3 + [R],
-    "swiglu": [P] * 6 + [N] * 3,
-    "cross_entropy": [P] * 3 + [N] * 2,
-    "causal": [P] * 5 + [N] * 6 + [R],
-    "causal_backward": [P] * 9 + [N] * 6 + [R],
-    "decode_scratch": [P],
-    "decode_step": [P] * 2 + [N, P],
-    "few_rows_linear": [P] * 3 + [N] * 4,
+P, N, R, STATUS = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+FUNCTIONS = {  # name: result, arguments
+    "rms_norm": (None, *[P] * 3, *[N] * 2, R),
+    "rms_norm_backward": (STATUS, *[P] * 5, *[N] * 2, R),
+    "swiglu": (None, *[P] * 6, *[N] * 3),
+    "cross_entropy": (None, *[P] * 3, *[N] * 2),
+    "causal": (STATUS, *[P] * 5, *[N] * 6, R),
+    "causal_backward": (STATUS, *[P] * 9, *[N] * 6, R),
+    "decode_scratch": (N, P),
+    "decode_step": (STATUS, P, P, N, P),
+    "few_rows_linear": (STATUS, *[P] * 3, *[N] * 4),
 }
-WITHOUT_RESULT = ("rms_norm", "swiglu", "cross_entropy")
-
-
-class Unusable(Exception):
-    """Why there is no library, in a few words."""
 
 
 def library() -> ctypes.CDLL | None:
@@ -60,33 +52,26 @@ def why_not() -> str:
 
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str, int]:
+    """The library or None, why it is None, and the process that asked."""
     try:
         path = cache_folder() / f"cpu-{key()[:16]}.so"
         if not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             compile_to(path)
         lib = ctypes.CDLL(str(path))
-        for name, types in SIGNATURES.items():
-            getattr(lib, name).argtypes = types
-        for name in WITHOUT_RESULT:
-            getattr(lib, name).restype = None
-        lib.decode_scratch.restype = N
-    except (OSError, Unusable) as error:
+        for name, (result, *arguments) in FUNCTIONS.items():
+            function = getattr(lib, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, RuntimeError, AttributeError) as error:  # no compiler, no home, a function missing
         return None, str(error), os.getpid()
-    except AttributeError as error:
-        return None, f"the compiled library is incomplete: {error}", os.getpid()
     return lib, "", os.getpid()
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/nanokv or ~/.cache/nanokv. Raises Unusable if there is no home."""
+    """$XDG_CACHE_HOME/nanokv or ~/.cache/nanokv. Raises RuntimeError if there is no home."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if folder.is_absolute():  # the standard says to ignore others
-        return folder / "nanokv"
-    try:
-        return Path.home() / ".cache/nanokv"
-    except RuntimeError:
-        raise Unusable("no home folder to keep the compiled library in") from None
+    folder = folder if folder.is_absolute() else Path.home() / ".cache"  # the standard says to ignore others
+    return folder / "nanokv"
 
 
 def key() -> str:
@@ -99,47 +84,32 @@ def key() -> str:
 
 
 def compile_to(path: Path) -> None:
-    """Compile into `path`, which other processes may be doing too. Raises OSError or Unusable."""
+    """Compile into `path`, which other processes may be doing too. Raises OSError, or RuntimeError with the
+    reason in a few words.
+    """
     try:
         compiler = shlex.split(os.environ.get("CC", "cc")) or ["cc"]
     except ValueError as error:
-        raise Unusable(f"CC is not a command: {error}") from None
+        raise RuntimeError(f"CC is not a command: {error}") from None
     sources = [str(source) for source in SOURCES if source.suffix == ".c"]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder, path.name)
         for flags in FOR_THIS_MACHINE:
             command = [*compiler, *FLAGS, *flags, "-o", str(built), *sources, "-lm"]
+            options = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": COMPILE_SECONDS}
             try:
-                done = subprocess.run(
-                    command, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMPILE_SECONDS
-                )
+                done = subprocess.run(command, **options)
             except FileNotFoundError:
-                raise Unusable(f"no C compiler: {compiler[0]} is not installed") from None
+                raise RuntimeError(f"no C compiler: {compiler[0]} is not installed") from None
             except subprocess.TimeoutExpired:
-                raise Unusable(f"{compiler[0]} took longer than {COMPILE_SECONDS} s") from None
+                raise RuntimeError(f"{compiler[0]} took longer than {COMPILE_SECONDS} s") from None
             if done.returncode == 0 and built.exists():
                 return os.replace(built, path)
-    raise Unusable(f"{compiler[0]} does not compile {path.name}")
-
-
-def takes(*tensors: Tensor) -> bool:
-    """Whether C functions may compute with these now: numbers in fp32 on the CPU, and nothing compiles, traces,
-    transforms or watches the operators of torch, or wants another precision.
-    """
-    if not plain_operators():
-        return False
-    for t in tensors:
-        plain = type(t) in (Tensor, torch.nn.Parameter)  # a subclass may have no memory of its own
-        if not plain or t.dtype != torch.float32 or not t.is_cpu or t.layout != torch.strided:
-            return False
-        if t.is_neg() or not t.numel():
-            return False
-    return library() is not None
+    raise RuntimeError(f"{compiler[0]} does not compile {path.name}")
 
 
 def call(name: str, tensors: list[Tensor | ctypes.Structure | None], *numbers: float) -> None:
     """Call a function of the library. Raises MemoryError if it runs out of memory."""
     pointers = [t.data_ptr() if isinstance(t, Tensor) else t and ctypes.byref(t) for t in tensors]
-    function = getattr(library(), name)
-    if function(*pointers, *numbers):
+    if getattr(library(), name)(*pointers, *numbers):
         raise MemoryError(f"no memory for {name}")

@@ -7,22 +7,22 @@
 
 enum { QUERIES = 48, SHARES = 64 };
 
-/* y = x / rms(x) * w for each row of x, `step` apart; the rows of y follow one another. */
-void rms_norm(const float *x, const float *w, float *y, long rows, long n, long step, float eps) {
+/* y = x / rms(x) * w for each row of x (rows, n). */
+void rms_norm(const float *x, const float *w, float *y, long rows, long n, float eps) {
 #pragma omp parallel for schedule(static) if (rows * n > 1 << 15)
-    for (long r = 0; r < rows; r++) norm_row(x + r * step, w, y + r * n, n, eps);
+    for (long r = 0; r < rows; r++) norm_row(x + r * n, w, y + r * n, n, eps);
 }
 
 /* Gradients of `rms_norm`: dx (rows, n) and dw (n). dw is summed over SHARES parts of the rows, whatever the number of
    threads, so that it does not depend on it. */
 int rms_norm_backward(const float *x, const float *w, const float *dy, float *dx, float *dw, long rows, long n,
-                      long step, float eps) {
+                      float eps) {
     float *sums = calloc(SHARES * n, sizeof(float));
     if (!sums) return 1;
 #pragma omp parallel for schedule(static)
     for (long s = 0; s < SHARES; s++)
         for (long r = rows * s / SHARES; r < rows * (s + 1) / SHARES; r++) {
-            const float *x_r = x + r * step, *dy_r = dy + r * n;
+            const float *x_r = x + r * n, *dy_r = dy + r * n;
             float *dx_r = dx + r * n, *dw_s = sums + s * n, along = 0;
             float scale = 1 / sqrtf(dot(x_r, x_r, n) / n + eps);
             for (long i = 0; i < n; i++) along += dy_r[i] * w[i] * x_r[i];
@@ -89,23 +89,12 @@ static float *at(const tensor *t, long b, long h, long i) { return t->x + b * t-
    the same few lines of the L1 cache. */
 static long padded(long tokens) { return whole_columns(tokens) + COLUMNS; }
 
-static long min(long a, long b) { return a < b ? a : b; }
-
-/* `tile_of` for numbers that are in the cache, compiled once for rows of a and once for columns. */
-static void cached_tile(const float *a, long a_row, long a_step, long rows, const float *b, long b_row, long n,
-                        float *y, long y_row, int add) {
-    if (a_step == 1)
-        tile_of(a, a_row, 1, rows, b, b_row, n, y, y_row, add, 0);
-    else
-        tile_of(a, 1, a_step, rows, b, b_row, n, y, y_row, add, 0);
-}
-
 /* y (m, n) = a (m, k) b (k, n); n is a multiple of COLUMNS */
 static void multiply(const float *a, long a_row, const float *b, long b_row, float *y, long y_row, long m, long n,
                      long k) {
     for (long c = 0; c < n; c += COLUMNS)
         for (long r = 0; r < m; r += ROWS)
-            cached_tile(a + r * a_row, a_row, 1, m - r, b + c, b_row, k, y + r * y_row + c, y_row, 0);
+            tile(a + r * a_row, a_row, 1, m - r, b + c, b_row, k, y + r * y_row + c, y_row, 0, 0);
 }
 
 /* Memory for n numbers, a multiple of COLUMNS, from the beginning of a cache line. */
@@ -145,8 +134,8 @@ static void mix_back(const float *p, long wide, const float *x, long x_row, floa
     for (long c = 0; c < n; c += COLUMNS)
         for (long key = 0; key < first + rows; key += ROWS) {
             long from = key > first ? key - first : 0; /* earlier queries do not see it */
-            cached_tile(p + from * wide + key, 1, wide, first + rows - key, x + from * x_row + c, x_row, rows - from,
-                 y + key * y_row + c, y_row, 1);
+            tile(p + from * wide + key, 1, wide, first + rows - key, x + from * x_row + c, x_row, rows - from,
+                 y + key * y_row + c, y_row, 1, 0);
         }
 }
 

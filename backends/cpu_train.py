@@ -1,55 +1,34 @@
 """Training in C on a CPU: RMSNorm, causal attention, SwiGLU and the cross-entropy, forward and backward.
 
-Each class computes as its pure class where C cannot: see `takes`. Dimensions in comments: N rows, C width,
-I width inside the MLP, V vocabulary; others as in model.py.
+Each class computes as its pure class where C cannot. Gradients of gradients are torch's own, of the same
+function written with torch. Dimensions in comments: N rows, C width, I width inside the MLP, V vocabulary;
+others as in model.py.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.func import vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from backends.cpu_decode import IMPORTED, CpuGPT, torch_functions
-from backends.cpu_library import N, P, call, takes
-from backends.cpu_structs import CannotDecode, check
-from backends.fingerprints import is_known
-from model import GPT, MLP, Attend, Linear, RMSNorm
+from backends.cpu_checks import can_replace, plain_weight, readable
+from backends.cpu_decode import head_weight
+from backends.cpu_library import N, P, call
+from model import MLP, Attend, RMSNorm
 from nanokv.loss import LanguageModelLoss
 
 COLUMNS, LONGEST = 16, 1024  # attention's widths are multiples of it; most tokens, so that scores stay cached
 LOGITS = 1 << 20  # at a time, to stay in the cache; but at least 256 rows
-CROSS_ENTROPY = F.cross_entropy
-
-
-def is_plain(linear: nn.Module) -> bool:
-    """Whether it is a Linear that computes x weight^T, and nobody watches."""
-    try:
-        return check(linear, Linear).bias is None and Linear.forward is nn.Linear.forward
-    except CannotDecode:
-        return False
-
-
-def unpatched(name: str, function: Callable) -> bool:
-    """Whether the function is that which its class here stands for, and torch's are torch's."""
-    torch_is = torch_functions() == IMPORTED and F.cross_entropy is CROSS_ENTROPY
-    return torch_is and is_known(name, function)
-
-
-def differentiable(pure: Callable, ctx, inputs: tuple, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of `pure`, whose inputs these are, for whoever wants gradients of gradients."""
-    wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-    grads = iter(torch.autograd.grad(pure(*inputs), wanted, grad, create_graph=True))
-    return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
+Grads = tuple[Tensor | None, ...]
 
 
 class CpuRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        fits = takes(x, self.weight) and self.weight.shape == x.shape[-1:]
-        if fits and unpatched("model.RMSNorm.forward", RMSNorm.forward):
+        if can_replace(RMSNorm, "forward", x, self.weight) and self.weight.shape == x.shape[-1:]:
             return Norm.apply(x, self.weight, self.eps)
         return super().forward(x)
 
@@ -61,44 +40,33 @@ class Norm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        rows, y, weight = as_rows(x), x.new_empty(x.shape), weight.contiguous()
-        call("rms_norm", [rows, weight, y], *rows.shape, rows.stride(0), eps)
+        y = x.new_empty(x.shape)
+        call("rms_norm", [x.contiguous(), weight.contiguous(), y], x.numel() // len(weight), len(weight), eps)
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor) -> Grads:
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
-            norm = lambda x, w, eps: F.rms_norm(x, w.shape, w, eps)  # noqa: E731
-            return differentiable(norm, ctx, (x, weight, ctx.eps), grad)
-        rows, grad, weight = as_rows(x), grad.contiguous(), weight.contiguous()
-        grads = x.new_empty(x.shape), torch.empty_like(weight)
-        call("rms_norm_backward", [rows, weight, grad, *grads], *rows.shape, rows.stride(0), ctx.eps)
+            return *vjp(lambda x, w: F.rms_norm(x, w.shape, w, ctx.eps), x, weight)[1](grad), None
+        inputs, grads = (
+            [t.contiguous() for t in (x, weight, grad)],
+            [x.new_empty(x.shape), x.new_empty(len(weight))],
+        )
+        call("rms_norm_backward", [*inputs, *grads], x.numel() // len(weight), len(weight), ctx.eps)
         return *grads, None
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """x (..., C) -> (N, C) whose rows are contiguous; a copy only if it must be."""
-    x = x.reshape(-1, x.size(-1))
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 class CpuAttend(Attend):
     def forward(self, q: Tensor, k, v, mask=None, cache=None, key_factor=None) -> Tensor:
         plain = mask is None and key_factor is None and not (self.training and self.dropout)
-        if plain and takes(q, k, v) and unpatched("model.Attend.forward", Attend.forward):
+        if plain and can_replace(Attend, "forward", q, k, v):
             (B, H, T, D), G = q.shape, k.size(1)
             fits = k.shape == (B, G, T, D) and v.shape[:3] == (B, G, T) and H % G == 0 and self.scale > 0
             whole = D % COLUMNS == v.size(-1) % COLUMNS == 0 and T <= LONGEST
             if fits and whole and torch.get_num_threads() <= B * G:  # a key head for each core
                 return CausalAttention.apply(q, k, v, self.scale)
         return super().forward(q, k, v, mask, cache, key_factor)
-
-
-class Strided(ctypes.Structure):
-    """`tensor` of cpu_train.c: a tensor (B, H, T, D) with contiguous rows."""
-
-    _fields_ = [("x", P), ("batch", N), ("head", N), ("token", N)]
 
 
 class CausalAttention(torch.autograd.Function):
@@ -114,19 +82,23 @@ class CausalAttention(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor) -> Grads:
         q, k, v, y, logs = ctx.saved_tensors
         (B, H, T, D), G, Dv = q.shape, k.size(1), v.size(-1)
         if torch.is_grad_enabled():
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                causal = lambda q, k, v, scale: F.scaled_dot_product_attention(  # noqa: E731
-                    q, k, v, is_causal=True, scale=scale, enable_gqa=G < H
-                )
-                return differentiable(causal, ctx, (q, k, v, ctx.scale), grad)
+            options = dict(is_causal=True, scale=ctx.scale, enable_gqa=G < H)
+            with sdpa_kernel(SDPBackend.MATH):
+                return *vjp(lambda *qkv: F.scaled_dot_product_attention(*qkv, **options), q, k, v)[1](grad), None
         grads = q.new_empty(B, T, H, D), q.new_empty(B, T, G, D), q.new_empty(B, T, G, Dv)
         grads = tuple(t.transpose(1, 2) for t in grads)
         call_strided("causal_backward", (q, k, v, y, grad, *grads), logs, B, H, G, T, D, Dv, ctx.scale)
         return *grads, None
+
+
+class Strided(ctypes.Structure):
+    """`tensor` of cpu_train.c: a tensor (B, H, T, D) with contiguous rows."""
+
+    _fields_ = [("x", P), ("batch", N), ("head", N), ("token", N)]
 
 
 def call_strided(name: str, tensors: tuple[Tensor, ...], logs: Tensor, *numbers: float) -> None:
@@ -136,12 +108,11 @@ def call_strided(name: str, tensors: tuple[Tensor, ...], logs: Tensor, *numbers:
 
 class CpuMLP(MLP):
     def forward(self, x: Tensor) -> Tensor:
-        children = self.gate_proj, self.up_proj, self.down_proj
-        if all(is_plain(child) for child in children) and unpatched("model.MLP.forward", MLP.forward):
-            gate, up, down = weights = [child.weight for child in children]
-            shapes = (gate.size(0), x.size(-1)), (gate.size(0), x.size(-1)), (x.size(-1), gate.size(0))
-            if takes(x, *weights) and tuple(w.shape for w in weights) == shapes:
-                return SwiGLU.apply(x, *weights)
+        if can_replace(MLP, "forward", x):
+            gate, up, down = map(plain_weight, (self.gate_proj, self.up_proj, self.down_proj))
+            known = gate is not None and up is not None and down is not None
+            if known and gate.shape == up.shape == down.shape[::-1] == (len(gate), x.size(-1)):
+                return SwiGLU.apply(x, gate, up, down)
         return super().forward(x)
 
 
@@ -152,66 +123,42 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         both = torch.cat((gate, up))  # (2 I, C)
         wide = F.linear(x, both).flatten(0, -2)  # (N, 2 I)
+        y = wide.new_empty(len(wide), len(gate))  # (N, I) silu(gate x) * up x
+        call("swiglu", [*wide.split(len(gate), 1), None, y, None, None], *y.shape, wide.size(1))
         ctx.save_for_backward(x, gate, up, down, both, wide)
-        return F.linear(gated(wide), down).view(*x.shape[:-1], -1)
+        return F.linear(y, down).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor) -> Grads:
         x, gate, up, down, both, wide = ctx.saved_tensors
         if torch.is_grad_enabled():
-            mlp = lambda x, g, u, d: F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d)  # noqa: E731
-            return differentiable(mlp, ctx, (x, gate, up, down), grad)
+            pure = lambda x, g, u, d: F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d)  # noqa: E731
+            return vjp(pure, x, gate, up, down)[1](grad)
         grad = grad.reshape(-1, grad.size(-1))  # (N, C)
         inner = grad @ down  # (N, I)
-        y, dwide = torch.empty_like(inner), torch.empty_like(wide)
-        call("swiglu", [*halves(wide), inner, y, *halves(dwide)], *inner.shape, wide.size(1))
-        weights = dwide.mT @ x.reshape(-1, x.size(-1))  # (2 I, C)
-        return (dwide @ both).view(x.shape), *weights.split(len(gate)), grad.mT @ y
-
-
-def gated(wide: Tensor) -> Tensor:
-    """[gate | up] (N, 2 I) -> silu(gate) * up (N, I)."""
-    y = wide.new_empty(len(wide), wide.size(1) // 2)
-    call("swiglu", [*halves(wide), None, y, None, None], *y.shape, wide.size(1))
-    return y
-
-
-def halves(wide: Tensor) -> tuple[Tensor, Tensor]:
-    return wide[:, : wide.size(1) // 2], wide[:, wide.size(1) // 2 :]
+        y, dwide, I = torch.empty_like(inner), torch.empty_like(wide), len(gate)  # noqa: E741
+        call("swiglu", [*wide.split(I, 1), inner, y, *dwide.split(I, 1)], *inner.shape, wide.size(1))
+        dboth = dwide.mT @ x.reshape(-1, x.size(-1))  # (2 I, C)
+        return (dwide @ both).view(x.shape), *dboth.split(I), grad.mT @ y
 
 
 class CpuLanguageModelLoss(LanguageModelLoss):
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        weight = head_weight(self.model)
-        known = unpatched("nanokv.loss.LanguageModelLoss.cross_entropy", LanguageModelLoss.cross_entropy)
-        known = known and unpatched("nanokv.loss.LanguageModelLoss.total", LanguageModelLoss.total)
-        if weight is not None and known and type(self).total is LanguageModelLoss.total:
-            fits = takes(hidden, weight) and hidden.size(1) == weight.size(1)
+        pure = LanguageModelLoss
+        if can_replace(pure, "cross_entropy", hidden) and can_replace(pure, "head_loss"):
+            own = "head_loss" not in vars(self) and type(self).head_loss is pure.head_loss
+            weight = head_weight(self.model) if own else None
+            fits = weight is not None and hidden.size(1) == weight.size(1)
             if fits and are_tokens(targets, len(hidden), len(weight)):
                 weight = weight if torch.is_grad_enabled() else weight.detach()
                 return CrossEntropy.apply(hidden, weight, targets)
         return super().cross_entropy(hidden, targets)
 
 
-def head_weight(model: nn.Module) -> Tensor | None:
-    """The matrix (V, C) that makes logits of hidden states; None where the head is more than a matrix."""
-    head = getattr(type(model), "head", None)
-    if (
-        "head" in vars(model)
-        or head not in (GPT.head, CpuGPT.head)
-        or not unpatched("model.GPT.head", GPT.head)
-    ):
-        return None
-    if model.config.tie_embeddings:
-        return model.embed_tokens.weight
-    return model.lm_head.weight if is_plain(model.lm_head) else None
-
-
 def are_tokens(targets: Tensor, rows: int, vocabulary: int) -> bool:
     """Whether targets (N,) are token ids or -1; if not, it is torch's to refuse them."""
-    if type(targets) is not Tensor or targets.dtype != torch.int64 or targets.shape != (rows,):
-        return False
-    return targets.is_cpu and bool(targets.min() >= -1 and targets.max() < vocabulary)
+    fits = readable(targets, torch.int64) and targets.shape == (rows,)
+    return fits and bool(targets.min() >= -1 and targets.max() < vocabulary)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -240,28 +187,9 @@ class CrossEntropy(torch.autograd.Function):
         return losses.sum() / count
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, grad_hidden, grad_weight, count = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> Grads:
+        hidden, weight, targets, *grads, count = ctx.saved_tensors
         if torch.is_grad_enabled():
-            loss = lambda h, w, t: F.cross_entropy(F.linear(h, w), t, ignore_index=-1)  # noqa: E731
-            return differentiable(loss, ctx, (hidden, weight, targets), grad)
-        scale = grad / count
-        return *(None if g is None else g * scale for g in (grad_hidden, grad_weight)), None
-
-
-# name, pure class, its faster subclass, and the functions that the subclass does not call
-PIECES = [
-    ("norm", RMSNorm, CpuRMSNorm, ("model.RMSNorm.forward",)),
-    ("attention", Attend, CpuAttend, ("model.Attend.forward",)),
-    ("mlp", MLP, CpuMLP, ("model.MLP.forward",)),
-    (
-        "loss",
-        LanguageModelLoss,
-        CpuLanguageModelLoss,
-        (
-            "nanokv.loss.LanguageModelLoss.cross_entropy",
-            "nanokv.loss.LanguageModelLoss.total",
-            "model.GPT.head",
-        ),
-    ),
-]
+            pure = lambda h, w: F.cross_entropy(F.linear(h, w), targets, ignore_index=-1)  # noqa: E731
+            return *vjp(pure, hidden, weight)[1](grad), None
+        return *(None if g is None else g * (grad / count) for g in grads), None

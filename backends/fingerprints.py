@@ -1,25 +1,22 @@
-"""How a backend knows the functions that it stands for: by fingerprints of their source.
+"""How a backend knows the functions that it stands for: by fingerprints of their syntax trees.
 
-A fingerprint leaves out comments, docstrings and formatting, and is the same in every Python version.
+So comments, docstrings and formatting do not count, and a fingerprint is the same in every Python version.
 `python -m backends.fingerprints` writes the table anew, after the backends follow a change of model.py.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
-import importlib
 import inspect
-import io
 import json
+import pkgutil
 import textwrap
-import tokenize
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("fingerprints.json")
-LAYOUT = {tokenize.NEWLINE: "\n", tokenize.INDENT: "\n{", tokenize.DEDENT: "\n}"}
-IGNORED = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
 
 
 def edited(names: Iterable[str]) -> list[str]:
@@ -39,86 +36,41 @@ def table() -> dict[str, str]:
 
 
 def resolve(name: str) -> object:
-    """What "module.Class.function" or "module.function" names now; None if there is nothing."""
-    head, _, rest = name.rpartition(".")
+    """The object of this dotted name; None if there is nothing."""
     try:
-        return importlib.import_module(name)
-    except ImportError:
-        return getattr(resolve(head), rest, None) if head else None
+        return pkgutil.resolve_name(name)
+    except (AttributeError, ImportError):
+        return None
 
 
 def fingerprint(function: Callable) -> str:
     """Of a function's source; empty if it has none, as where a patch is no Python function."""
     code = getattr(function, "__code__", None)  # not what functools.wraps makes of it
     try:
-        source = inspect.getsource(code)
-        words = tokens(textwrap.dedent(source))
-    except (OSError, TypeError, SyntaxError, tokenize.TokenError):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError, SyntaxError):
         return ""
-    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(outline(tree)).encode()).hexdigest()[:16]
 
 
-def tokens(source: str) -> list[str]:
-    """Its tokens without comments, docstrings and commas before a closing bracket."""
-    words: list[str] = []
-    for kind, text in joined_strings(source):
-        if kind in IGNORED:
-            continue
-        word = LAYOUT.get(kind, text)
-        starts_line = not words or words[-1][0] == "\n"
-        if word in (")", "]", "}") and words[-1] == "," and commas(words) > 1:
-            words.pop()
-        words.append(word)
-        if kind == tokenize.STRING and starts_line:
-            words[-1] = "\n" + text  # perhaps a docstring
-        elif kind == tokenize.NEWLINE and len(words) > 1 and words[-2][0] == "\n" and len(words[-2]) > 2:
-            del words[-2:]
-    return words
+def outline(node: object) -> object:
+    """A syntax tree as nested lists, without docstrings, and without the empty fields that only some Python
+    versions have.
+    """
+    if isinstance(node, ast.AST):
+        fields = {name: outline(value) for name, value in ast.iter_fields(node) if value not in (None, [])}
+        return [type(node).__name__, fields]
+    if isinstance(node, list):
+        return [outline(part) for part in node if not is_docstring(part)]
+    return repr(node)
 
 
-def commas(words: list[str]) -> int:
-    """Commas in the bracket that is open, which make `(a, b,)` a list, while those of `(a,)` make a tuple."""
-    depth, found = 0, 0
-    for word in reversed(words):
-        depth += (word in (")", "]", "}")) - (word in ("(", "[", "{"))
-        if depth < 0:
-            break
-        found += word == "," and depth == 0
-    return found
-
-
-def joined_strings(source: str) -> Iterable[tuple[int, str]]:
-    """Kinds and texts of the tokens; an f-string is one token, as before Python 3.12."""
-    lines, depth, start = source.splitlines(keepends=True), 0, (0, 0)
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        name = tokenize.tok_name[token.type]
-        if name in ("FSTRING_START", "TSTRING_START"):
-            start = start if depth else token.start
-            depth += 1
-        elif name in ("FSTRING_END", "TSTRING_END"):
-            depth -= 1
-            if not depth:
-                yield tokenize.STRING, between(lines, start, token.end)
-        elif not depth:
-            yield token.type, token.string
-
-
-def between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
-    """The source from (line, column) to (line, column), lines counted from 1."""
-    part = lines[start[0] - 1 : end[0]]
-    part[-1] = part[-1][: end[1]]
-    part[0] = part[0][start[1] :]
-    return "".join(part)
-
-
-def renew() -> None:
-    """Write the table for model.py and nanokv as they are."""
-    from backends import pieces
-
-    names = sorted({name for piece in pieces() for name in piece.stands_for})
-    found = {name: fingerprint(resolve(name)) for name in names}
-    TABLE.write_text(json.dumps(found, indent=1) + "\n")
+def is_docstring(node: object) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 if __name__ == "__main__":
-    renew()
+    from backends import pieces
+
+    names = sorted({name for piece in pieces() for name in piece.stands_for})
+    TABLE.write_text(json.dumps({name: fingerprint(resolve(name)) for name in names}, indent=1) + "\n")

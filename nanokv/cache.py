@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The formats of a cache. Some hold a number as a code times a scale; these with their largest code.
+# Cache formats. The quantized ones store codes and scales; they are listed with their largest code.
 CACHE_FORMATS = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -38,12 +38,12 @@ class Part:
 
     heads: int
     width: int
-    exact: int = 0  # the last numbers of the vector, which int8 and fp8 keep in bf16 (MLA's rope key)
+    exact: int = 0  # trailing numbers that int8 and fp8 keep in bf16 (MLA's rope key)
 
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """What one layer holds of each token, and of which: all, or the first `sinks` and the last `window`."""
+    """What one layer caches: these parts of all tokens, or of the first `sinks` and the last `window`."""
 
     parts: dict[str, Part]
     window: int = 0  # 0: all tokens
@@ -60,10 +60,10 @@ class LayerLayout:
         """
         buffers = {}
         for name, part in self.parts.items():
-            if dtype not in QUANTIZED:
-                buffers[name] = part.heads, part.width, dtype
-                continue
             coded = part.width - part.exact
+            if dtype not in QUANTIZED or not coded:
+                buffers[name] = part.heads, part.width, torch.bfloat16 if dtype in QUANTIZED else dtype
+                continue
             buffers[name] = part.heads, coded, dtype
             buffers[f"{name}_scale"] = part.heads, math.ceil(coded / GROUP), torch.bfloat16
             if part.exact:
@@ -119,30 +119,30 @@ class Plan:
     def __init__(self, window: int, sinks: int, slots: int):
         self.window, self.sinks, self.slots = window, sinks, slots
         self.ring = max(slots - sinks, 1)
-        self.first = True  # the rows were empty: attention is over the new tokens alone
-        self.chunk_in_ring = False  # read before storing, which overwrites what the first new tokens see
-        self.end = 0  # slots to read, from the first
+        self.first = True  # all rows were empty: queries see only the new tokens
+        self.chunk_in_ring = False  # read old tokens before storing new ones over some that the queries see
+        self.end = 0  # number of leading slots to read
         self.queries: Tensor | None = None  # (B, T) positions of the new tokens, for the mask
         self.keys: Tensor | None = None  # (B, S) positions of what is read; -1: an empty slot
         self.slot: Tensor | None = None  # (B, T) where each new token goes
-        self.source: Tensor | None = None  # (B, T) which new token goes there; None: each its own
+        self.source: Tensor | None = None  # (B, T) which new token goes there; None: token t
         self.kept: Tensor | None = None  # (B, 1) false for rows in which no new token counts
 
     def slot_of(self, position: Tensor) -> Tensor:
         past = (position - self.sinks).clamp(min=0)
         return torch.where(position < self.slots, position, self.sinks + past % self.ring)
 
-    def held(self, lengths: Tensor, end: int) -> Tensor:
+    def positions_held(self, lengths: Tensor, end: int) -> Tensor:
         """Positions (B, end) that the first slots hold in rows of these lengths (B, 1); -1: none."""
         slots, last = torch.arange(end, device=lengths.device), lengths - 1
         latest = last - (last - slots) % self.ring  # the last position that a slot of the ring took
         positions = torch.where((lengths <= self.slots) | (slots < self.sinks), slots, latest)
         return torch.where(positions < lengths, positions, -1)
 
-    def make(self, old: Tensor, counts: Tensor | None, T: int, first: bool, longest: int) -> Tensor:
+    def update(self, old: Tensor, counts: Tensor | None, T: int, first: bool, longest: int) -> Tensor:
         """Plan T tokens for rows of old (B,) tokens, of which the first counts (B,) count (None: all).
 
-        longest: no row is longer afterwards. Returns the tokens' positions (B, T).
+        longest: the length of the longest row afterwards, or more. Returns the tokens' positions (B, T).
         """
         old, t = old[:, None], torch.arange(T, device=old.device)
         positions = old + t  # (B, T)
@@ -159,11 +159,11 @@ class Plan:
         if first:
             self.keys = positions
         elif self.chunk_in_ring:
-            self.keys = torch.cat((self.held(old, self.end), positions), 1)
+            self.keys = torch.cat((self.positions_held(old, self.end), positions), 1)
         else:
             # padding looks where its row's last token does: a query without any key would give NaN
             last = new.clamp(min=1)
-            self.queries, self.keys = torch.minimum(positions, last - 1), self.held(last, self.end)
+            self.queries, self.keys = torch.minimum(positions, last - 1), self.positions_held(last, self.end)
         return positions
 
 
@@ -172,7 +172,6 @@ class LayerCache:
 
     def __init__(self, plan: Plan, buffers: dict[str, Tensor]):
         self.plan, self.buffers = plan, buffers
-        self.quantized = any(buffer.dtype in QUANTIZED for buffer in buffers.values())
         self.joined: dict[str, Tensor] = {}  # of a chunk in a ring: old and new tokens, until they are read
 
     @property
@@ -181,11 +180,11 @@ class LayerCache:
         return self.plan.first
 
     @property
-    def positions(self) -> tuple[Tensor, Tensor]:
+    def positions(self) -> tuple:
         """Positions of the queries (B, T), and of the keys (B, S) that attention reads, -1 for none."""
         return self.plan.queries, self.plan.keys
 
-    def append(self, **new: Tensor) -> list[Tensor | str]:
+    def append(self, **new: Tensor) -> list:
         """Store the new tokens of each part, (B, heads, T, width), quantized here and once.
 
         Returns what attention is to read of each part: the new values themselves in a first chunk, else the
@@ -215,24 +214,23 @@ class LayerCache:
         if buffer.dtype.itemsize == 1:  # codes: torch has no `where` for fp8
             buffer, part = buffer.view(torch.uint8), part.view(torch.uint8)
         buffer, part = buffer.transpose(1, 2), part.transpose(1, 2)  # (B, slots or T, heads, width)
-        if plan.source is not None:
-            part = torch.where(
-                plan.kept[..., None, None], part[rows, plan.source].to(buffer.dtype), buffer[rows, plan.slot]
-            )
-        buffer[rows, plan.slot] = part.to(buffer.dtype)
+        if plan.source is not None and plan.kept is not None:
+            kept = plan.kept[..., None, None]
+            part = torch.where(kept, part[rows, plan.source], buffer[rows, plan.slot])
+        buffer[rows, plan.slot] = part
 
     def encode(self, name: str, value: Tensor) -> dict[str, Tensor]:
         """value (..., width) as what is stored of it, by the names of the buffers."""
-        if not self.quantized:
-            return {name: value}
         dtype, width = self.buffers[name].dtype, self.buffers[name].size(-1)
+        if f"{name}_scale" not in self.buffers:
+            return {name: value.to(dtype)}
         codes, scale = quantize(value[..., :width], dtype)
         parts = {name: codes, f"{name}_scale": scale}
-        return parts | ({f"{name}_exact": value[..., width:]} if width < value.size(-1) else {})
+        return parts | ({f"{name}_exact": value[..., width:].bfloat16()} if width < value.size(-1) else {})
 
     def decode(self, parts: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
         """The inverse of `encode`, in the dtype of `like`."""
-        if not self.quantized:
+        if f"{name}_scale" not in parts:
             return parts[name].to(like.dtype)
         value = dequantize(parts[name], parts[f"{name}_scale"], like.dtype)
         exact = parts.get(f"{name}_exact")
@@ -245,8 +243,8 @@ class KVCache:
     Row b of the batch holds its own lengths[b] tokens, so prompts of different lengths share a batch: pad
     them on the right and say with `expect` how many tokens of the next chunk count. Memory is allocated once;
     `nbytes` is what was allocated. A layer with a window holds sinks + window tokens and `spare` more, as far
-    back as `rewind` is to reach. `endless`: rows may grow past max_len, since every layer has a window and
-    none has sinks, which would be at a distance for which training has no example.
+    back as `rewind` is to reach. `endless`: rows may grow past max_len, because all layers have windows and
+    none has sinks, whose distance would exceed any that training has seen.
     """
 
     def __init__(
@@ -258,12 +256,14 @@ class KVCache:
         device: torch.device | str,
         spare: int = 0,
     ):
+        if batch_size < 1:
+            raise ValueError(f"a cache needs at least one row, not {batch_size}")
         self.layouts, self.batch_size, self.max_len, self.spare = list(layouts), batch_size, max_len, spare
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)  # (B,) tokens in each row
         self.host_copy: list[int] | None = [0] * batch_size  # of lengths; None: a compiled step changed them
-        self.peaks = [0] * batch_size  # how long each row has been, before it was rewound
+        self.peaks = [0] * batch_size  # the most tokens that each row held before it was rewound
         self.first = True  # no row holds a token
-        self.counts: Tensor | None = None  # of the next chunk, see `expect`
+        self.counts: list[int] | None = None  # of the next chunk, see `expect`
         self.plans = {
             (layout.window, layout.sinks): Plan(layout.window, layout.sinks, layout.slots(max_len, spare))
             for layout in layouts
@@ -289,49 +289,45 @@ class KVCache:
     def host_lengths(self) -> list[int]:
         """The lengths as Python integers; waits for the device only after a compiled step."""
         if self.host_copy is None:
-            self.host_copy = self.lengths.tolist()
+            self.host_copy = [int(length) for length in self.lengths.tolist()]
         return self.host_copy
 
     def expect(self, counts: Sequence[int]) -> None:
         """Of the next chunk only the first counts[b] tokens of row b count; the rest is padding."""
         if len(counts) != self.batch_size or min(counts) < 0:
             raise ValueError(f"{self.batch_size} rows need a count of tokens each, not {list(counts)}")
-        self.counts = torch.tensor(counts, dtype=torch.int64)
+        self.counts = list(counts)
 
-    def reserve(self, T: int) -> None:
-        """The host's part of `advance`: check that T more tokens fit, and count them.
+    def reserve(self, T: int, counts: Sequence[int] | None = None) -> None:
+        """The host's part of `advance`: check that T more tokens fit in each row, and count them.
 
         Whoever runs a compiled or captured step calls this before it. Raises ValueError if they do not fit.
         """
-        old, counts = self.host_lengths(), [T] * self.batch_size
-        if self.counts is not None:
-            counts = self.counts.tolist()
-            if max(counts) > T:
-                raise ValueError(f"rows of {counts} tokens do not fit a chunk of {T}")
-        new = [a + b for a, b in zip(old, counts, strict=True)]
+        counts = [T] * self.batch_size if counts is None else counts
+        if max(counts) > T:
+            raise ValueError(f"rows of {counts} tokens do not fit a chunk of {T}")
+        new = [a + b for a, b in zip(self.host_lengths(), counts, strict=True)]
         if max(new) > self.max_len and not self.endless:
-            raise ValueError(f"cache of {self.max_len} tokens is too short for {max(old)} + {T} tokens")
-        self.host_copy = new
+            raise ValueError(f"a cache of {self.max_len} tokens is too short for {max(new)} tokens")
+        self.host_copy, self.first = new, self.first and T == 0
 
-    def advance(self, T: int) -> Tensor:
+    def advance(self, batch_size: int, T: int) -> Tensor:
         """Make room for T tokens in every row, and plan where they go; returns their positions (B, T).
 
-        Raises ValueError if they do not fit. In a compiled step nothing is checked, see `reserve`.
+        Raises ValueError if they do not fit. In a compiled step lengths are not checked, see `reserve`.
         """
+        counts, self.counts, first = self.counts, None, self.first
+        if batch_size != self.batch_size:
+            raise ValueError(f"a batch of {batch_size} rows does not fit a cache for {self.batch_size}")
         if torch.compiler.is_compiling():
-            self.host_copy, longest = None, max(plan.slots for plan in self.plans.values())
+            self.host_copy, self.first, longest = None, False, max(plan.slots for plan in self.plans.values())
         else:
-            try:
-                self.reserve(T)
-            except ValueError:
-                self.counts = None
-                raise
+            self.reserve(T, counts)
             longest = max(self.host_lengths())
-        counts = None if self.counts is None else self.counts.to(self.device)
+        new = None if counts is None else torch.tensor(counts, device=self.device)  # (B,)
         for plan in self.plans.values():
-            positions = plan.make(self.lengths, counts, T, self.first, longest)
-        self.lengths += T if counts is None else counts
-        self.first, self.counts = False, None
+            positions = plan.update(self.lengths, new, T, first, longest)
+        self.lengths += T if new is None else new
         return positions
 
     def rewind(self, lengths: Sequence[int]) -> None:
@@ -339,27 +335,31 @@ class KVCache:
 
         Raises ValueError if a row holds fewer, or if what its next token is to see has left a window.
         """
-        held = self.host_lengths()
-        if len(lengths) != self.batch_size or any(
-            not 0 <= n <= m for n, m in zip(lengths, held, strict=True)
-        ):
+        held, self.counts = self.host_lengths(), None
+        if len(lengths) != self.batch_size or not all(0 <= n <= m for n, m in zip(lengths, held, strict=True)):
             raise ValueError(f"cannot rewind rows of {held} tokens to {list(lengths)}")
         peaks = [max(pair) for pair in zip(self.peaks, held, strict=True)]
+        self.peaks = list(peaks)
         for plan in self.plans.values():
-            for n, peak in zip(lengths, peaks, strict=True):
+            for row, (n, peak) in enumerate(zip(lengths, peaks, strict=True)):
                 lost = peak - plan.ring  # behind the sinks, the positions below this are overwritten
                 if plan.window and max(n + 1 - plan.window, plan.sinks) < min(n, lost):
                     raise ValueError(
                         f"cannot rewind rows of {held} tokens to {list(lengths)}: their window of "
                         f"{plan.window} moved on; make the cache with more spare"
                     )
-            if plan.window:
-                peaks = [min(peak, n + plan.ring) for peak, n in zip(peaks, lengths, strict=True)]
-        self.peaks, self.host_copy, self.first = peaks, list(lengths), max(lengths) == 0
+                if plan.window:
+                    self.peaks[row] = min(self.peaks[row], n + plan.ring)
+        self.host_copy, self.first = list(lengths), max(lengths) == 0
         self.lengths.copy_(torch.tensor(self.host_copy))
 
     def replace_rows(self, rows: Sequence[int], other: KVCache) -> None:
-        """Put the rows of `other`, a cache like this one but no longer, in place of `rows`."""
+        """Put the rows of `other`, a cache like this one but no longer, in place of `rows`.
+
+        Raises ValueError if their numbers, or `spare`, differ.
+        """
+        if len(rows) != other.batch_size or self.spare != other.spare:
+            raise ValueError(f"{other.batch_size} rows with spare {other.spare} cannot replace rows {rows}")
         for layer, source in zip(self.layers, other.layers, strict=True):
             for name, buffer in source.buffers.items():
                 layer.buffers[name].narrow(-2, 0, buffer.size(-2))[rows] = buffer

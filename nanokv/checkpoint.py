@@ -92,9 +92,7 @@ def claim(run_dir: Path, resume: bool, overwrite: bool, launch: str | None = Non
         reason = getattr(e, "strerror", None) or e
         raise UserError(f"cannot write to out_dir {run_dir}: {reason}; choose another --out_dir") from e
     if holds_checkpoint(run_dir) and not resume and not overwrite:
-        remedy = (
-            "continue it with --init_from=resume, give it up with --overwrite, or choose another --out_dir"
-        )
+        remedy = "continue it with --init_from=resume, give it up with --overwrite, or choose another --out_dir"
         raise UserError(f"{run_dir} already holds a run; {remedy}")
     with writing(run_dir):
         for name in RUN_FILES if not resume else ():

@@ -57,8 +57,14 @@ def load(argv: list[str], *classes: type, usage: str = "", fill_in: Callable[[di
     return _build(classes, fill_in(_check(settings, hints)))
 
 
-def parse(cls: type[T], argv: list[str], usage: str = "") -> T:
-    """`load` for a single dataclass."""
+def parse(cls: type[T], argv: list[str], usage: str = "", bare: int = 0) -> T:
+    """`load` for a single dataclass, whose first `bare` fields may be given as words without their names."""
+    if bare:
+        words = [arg for arg in argv if not arg.startswith("-")]
+        if len(words) > bare:
+            raise UserError(f"unexpected argument {words[bare]!r}; write --key=value after {bare} of those")
+        named = [f"--{field.name}={word}" for field, word in zip(fields(cls), words, strict=False)]
+        argv = named + [arg for arg in argv if arg.startswith("-")]
     return load(argv, cls, usage=usage)[0]
 
 
@@ -143,8 +149,7 @@ def _build(classes: Iterable[type], values: dict[str, Any]) -> tuple:
             raise UserError(f"--{field.name}=... is required")
     try:
         return tuple(
-            cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
-            for cls in classes
+            cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values}) for cls in classes
         )
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -152,6 +157,14 @@ def _build(classes: Iterable[type], values: dict[str, Any]) -> tuple:
 
 def _fit(value: Any, hint: Any) -> Iterator[Any]:
     """Yields value as each type that the hint admits, never guessing: 1e3 fits int, 1 fits float and bool."""
+    if get_origin(hint) is tuple:  # tuple[int, ...]: words with commas between, or a list
+        words, kind = value.split(",") if value and isinstance(value, str) else value or (), get_args(hint)[0]
+        if not isinstance(words, list | tuple):
+            return
+        fitting = [[fit for reading in (_literal(str(word)), word) for fit in _fit(reading, kind)] for word in words]
+        if all(fitting):
+            yield tuple(fits[0] for fits in fitting)
+        return
     for member in _members(hint):
         if member in (int, float):  # in 64 bits, which also excludes inf and nan
             if type(value) in (int, float) and abs(value) < 2**63 and member(value) == value:
@@ -170,6 +183,8 @@ def _members(hint: Any) -> list[Any]:
 
 
 def _type_name(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        return f"a list of {_type_name(get_args(hint)[0])} with commas between"
     return "|".join(getattr(member, "__name__", str(member)) for member in _members(hint))
 
 
@@ -261,9 +276,7 @@ def _number(value: Any) -> int | float:
 
 def _not_allowed(node: ast.AST) -> str:
     match node:  # name what is within a bare expression, a target that is no name, a constant, an operation
-        case (
-            ast.Expr(node) | ast.Assign([node]) | ast.Constant(node) | ast.BinOp(_, node) | ast.UnaryOp(node)
-        ):
+        case ast.Expr(node) | ast.Assign([node]) | ast.Constant(node) | ast.BinOp(_, node) | ast.UnaryOp(node):
             pass
     allowed = "constants, names assigned above and arithmetic (+ - * / // % **) on numbers"
     return f"{type(node).__name__} is not allowed; a config file is data: it assigns {allowed}"
@@ -275,7 +288,9 @@ def describe(classes: Iterable[type], usage: str = "") -> str:
     for cls in classes:
         comments |= _comments(cls)
         for field in fields(cls):
-            knobs[field.name] = f"  --{field.name}={'...' if field.default is MISSING else field.default}"
+            default = "..." if field.default is MISSING else field.default
+            default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            knobs[field.name] = f"  --{field.name}={default}"
     column = max(map(len, knobs.values())) + 2
     width = max(shutil.get_terminal_size((110, 24)).columns, column + 30)
     lines = [usage.strip()] if usage else []

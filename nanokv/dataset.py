@@ -247,9 +247,7 @@ class Shards:
         return repr(self.ends).encode() + b"".join(heads)
 
 
-def sample_starts(
-    first: int, count: int, n_tokens: int, block_size: int, seed: int, aligned=False
-) -> np.ndarray:
+def sample_starts(first: int, count: int, n_tokens: int, block_size: int, seed: int, aligned=False) -> np.ndarray:
     """(count,): where samples first .. first + count - 1 begin.
     An epoch lays windows of block_size side by side from a random offset below block_size (targets reach one
     token further) and takes them in random order. aligned: examples of block_size + 1 tokens, so no offset.

@@ -1,10 +1,10 @@
 """Cached generation: token ids in, token ids out, for batches of prompts of any lengths.
 
 `generate` yields tokens as they come. What a row gets depends on its prompt, its seed and the options, never
-on the rows beside it, nor on a draft that guesses ahead.
+on the rows beside it, nor on a draft.
 
 At the context's end, when a row holds block_size tokens, it keeps its last block_size // 2 and goes on. Where
-every layer has a window, and none has sinks, there is no such end: the cache slides on.
+every layer has a window within the context, and none has sinks, there is no such end: the cache slides on.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from os.path import commonprefix
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanokv.cache import KVCache
 
 PREFILL_CHUNK = 2048  # tokens of a prompt that go through the model at once; bounds the memory of a long one
-DRAFTED = 4  # tokens that a draft model guesses at a time
-LOOKED_UP = 8  # tokens that prompt look-up guesses at a time
 
 
 @dataclass
@@ -31,13 +32,22 @@ class Stats:
     prefill_seconds: float = 0.0  # until the first token of each row
     decode_tokens: int = 0  # all later ones
     decode_seconds: float = 0.0
-    cache_bytes: int = 0  # allocated at a time
-    guessed: int = 0  # tokens that a draft guessed
-    right: int = 0  # of them, those that were then drawn
+    cache_bytes: int = 0  # of the largest main cache
+    drafted: int = 0
+    accepted: int = 0  # of the drafted tokens, those that were then drawn
+
+    def timed(self, steps: Iterator[list[int]], started: float) -> Iterator[list[int]]:
+        """Yield `steps`, adding the time of each; the first began at `started`."""
+        for i, tokens in enumerate(steps):
+            seconds = time.perf_counter() - started
+            self.prefill_seconds += 0 if i else seconds
+            self.decode_seconds += seconds if i else 0
+            yield tokens
+            started = time.perf_counter()
 
 
 @torch.inference_mode()
-def prefill(model: nn.Module, prompts: Sequence[list[int]], cache: KVCache) -> Tensor:
+def prefill(model: Any, prompts: Sequence[list[int]], cache: KVCache) -> Tensor:
     """Run prompts, of any lengths, through an empty cache; fp32 logits (B, V) after each one's last token."""
     lengths, weight = [len(prompt) for prompt in prompts], model.embed_tokens.weight
     longest = max(lengths)
@@ -56,7 +66,7 @@ def prefill(model: nn.Module, prompts: Sequence[list[int]], cache: KVCache) -> T
 
 
 @torch.inference_mode()
-def decode_one_token(model: nn.Module, tokens: Tensor, cache: KVCache) -> Tensor:
+def decode_one_token(model: Any, tokens: Tensor, cache: KVCache) -> Tensor:
     """The next token of each row (B,) -> fp32 logits (B, V) after it."""
     return model.head(model.hidden(tokens[:, None], cache)[:, -1]).float()
 
@@ -86,7 +96,7 @@ def sample(
 
     In this order: temperature (0: the likeliest token), the top_k likeliest, of these the fewest likeliest
     that reach top_p (Holtzman et al. 2020), of these the ones at least min_p times as likely as the first
-    (Nguyen et al. 2024); then the token at which the cumulated probability passes `uniform`. Drawing one
+    (Nguyen et al. 2024); then the token at which the cumulative probability passes `uniform`. Drawing one
     number a row leaves rows independent without a random generator, or a launch, for each in every step.
     """
     if temperature == 0:
@@ -98,20 +108,20 @@ def sample(
     if filtered:
         keep = (p.cumsum(-1) - p < top_p) & (p >= min_p * p[:, :1])
         p = p * keep
-    cumulated = p.cumsum(-1)
-    choice = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)  # (B, 1)
+    cumulative = p.cumsum(-1)
+    choice = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)  # (B, 1)
     choice = choice.clamp(max=p.size(-1) - 1)  # out of range only if the logits are not finite
     return (order.gather(-1, choice) if filtered else choice)[:, 0]
 
 
 def uniforms(seed: int, rows: int, device) -> Iterator[Tensor]:
-    """Endless vectors (rows,) in [0, 1), drawn some steps ahead; row i's come from seed + i on any device."""
+    """Endless vectors (rows,) in [0, 1), 256 at a time; row i's come from seed + i on any device."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(rows)]
     while True:
         yield from torch.stack([torch.rand(256, generator=g) for g in generators], 1).to(device)
 
 
-def make_room(model: nn.Module, cache: KVCache, held: list[list[int]], dtype: torch.dtype | None) -> None:
+def make_room(model: Any, cache: KVCache, held: list[list[int]], dtype: torch.dtype | None) -> None:
     """Cut the rows that fill their cache, unless it is endless, to the last block_size // 2 tokens they hold.
 
     Positions start at 0 again, so these tokens are computed anew, in a cache of their own: the other rows are
@@ -130,7 +140,7 @@ def make_room(model: nn.Module, cache: KVCache, held: list[list[int]], dtype: to
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
@@ -143,16 +153,16 @@ def generate(
     n_vocab: int | None = None,
     cache_dtype: torch.dtype | None = None,
     stats: Stats | None = None,
-    draft: Lookup | DraftModel | None = None,
+    draft: PromptLookup | DraftModel | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield, step by step, the new token of each row; None for a row that has drawn one of `stop_ids`.
 
     Row i draws with seed + i. Ids from `n_vocab` on, the padding of a vocabulary, are never drawn. A prompt
     longer than block_size is cut to its last tokens. The model should be in eval mode. A `draft`, for one
-    row, changes how soon tokens come, not which. Raises ValueError if a prompt is empty or an option is
-    out of range.
+    row, never changes the text: every token uses the random number it would have used without drafts.
+    Raises ValueError if a prompt is empty or an option is out of range.
     """
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     check_sampling(**options)
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and in each prompt at least one token")
@@ -160,154 +170,141 @@ def generate(
         raise ValueError("a draft serves one prompt at a time")
     if max_new_tokens < 1:
         return
-    clock = time.perf_counter()
-    stats = Stats() if stats is None else stats
-    block_size = model.config.block_size
+    clock, stats, block_size = time.perf_counter(), stats or Stats(), model.config.block_size
     held = [list(prompt[-block_size:]) for prompt in prompts]  # the tokens in each row of the cache
     max_len = min(block_size, max(map(len, held)) + max_new_tokens)
-    cache = model.new_cache(len(held), max_len, cache_dtype, 0 if draft is None else draft.ahead)
+    cache = model.new_cache(len(held), max_len, cache_dtype, draft.num_draft_tokens if draft else 0)
     stats.prompt_tokens += sum(map(len, held))
     stats.cache_bytes = max(stats.cache_bytes, cache.nbytes)
-    uniform = uniforms(seed, len(held), model.embed_tokens.weight.device)
+    uniform = uniforms(seed, len(held), cache.device)
 
     def draw(logits: Tensor, numbers: Tensor) -> Tensor:
         return sample(logits[:, :n_vocab], numbers, **options)
 
-    if draft is None:
-        passes = decode(model, cache, held, uniform, draw, cache_dtype)
-    else:
-        passes = speculate(model, cache, held, uniform, draw, cache_dtype, draft, stats)
-    live, made = [True] * len(held), 0
-    for steps in passes:
-        seconds = time.perf_counter() - clock
-        if made == 0:
-            stats.prefill_seconds += seconds
-        else:
-            stats.decode_seconds += seconds
-        for tokens in steps:
-            live = [alive and token not in stop_ids for alive, token in zip(live, tokens, strict=True)]
-            stats.decode_tokens += sum(live) if made else 0
-            if not any(live):
-                return
-            yield [token if alive else None for token, alive in zip(tokens, live, strict=True)]
-            made += 1
-            if made == max_new_tokens:
-                return
-        clock = time.perf_counter()
+    arguments = model, cache, held, uniform, draw, cache_dtype
+    steps = speculative_decode(*arguments, draft, stats) if draft else decode(*arguments)
+    live = [True] * len(held)
+    for made, tokens in enumerate(islice(stats.timed(steps, clock), max_new_tokens)):
+        live = [alive and token not in stop_ids for alive, token in zip(live, tokens, strict=True)]
+        stats.decode_tokens += sum(live) if made else 0
+        if not any(live):
+            return
+        yield [token if alive else None for token, alive in zip(tokens, live, strict=True)]
 
 
 def decode(
-    model: nn.Module, cache: KVCache, held: list[list[int]], uniform: Iterator[Tensor], draw: Callable, dtype
-) -> Iterator[list[list[int]]]:
-    """After each pass of the model, the one token that each row draws. `held`: the tokens in each row."""
+    model: Any, cache: KVCache, held: list[list[int]], uniform: Iterator[Tensor], draw: Callable, dtype
+) -> Iterator[list[int]]:
+    """The token that each row draws, after each pass of the model. `held`: the tokens in each row."""
     logits = prefill(model, held, cache)
     while True:
         ids = draw(logits, next(uniform))
         tokens = ids.tolist()  # the one transfer, and wait, of a step
-        yield [tokens]
+        yield tokens
         make_room(model, cache, held, dtype)
         logits = decode_one_token(model, ids, cache)
         for row, token in zip(held, tokens, strict=True):
             row.append(token)
 
 
-def speculate(
-    model: nn.Module,
+def speculative_decode(
+    model: Any,
     cache: KVCache,
     held: list[list[int]],
     uniform: Iterator[Tensor],
     draw: Callable,
     dtype: torch.dtype | None,
-    draft: Lookup | DraftModel,
+    draft: PromptLookup | DraftModel,
     stats: Stats,
-) -> Iterator[list[list[int]]]:
-    """After each pass of the model, all tokens that it settles, for a single row (Leviathan et al. 2023).
+) -> Iterator[list[int]]:
+    """The tokens of a single row, often several after a pass of the model (Leviathan et al. 2023).
 
-    A pass over the last token and some guessed ones gives the logits after each. From them the tokens are
-    drawn, with the numbers that `decode` would use: so far as they are the guesses they stand, and so does
-    the first that is not. Thus the sample is the same as without a draft, not only its distribution.
+    A pass over the last token and some drafted ones gives the logits after each. From them the tokens are
+    drawn, with the numbers that `decode` would use. Drafts are accepted up to the first mismatch, where the
+    drawn token is used. So the text is that of `decode`.
     """
-    logits, numbers, guesses = prefill(model, held, cache), [], []
+    logits, numbers, drafted = prefill(model, held, cache), [], []
     while True:
-        numbers += [next(uniform) for _ in range(len(guesses) + 1 - len(numbers))]
-        drawn = draw(logits, torch.cat(numbers[: len(guesses) + 1])).tolist()
-        right = agreeing(guesses, drawn)
-        cache.rewind([cache.host_lengths()[0] - len(guesses) + right])
-        held[0] += guesses[:right]
-        del numbers[: right + 1]
-        stats.guessed, stats.right = stats.guessed + len(guesses), stats.right + right
-        yield [[token] for token in drawn[: right + 1]]
+        numbers += [next(uniform) for _ in range(len(drafted) + 1 - len(numbers))]
+        drawn = draw(logits, torch.cat(numbers[: len(drafted) + 1])).tolist()
+        accepted = len(commonprefix([drafted, drawn]))
+        cache.rewind([cache.host_lengths()[0] - len(drafted) + accepted])
+        held[0] += drafted[:accepted]
+        del numbers[: accepted + 1]
+        stats.drafted, stats.accepted = stats.drafted + len(drafted), stats.accepted + accepted
+        yield from ([token] for token in drawn[: accepted + 1])
         make_room(model, cache, held, dtype)
-        last = drawn[right]
-        room = draft.ahead if cache.endless else cache.max_len - cache.host_lengths()[0] - 1
-        numbers += [next(uniform) for _ in range(draft.ahead - len(numbers))]
-        guesses = draft.guess([*held[0], last], min(room, draft.ahead), numbers, draw)
-        idx = torch.tensor([[last, *guesses]], device=cache.device)
-        logits = model.head(model.hidden(idx, cache)[0]).float()  # (1 + guesses, V)
+        last, most = drawn[accepted], draft.num_draft_tokens
+        if not cache.endless:
+            most = min(most, cache.max_len - cache.host_lengths()[0] - 1)
+        numbers += [next(uniform) for _ in range(draft.num_draft_tokens - len(numbers))]
+        drafted = draft.propose([*held[0], last], most, numbers, draw)
+        idx = torch.tensor([[last, *drafted]], device=cache.device)
+        logits = model.head(model.hidden(idx, cache)[0]).float()  # (1 + drafted, V)
         held[0].append(last)
 
 
-def agreeing(a: list[int], b: list[int]) -> int:
-    """How many tokens the two begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+class PromptLookup:
+    """Proposes what followed the last earlier occurrence of the last three tokens (prompt lookup decoding,
+    Saxena 2023).
+    """
 
-
-class Lookup:
-    """Guesses what followed the last three tokens the time before (prompt look-up, Saxena 2023)."""
-
-    ahead = LOOKED_UP
+    num_draft_tokens = 8
 
     def __init__(self):
-        self.places, self.seen = {}, 0  # where the text went on after three tokens; how far it was read
+        self.places: dict[tuple[int, ...], int] = {}  # of three tokens, where the text goes on after them
+        self.text: list[int] = []  # as far as `places` knows it
 
-    def guess(self, text: list[int], k: int, numbers: list[Tensor], draw: Callable) -> list[int]:
+    def propose(self, text: list[int], k: int, numbers: list[Tensor], draw: Callable) -> list[int]:
         """Up to k tokens to follow `text`."""
-        if len(text) < self.seen:  # another text
-            self.places, self.seen = {}, 0
-        for end in range(max(self.seen, 3), len(text)):
+        if text[: len(self.text)] != self.text:  # another text
+            self.places, self.text = {}, []
+        for end in range(max(len(self.text), 3), len(text)):
             self.places[tuple(text[end - 3 : end])] = end
-        self.seen = len(text)
+        self.text = list(text)
         place = self.places.get(tuple(text[-3:]), len(text))
         return text[place : place + k]
 
 
 class DraftModel:
-    """Guesses what a smaller model of the same tokens draws with the same numbers."""
+    """Drafts what a smaller model of the same tokens draws with the same numbers."""
 
-    ahead = DRAFTED
+    num_draft_tokens = 4
 
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.cache = model.new_cache(1, max(model.config.block_size, 4 * self.ahead), spare=self.ahead)
-        self.held: list[int] = []  # tokens in the cache, the guesses included
-        self.seen = self.start = 0  # length of the last text; where in it the cache starts
+    def __init__(self, model: Any):
+        self.model, k = model, self.num_draft_tokens
+        self.cache = model.new_cache(1, max(model.config.block_size, 4 * k), spare=k)
+        self.held: list[int] = []  # tokens in the cache, the drafted ones included
+        self.text: list[int] = []  # the last text
+        self.start = 0  # where in it the cache starts
 
-    def guess(self, text: list[int], k: int, numbers: list[Tensor], draw: Callable) -> list[int]:
+    def propose(self, text: list[int], k: int, numbers: list[Tensor], draw: Callable) -> list[int]:
         """k tokens to follow `text`, drawn with the first k of `numbers`, (1,) each."""
-        known = self.seen - self.start  # of the tokens held; the guesses after them may have been wrong
-        if len(text) <= self.seen or len(text) - self.start + k > self.cache.max_len:  # another text, or full
-            self.start, known = max(0, len(text) - self.cache.max_len // 2), 0
-        else:
-            known += agreeing(self.held[known:], text[self.seen : -1])
+        if len(text) <= len(self.text) or text[: len(self.text)] != self.text:  # another text
+            self.text, self.held, self.start = [], [], 0
+        known = len(self.text) - self.start  # of the tokens held; the drafted ones after them may be wrong
+        known += len(commonprefix([self.held[known:], text[len(self.text) : -1]]))
+        if len(text) - self.start + k > self.cache.max_len:  # full
+            self.start, known = len(text) - self.cache.max_len // 2, 0
         self.cache.rewind([known])
         self.held = text[self.start :]
-        self.seen, new = len(text), self.held[known:]
+        self.text, new = list(text), self.held[known:]
         if known:
             idx = torch.tensor([new], device=self.cache.device)
             logits = self.model.head(self.model.hidden(idx, self.cache)[:, -1]).float()
         else:
             logits = prefill(self.model, [new], self.cache)
-        guesses: list[int] = []
+        drafted: list[int] = []
         for number in numbers[:k]:
             ids = draw(logits, number)
-            guesses += ids.tolist()
-            if len(guesses) < k:
+            drafted += ids.tolist()
+            if len(drafted) < k:
                 logits = decode_one_token(self.model, ids, self.cache)
-        self.held += guesses[:-1]
-        return guesses
+        self.held += drafted[:-1]
+        return drafted
 
 
-def generate_lists(model: nn.Module, prompts: Sequence[Sequence[int]], *args, **options) -> list[list[int]]:
+def generate_lists(model: Any, prompts: Sequence[Sequence[int]], *args, **options) -> list[list[int]]:
     """The new tokens of each row; arguments as for `generate`."""
     rows = [[] for _ in prompts]
     for tokens in generate(model, prompts, *args, **options):

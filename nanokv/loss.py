@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-LOGITS = 1 << 24  # numbers that the logits may have at a time: 64 MB in fp32
+MAX_LOGITS = 1 << 24  # elements at a time; 64 MiB in fp32
 
 
 class LanguageModelLoss(nn.Module):
@@ -18,26 +20,27 @@ class LanguageModelLoss(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         """idx and targets (B, T) -> mean cross-entropy, in nats, of the targets that are not -1."""
         return self.cross_entropy(self.model.hidden(idx).flatten(0, 1), targets.flatten())
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The same of final hidden states (N, C) and targets (N,).
+        """The loss of final hidden states (N, C) and targets (N,).
 
-        Where the logits would be many, they are made, and made again for the gradient, some rows at a time.
-        At a vocabulary of 50,304 they and their gradient would be most of a training step's memory.
+        Many logits are computed in chunks, and recomputed in the backward pass: at a vocabulary of 50,304 they
+        and their gradient would be most of a training step's memory.
         """
-        rows = max(LOGITS // self.model.config.vocab_size, 1)
+        rows = max(MAX_LOGITS // self.model.config.vocab_size, 1)
         if len(hidden) <= rows:
-            return self.total(hidden, targets, "mean")
+            return self.head_loss(hidden, targets, "mean")
         total = hidden.new_zeros((), dtype=torch.float32)
         for chunk in zip(hidden.split(rows), targets.split(rows), strict=True):
-            total = total + checkpoint(self.total, *chunk, "sum", use_reentrant=False)
+            chunk_loss = checkpoint(self.head_loss, *chunk, "sum", use_reentrant=False, preserve_rng_state=False)
+            total = total + chunk_loss
         return total / (targets >= 0).sum()
 
-    def total(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    def head_loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         logits = self.model.head(hidden).float()
         return F.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)

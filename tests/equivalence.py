@@ -97,9 +97,7 @@ def check_chunks(model: GPT, chunks: list[int], cache_dtype=None, tolerance: flo
 
 
 @torch.no_grad()
-def check_ragged(
-    model: GPT, lengths: list[int], chunks: list[int], cache_dtype=None, tolerance: float = 1e-5
-) -> None:
+def check_ragged(model: GPT, lengths: list[int], chunks: list[int], cache_dtype=None, tolerance: float = 1e-5) -> None:
     """A batch of prompts of unequal length, padded, continues as each prompt does alone."""
     longest, B = max(lengths), len(lengths)
     prompts, rest = tokens(B, longest, seed=1), tokens(B, sum(chunks), seed=2)

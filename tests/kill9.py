@@ -115,14 +115,10 @@ def main(argv: list[str]) -> None:
                 assert newest >= safe, f"after kill {kill} the newest is of step {newest}, saved was {safe}"
                 logged = (run_dir / "metrics.jsonl").read_text().splitlines()
                 lost.append(max([newest, *(json.loads(line)["step"] for line in logged[-2:-1])]) - newest)
-        assert Life(*knobs, f"--out_dir={run_dir}", "--init_from=resume").wait() == 0, (
-            "the last resume failed"
-        )
+        assert Life(*knobs, f"--out_dir={run_dir}", "--init_from=resume").wait() == 0, "the last resume failed"
         one, other = (checkpoint.load(path, "last") for path in (Path(folder, "alone"), run_dir))
         for a, b in ((one.model, other.model), (one.optimizer, other.optimizer)):
-            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), (
-                "the weights differ"
-            )
+            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), "the weights differ"
         assert one.state["best"] == other.state["best"] and other.state["step"] == steps
         print(
             f"{options.kills} kills in {steps} steps, {saving} during a save, {starting} at the start; every "

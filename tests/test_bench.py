@@ -20,9 +20,7 @@ def test_both_sides_of_the_race_read_the_same_text(tmp_path):
     (tmp_path / "book.txt").write_text(text)
     folder = bench.nanogpt_folder(tmp_path / "book.txt", tmp_path / "set")
     dataset = open_dataset(str(folder))
-    held = [
-        dataset.tokenizer.decode(split.read(0, len(split)).tolist()) for split in (dataset.train, dataset.val)
-    ]
+    held = [dataset.tokenizer.decode(split.read(0, len(split)).tolist()) for split in (dataset.train, dataset.val)]
     assert "".join(held) == text
     assert len(held[0]) == int(0.9 * len(text))
     with pytest.raises(UserError, match="no text at"):
@@ -120,15 +118,13 @@ def test_decode_measures_every_context_and_batch_beside_transformers(tmp_path, m
 
 
 def test_decode_measures_configs_and_runs(tmp_path):
-    (tmp_path / "tiny.py").write_text(
-        "n_layer = 1\nn_head = 2\nn_embd = 32\nvocab_size = 64\nattention = 'mqa'\n"
-    )
-    options = bench_cache.DecodeOptions(config=str(tmp_path / "tiny.py"), contexts="100")
+    (tmp_path / "tiny.py").write_text("n_layer = 1\nn_head = 2\nn_embd = 32\nvocab_size = 64\nattention = 'mqa'\n")
+    options = bench_cache.DecodeOptions(config=(str(tmp_path / "tiny.py"),), contexts=(100,))
     ((name, model),) = bench_cache.decode_models(options, torch.device("cpu"))
     assert (name, model.config.attention, model.config.n_embd) == ("tiny", "mqa", 32)
     assert model.config.block_size >= 100 + 6 * options.n
     assert model(torch.arange(9)[None])[0].std() > 0.1
-    with pytest.raises(UserError, match="not a list of whole numbers"):
+    with pytest.raises(UserError, match="contexts should be a list of int .*not '64;128'"):
         bench.main(["decode", "--contexts=64;128"])
 
 

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import ATTENTIONS, GPTConfig
-from nanokv.cache import CACHE_FORMATS, KVCache, dequantize, kv_bytes, quantize
+from nanokv.cache import CACHE_FORMATS, KVCache, LayerLayout, Part, dequantize, kv_bytes, quantize
 from nanokv.metrics import kv_elements_per_token_layer, kv_ratio_to_mha
 
 MLA = {name: knobs for name, knobs in CASES.items() if knobs["attention"] == "mla"}
@@ -85,9 +85,7 @@ def test_a_cache_in_any_format_stays_near_full_precision(knobs, dtype):
 def test_forms_and_rows_agree_in_what_a_quantized_cache_holds(knobs, dtype):
     """Codes are the same however they are read: what is left is a rare number at the edge of two codes."""
     model, idx = small_model(**knobs), tokens(3, 24)
-    logits = [
-        cached_logits(model, idx, chunks, model.new_cache(3, 24, dtype)) for chunks in ([8, 16], [8] * 3)
-    ]
+    logits = [cached_logits(model, idx, chunks, model.new_cache(3, 24, dtype)) for chunks in ([8, 16], [8] * 3)]
     if knobs["attention"] == "mla":
         for absorbed in (True, False):
             force_form(model, absorbed)
@@ -123,9 +121,7 @@ class Reference:
             largest = 127.0 if self.dtype == torch.int8 else 448.0
             scale = (group.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-30).bfloat16().float()
             codes = (group / scale).clamp(-largest, largest)
-            groups.append(
-                (codes.round() if self.dtype == torch.int8 else codes.to(self.dtype).float()) * scale
-            )
+            groups.append((codes.round() if self.dtype == torch.int8 else codes.to(self.dtype).float()) * scale)
         return torch.cat(groups, -1)
 
     def read(self, name, like):
@@ -222,9 +218,7 @@ def test_quantized_codes_and_scales():
         largest = torch.cat([part.abs().amax(-1, True).expand_as(part) for part in x.split(128, -1)], -1)
         assert ((back - x).abs() <= largest * step * 0.51).all()
         if dtype == torch.int8:  # the spacing of codes is the scale
-            assert (
-                (back - x).abs().amax(-1) > 0.2 * step * largest.amax(-1) * (largest.amax(-1) > 0)
-            ).sum() > 9
+            assert ((back - x).abs().amax(-1) > 0.2 * step * largest.amax(-1) * (largest.amax(-1) > 0)).sum() > 9
         again, scale_again = quantize(back, dtype)
         assert_close(dequantize(again, scale_again, torch.float32), back, largest.max().item() * step)
 
@@ -294,6 +288,45 @@ def test_cache_refuses_what_does_not_fit():
     assert cache.host_lengths() == [8, 3]
 
 
+def test_counts_of_a_padded_chunk_do_not_outlive_it():
+    model, cache = small_model(), small_model().new_cache(2, 8)
+    for wrong in (lambda: model(tokens(3, 2), cache=cache), lambda: model(tokens(2, 1), cache=cache)):
+        cache.expect([2, 1])
+        with pytest.raises(ValueError):
+            wrong()
+        model(tokens(2, 2), cache=cache)
+        assert cache.host_lengths() == [2, 2]
+        cache.expect([0, 0])
+        cache.rewind([0, 0])
+
+
+def test_a_forward_pass_that_fails_leaves_the_cache_as_it_was():
+    model = small_model()
+    cache = model.new_cache(1, 8)
+    with pytest.raises(IndexError):
+        model(torch.tensor([[VOCAB]]), cache=cache)
+    model(tokens(1, 0), cache=cache)
+    assert cache.first and cache.lengths.tolist() == cache.host_lengths() == [0]
+    with pytest.raises(ValueError, match="at least one row"):
+        model.new_cache(0, 8)
+
+
+def test_rows_are_replaced_by_as_many_of_a_cache_with_the_same_spare():
+    model = small_model(window=4)
+    cache = model.new_cache(3, 20, spare=2)
+    cached_logits(model, tokens(3, 9), [9], cache)
+    for rows, other in ([0, 1], model.new_cache(1, 9, spare=2)), ([0], model.new_cache(1, 9, spare=1)):
+        with pytest.raises(ValueError, match="cannot replace"):
+            cache.replace_rows(rows, other)
+    other = model.new_cache(1, 10, spare=2)
+    cached_logits(model, tokens(1, 10, seed=5), [10], other)
+    cache.replace_rows([1], other)
+    assert cache.host_lengths() == cache.lengths.tolist() == [9, 10, 9]
+    new = tokens(3, 1, seed=6)
+    expected = model(torch.cat((tokens(1, 10, seed=5), new[1:2]), 1))[0][:, -1:]
+    assert_close(model(new, cache=cache)[0][1:2], expected)
+
+
 @every_case
 def test_causality(knobs):
     model, idx = small_model(**knobs), tokens(1, 16)
@@ -358,12 +391,23 @@ def test_published_footprints():
 
 def test_published_quantized_footprint():
     """FlashMLA's fp8 cache takes 656 bytes: 512 codes, 64 numbers of rope key in bf16, 4 scales in fp32."""
-    config = GPTConfig(
-        attention="mla", n_layer=1, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128
-    )
+    config = GPTConfig(attention="mla", n_layer=1, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128)
     assert config.kv_bytes_per_token(torch.float8_e4m3fn) == 656 - 4 * 2  # our scales are bf16
     config = GPTConfig(attention="gqa", n_layer=3, n_kv_head=2, head_dim=64)
     assert config.kv_bytes_per_token(torch.int8) == 3 * 2 * 2 * (64 + 2)
+
+
+def test_a_part_that_is_exact_throughout_is_kept_in_bf16():
+    layout = LayerLayout({"rope": Part(2, 8, exact=8), "v": Part(1, 8)})
+    assert layout.bytes_per_token(torch.int8) == 2 * 8 * 2 + 8 + 2
+    cache = KVCache([layout], 1, 5, torch.int8, "cpu")
+    assert cache.nbytes == 5 * layout.bytes_per_token(torch.int8)
+    rope, v = torch.randn(1, 2, 5, 8).bfloat16().float(), torch.randn(1, 1, 5, 8)
+    for t in range(5):
+        cache.advance(1, 1)
+        cache.layers[0].append(rope=rope[:, :, t : t + 1], v=v[:, :, t : t + 1])
+    assert torch.equal(cache.layers[0].read("rope", like=v), rope)
+    assert_close(cache.layers[0].read("v", like=v), v, 0.05)
 
 
 # Any configuration

@@ -110,12 +110,7 @@ def test_a_damaged_last_falls_back_to_the_newest_that_is_whole(tmp_path, capsys,
     loaded = checkpoint.load_newest(tmp_path)
     assert loaded.state["step"] == loaded.model["w"][0, 0] == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert (
-        "last.old, step 2" in line
-        and "is damaged" in line
-        and str(tmp_path / "last/") in line
-        and part in line
-    )
+    assert "last.old, step 2" in line and "is damaged" in line and str(tmp_path / "last/") in line and part in line
     checkpoint.save(tmp_path, "best", example(3))  # newer than last's predecessor
     assert checkpoint.load_newest(tmp_path).state["step"] == 3
     checkpoint.save(tmp_path, "last", example(4))

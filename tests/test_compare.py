@@ -103,8 +103,8 @@ def test_what_is_no_run_gets_a_line_and_the_rest_is_compared(tmp_path, capsys):
     (tmp_path / "young/config.json").write_text("{}")
     bad = {
         "empty": "no config.json",
-        "file": "no folder",
-        "missing": "no folder",
+        "file": "no such folder",
+        "missing": "no such folder",
         "young": "before its first checkpoint",
         "half": "not finished; stopped, or still running, at step 10",
         "cut": "not valid JSON",
@@ -122,9 +122,7 @@ def test_what_is_no_run_gets_a_line_and_the_rest_is_compared(tmp_path, capsys):
     with open(good[0] / "metrics.jsonl", "ab") as f:
         f.write(b'[]\n{"train/loss": "high", "tokens": 1, "time": 2}\n{"train/loss": 1, "tok\xff')
     (good[1] / "metrics.jsonl").unlink()
-    compare.main(
-        [*(str(tmp_path / name) for name in bad), *map(str, good), f"--picture={tmp_path / 'p.png'}"]
-    )
+    compare.main([*(str(tmp_path / name) for name in bad), *map(str, good), f"--picture={tmp_path / 'p.png'}"])
     out, err = capsys.readouterr()
     lines = err.splitlines()
     for line, (name, fault) in zip(lines, bad.items(), strict=False):
@@ -186,20 +184,18 @@ def test_names_in_the_picture_do_not_overlap(tmp_path):
 
     shapes = [(256, 1.53), (256, 1.531), (512, 1.52), (512, 1.519), (640, 1.515), (1024, 1.51), (2048, 1.5)]
     names = ["mha", "gqa", "mqa", "mla"]
-    rows = rows_of(
-        *(make_run(tmp_path / f"a-long-name-{i}", names[i % 4], b, c) for i, (c, b) in enumerate(shapes))
-    )
+    rows = rows_of(*(make_run(tmp_path / f"a-long-name-{i}", names[i % 4], b, c) for i, (c, b) in enumerate(shapes)))
     figure, axes = plt.subplots(figsize=(5, 4))
     axes.set_xscale("log", base=2)
     axes.plot([row["kv_cache/bytes_per_token"] for row in rows], [row["best/val_bpb"] for row in rows], "o")
     axes.legend(["runs"])
-    plots.name_points(figure, axes, rows, "best/val_bpb")
-    boxes = [text.get_window_extent().extents for text in axes.texts]
-    frame = axes.get_window_extent().extents
+    plots.name_points(axes, [(row["kv_cache/bytes_per_token"], row["best/val_bpb"], row.name) for row in rows])
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+    frame = axes.get_window_extent()
     assert len(boxes) == len(shapes)
     for i, box in enumerate(boxes):
-        assert plots.overlap(box, frame) == pytest.approx(plots.overlap(box, box))
-        assert all(plots.overlap(box, other) == 0 for other in boxes[:i])
+        assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+        assert box.count_overlaps(boxes[:i]) == 0
     plt.close(figure)
 
 
@@ -216,9 +212,7 @@ class FakeRun:
 
     def history(self, samples, keys, pandas):
         assert not pandas
-        return [
-            {"tokens": 400 * i, "time": i, "train/loss": 3.0, "train/tokens_per_s": 7.0} for i in range(9)
-        ]
+        return [{"tokens": 400 * i, "time": i, "train/loss": 3.0, "train/tokens_per_s": 7.0} for i in range(9)]
 
 
 class FakeApi:

@@ -508,16 +508,12 @@ def test_cli_is_quiet_when_the_reader_goes():
 
 
 keys = st.sampled_from([f.name for f in (*fields(GPTConfig), *fields(TrainConfig))]) | st.text(max_size=8)
-words = st.sampled_from(
-    ["None", "True", "auto", "mla", "gqa", "1e3", "-1", "0", "3", "1e400", "cuda:0", "muon"]
-)
+words = st.sampled_from(["None", "True", "auto", "mla", "gqa", "1e3", "-1", "0", "3", "1e400", "cuda:0", "muon"])
 values = words | st.integers().map(str) | st.floats().map(str) | st.text(max_size=8)
 arguments = st.builds("--{}={}".format, keys, values) | st.text(max_size=12)
 expressions = st.recursive(
     values | st.text(max_size=5).map(repr),
-    lambda inner: st.builds(
-        "{} {} {}".format, inner, st.sampled_from(["+", "-", "*", "/", "//", "%", "**"]), inner
-    ),
+    lambda inner: st.builds("{} {} {}".format, inner, st.sampled_from(["+", "-", "*", "/", "//", "%", "**"]), inner),
     max_leaves=6,
 )
 lines = st.builds("{} = {}".format, keys, expressions) | st.text(max_size=20)
@@ -548,3 +544,28 @@ def test_any_file_loads_or_is_a_user_error(write, text):
     else:
         flat = asdict(configs[0]) | asdict(configs[1])
         assert from_dict(flat, "config.json", GPTConfig, TrainConfig) == configs
+
+
+@dataclass
+class Lists:
+    name: str
+    sizes: tuple[int, ...] = (1, 2)
+    kinds: tuple[Literal["mha", "mla"], ...] = ()
+
+
+def test_lists_are_words_with_commas_between(capsys):
+    lists = parse(Lists, ["run", "--sizes=64,1e3", "--kinds=mla"], bare=1)
+    assert lists == Lists("run", (64, 1000), ("mla",))
+    assert parse(Lists, ["--name=run", "--sizes="]).sizes == ()
+    assert from_dict({"name": "run", "sizes": [3, 4]}, "file", Lists)[0].sizes == (3, 4)
+    for argv, fault in {
+        "--sizes=64;128": "sizes should be a list of int with commas between, not '64;128'",
+        "--sizes=1,,2": "sizes should be a list of int",
+        "--kinds=mha,mqa": "kinds should be a list of mha|mla",
+        "two": "unexpected argument 'two'",
+    }.items():
+        with pytest.raises(UserError, match=fault):
+            parse(Lists, ["run", argv], bare=1)
+    with pytest.raises(SystemExit):
+        parse(Lists, ["--help"])
+    assert "--sizes=1,2" in capsys.readouterr().out

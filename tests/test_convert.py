@@ -35,9 +35,7 @@ SHAPES = {
     "mla": {"attention": "mla"},
     "mla-q-lora": {"attention": "mla", "q_lora_rank": 10},
 }
-VARIANTS = {
-    f"{name}-{tie}": (knobs, tie == "tied") for name, knobs in SHAPES.items() for tie in ("tied", "untied")
-}
+VARIANTS = {f"{name}-{tie}": (knobs, tie == "tied") for name, knobs in SHAPES.items() for tie in ("tied", "untied")}
 GREEDY = 100
 
 IN_A_FRESH_PROCESS = """
@@ -294,9 +292,7 @@ def test_a_wrong_command_is_one_line(argv):
 )
 def test_tokenizer_json_and_back_is_the_identity(tok):
     back = from_json(to_json(tok), None if tok.eot_token is None else tokenizer.END_OF_TEXT)
-    assert (
-        tokenizer.sha256(back) == tokenizer.sha256(tok) or tok is BYTE
-    )  # whose kind is a bpe without merges
+    assert tokenizer.sha256(back) == tokenizer.sha256(tok) or tok is BYTE  # whose kind is a bpe without merges
     assert (back.n_vocab, back.eot_token) == (tok.n_vocab, tok.eot_token)
 
 
@@ -345,9 +341,7 @@ def gpt2_style():
     "theirs",
     [
         foreign_tokenizer(gpt2_style()),
-        foreign_tokenizer(
-            pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2_style()])
-        ),
+        foreign_tokenizer(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2_style()])),
         foreign_tokenizer(by_regex(LLAMA3)),
         foreign_tokenizer(by_regex(LLAMA3), normalizers.NFC()),
     ],

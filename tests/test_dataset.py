@@ -141,9 +141,7 @@ def test_shards_read_as_their_concatenation(tmp_path):
     assert len(list((tmp_path / "many").glob("train_*.bin"))) >= 37
     assert np.array_equal(many.train.read(0, 2000), ids)
     for block_size in (8, 100):  # windows within a shard, and over several
-        assert torch.equal(
-            one.train_batch(0, 99, block_size, 1)[0], many.train_batch(0, 99, block_size, 1)[0]
-        )
+        assert torch.equal(one.train_batch(0, 99, block_size, 1)[0], many.train_batch(0, 99, block_size, 1)[0])
 
 
 @pytest.mark.parametrize(("block_size", "batch_size"), [(16, 4), (16, 100), (7, 3), (98, 2)])

@@ -39,9 +39,7 @@ def at_step(monkeypatch):
     """at_step(7, f): f() is called before the step that leads from 7 to 8, with all saves before it done."""
     savers = []
     init = checkpoint.Saver.__init__
-    monkeypatch.setattr(
-        checkpoint.Saver, "__init__", lambda self, *args: (savers.append(self), init(self, *args))[1]
-    )
+    monkeypatch.setattr(checkpoint.Saver, "__init__", lambda self, *args: (savers.append(self), init(self, *args))[1])
 
     def at_step(step: int, action) -> None:
         original = train.learning_rate
@@ -126,9 +124,7 @@ def test_disk_full_between_saves(run, at_step, tmp_path):  # noqa: F811
 
 def test_disk_full_from_the_start_is_one_line_and_exit_code_2(corpus, tmp_path):
     limit = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash"]  # KiB
-    done = subprocess.run(
-        limit + command(corpus, tmp_path / "run", *KNOBS), cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run(limit + command(corpus, tmp_path / "run", *KNOBS), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: cannot write ") and done.stderr.count("\n") == 1
 
@@ -271,10 +267,7 @@ def test_a_step_that_is_not_finite_is_skipped(run, poison, capsys, change, optim
     assert [line["train/skipped_steps"] for line in lines] == [0] * 4 + [1] * 8
     assert [line["step"] for line in lines if line["train/loss"] is None] == [5]
     last = checkpoint.load(folder, "last")
-    assert (
-        last.state["skipped_steps"]
-        == json.loads((folder / "summary.json").read_text())["train/skipped_steps"]
-    )
+    assert last.state["skipped_steps"] == json.loads((folder / "summary.json").read_text())["train/skipped_steps"]
     assert all(tensor.isfinite().all() for tensor in (*last.model.values(), *last.optimizer.values()))
 
 

@@ -37,11 +37,7 @@ def imports(source: str) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found.add(node.module or "")
-        elif (
-            isinstance(node, ast.Call)
-            and node.args
-            and isinstance(node.args[0], ast.Constant | ast.JoinedStr)
-        ):
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant | ast.JoinedStr):
             called = ast.unparse(node.func).rpartition(".")[2]
             if called in ("import_module", "__import__", "find_spec", "run_module"):
                 found.add(ast.unparse(node.args[0]).strip("f'\""))
@@ -55,11 +51,7 @@ def wrong_arrows(file: Path, source: str) -> set[str]:
 
 
 def test_no_arrow_that_the_design_does_not_draw():
-    wrong = {
-        str(file): found
-        for file in tracked(".py")
-        if (found := wrong_arrows(file, (ROOT / file).read_text()))
-    }
+    wrong = {str(file): found for file in tracked(".py") if (found := wrong_arrows(file, (ROOT / file).read_text()))}
     assert not wrong
 
 
@@ -96,10 +88,7 @@ def code_lines(source: str) -> int:
     """Lines that are not blank, not a comment and not a docstring."""
     documented = set()
     for node in ast.walk(ast.parse(source)):
-        if (
-            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-            and ast.get_docstring(node) is not None
-        ):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     lines = enumerate(source.splitlines(), 1)
     return sum(bool(line.strip()) and line.strip()[0] != "#" and i not in documented for i, line in lines)

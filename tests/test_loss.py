@@ -18,7 +18,7 @@ def test_the_loss_in_slices_is_the_loss(tied, rows, monkeypatch):
     loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    monkeypatch.setattr(losses, "LOGITS", rows * VOCAB)  # of 60 rows
+    monkeypatch.setattr(losses, "MAX_LOGITS", rows * VOCAB)  # of 60 rows
     sliced = LanguageModelLoss(model)(x, y)
     (3 * sliced).backward()
     assert_close(sliced, loss, 1e-6)
@@ -32,5 +32,5 @@ def test_hooks_on_the_head_are_in_the_loss(monkeypatch):
     model, x, y = small_model(), tokens(2, 10), tokens(2, 10, seed=1)
     model.lm_head.register_forward_hook(lambda module, args, out: 2 * out)
     for rows in (3, 1000):
-        monkeypatch.setattr(losses, "LOGITS", rows * VOCAB)
+        monkeypatch.setattr(losses, "MAX_LOGITS", rows * VOCAB)
         assert_close(LanguageModelLoss(model)(x, y), model(x, y)[1], 1e-6)

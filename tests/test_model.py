@@ -192,9 +192,7 @@ def test_absorption_reads_no_weight_that_is_not_all_of_a_projection(change):
     for layer in model.layers:
         projection = layer.self_attn.kv_b_proj
         if change == "subclass":
-            projection.__class__ = type(
-                "Doubled", (Linear,), {"forward": lambda self, x: 2 * Linear.forward(self, x)}
-            )
+            projection.__class__ = type("Doubled", (Linear,), {"forward": lambda self, x: 2 * Linear.forward(self, x)})
         elif change == "bias":
             projection.bias = torch.nn.Parameter(torch.randn(len(projection.weight)))
         elif change == "hook":

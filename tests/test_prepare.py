@@ -94,19 +94,13 @@ def write_parquet(path, texts):
 def test_text_reads_txt_jsonl_and_parquet(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.txt").write_text("alpha " * 100)
-    (tmp_path / "in/b.jsonl").write_text(
-        "".join(json.dumps({"text": f"bé {i}"}) + "\n" for i in range(60)) + "\n"
-    )
+    (tmp_path / "in/b.jsonl").write_text("".join(json.dumps({"text": f"bé {i}"}) + "\n" for i in range(60)) + "\n")
     write_parquet(tmp_path / "in/c.parquet", [f"gamma {i}" for i in range(60)])
     (tmp_path / "in/d.png").write_bytes(b"\xff")
     out = tmp_path / "set"
-    main("text")(
-        [f"--input={tmp_path / 'in'}", "--tokenizer=byte", "--val_fraction=0.25", f"--out_dir={out}"]
-    )
+    main("text")([f"--input={tmp_path / 'in'}", "--tokenizer=byte", "--val_fraction=0.25", f"--out_dir={out}"])
     ds = Dataset(out)
-    train, val = (
-        BYTE.decode(s.read(0, 10**6).tolist()).split("<|endoftext|>")[1:] for s in (ds.train, ds.val)
-    )
+    train, val = (BYTE.decode(s.read(0, 10**6).tolist()).split("<|endoftext|>")[1:] for s in (ds.train, ds.val))
     rows = {f"bé {i}" for i in range(60)} | {f"gamma {i}" for i in range(60)}
     assert rows == {t for t in train + val if not t.startswith(("alpha", " alpha"))}
     assert not set(train) & set(val)
@@ -155,9 +149,7 @@ def test_faults_of_text(tmp_path, name, content, message):
 def test_text_parquet_names_its_columns(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["x"])
     with pytest.raises(UserError, match="no column 'body': --text_key is one of text, url"):
-        main("text")(
-            [f"--input={tmp_path / 'a.parquet'}", "--text_key=body", f"--out_dir={tmp_path / 'set'}"]
-        )
+        main("text")([f"--input={tmp_path / 'a.parquet'}", "--text_key=body", f"--out_dir={tmp_path / 'set'}"])
 
 
 @pytest.fixture

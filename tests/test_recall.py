@@ -5,7 +5,7 @@ from conftest import knobs
 
 import sample
 import train
-from model import ATTENTIONS, GPTConfig
+from model import ATTENTIONS
 from nanokv.config import UserError
 from nanokv.dataset import open_dataset
 from tools import recall
@@ -46,9 +46,7 @@ def test_one_command_trains_counts_and_shows(tmp_path, monkeypatch, capsys):
 def test_the_models_differ_in_their_attention_alone():
     configs = [knobs([*recall.RECIPE, *own]) for own in recall.MODELS.values()]
     models = [train.configure([*recall.RECIPE, *own])[0] for own in recall.MODELS.values()]
-    own = {"attention", "n_head", "out_dir", "wandb_run_name"}.union(
-        *(cls.KNOBS for cls in ATTENTIONS.values())
-    )
+    own = {"attention", "n_head", "out_dir", "wandb_run_name"}.union(*(cls.KNOBS for cls in ATTENTIONS.values()))
     for name in configs[0].__dict__.keys() - own:
         assert len({str(getattr(config, name)) for config in configs}) == 1, name
     assert len({config.kv_bytes_per_token() for config in models}) >= 4
@@ -56,11 +54,11 @@ def test_the_models_differ_in_their_attention_alone():
 
 
 def test_table():
-    config = GPTConfig(attention="mqa", n_layer=1, n_head=4, n_embd=16)
-    assert recall.table([("mqa-4", config, {4: 1.0, 8: 0.5})]).splitlines() == [
+    row = {"model": "mqa-4", "attention": "mqa", "cache": 1016, 4: 1.0, 8: 0.5}
+    assert recall.table([row], (4, 8)).splitlines() == [
         "| model | cache B/token | 4 pairs | 8 pairs |",
-        "|---|---:|---:|---:|",
-        "| mqa-4 | 16 | 100.0% | 50.0% |",
+        "| --- | ---: | ---: | ---: |",
+        "| mqa-4 | 1,016 | 100.0% | 50.0% |",
     ]
 
 

@@ -138,9 +138,7 @@ def test_command_runs_prompts_as_one_batch(run_dir, tmp_path, capsys):
     ]
     assert out == f"{sample.SEPARATOR}\n".join(alone)
     assert "batch of 4" in err
-    parts, err = run_main(
-        capsys, run_dir, lines, "--split_lines", "--num_samples=2", "--batch_size=3", *common
-    )
+    parts, err = run_main(capsys, run_dir, lines, "--split_lines", "--num_samples=2", "--batch_size=3", *common)
     assert parts == out and "batch of 3" in err
 
 

@@ -16,8 +16,8 @@ from data.text import prepare
 from model import GPT
 from nanokv.config import UserError
 from nanokv.metrics import n_params
-from tools import sweep
-from train import configure
+from tools import sweep, uptrain
+from train import configure, train
 
 ROOT = Path(__file__).parent.parent
 STAND_IN = """
@@ -62,9 +62,7 @@ def test_runs_go_side_by_side_and_only_once(tmp_path, stand_in, capsys):
     runs = stand_in({f"run{i}": [f"--seed={i}"] for i in range(4)})
     sweep.run_all(runs, tmp_path, jobs=2, threads=3)
     lines = diary(tmp_path)
-    assert sorted(lines) == sorted(
-        f"{what}" for i in range(4) for what in (f"begin run{i} None 3", f"end run{i}")
-    )
+    assert sorted(lines) == sorted(f"{what}" for i in range(4) for what in (f"begin run{i} None 3", f"end run{i}"))
     running = [sum(1 if line.startswith("begin") else -1 for line in lines[: n + 1]) for n in range(8)]
     assert max(running) == 2
     assert capsys.readouterr().out.count("val loss 1.5000, trained in 60 s") == 4
@@ -96,9 +94,7 @@ def test_a_run_with_other_values_is_refused(tmp_path, stand_in):
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"line {i} of {i * i % 91}\n" for i in range(900)))
     prepare.main([f"--input={tmp_path / 'text.txt'}", "--tokenizer=byte", f"--out_dir={tmp_path / 'set'}"])
-    knobs = (
-        "--n_layer=1 --n_head=1 --n_embd=16 --block_size=32 --batch_size=2 --eval_iters=2 --sample_tokens=0"
-    )
+    knobs = "--n_layer=1 --n_head=1 --n_embd=16 --block_size=32 --batch_size=2 --eval_iters=2 --sample_tokens=0"
     (tmp_path / "list").write_text(f"run --dataset={tmp_path / 'set'} {knobs} --max_iters=100000\n")
     command = [sys.executable, "-m", "tools.sweep", str(tmp_path / "list"), str(tmp_path / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -154,3 +150,37 @@ def test_faults_of_a_list(tmp_path):
     with pytest.raises(UserError, match="threads"):
         sweep.main([str(tmp_path / "list"), str(tmp_path), "--threads=0"])
     assert os.listdir(tmp_path) == ["list"]
+
+
+def test_uptraining_is_a_sweep(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of {i * i % 91}\n" for i in range(900)))
+    prepare.main([f"--input={tmp_path / 'text.txt'}", "--tokenizer=byte", f"--out_dir={tmp_path / 'set'}"])
+    shape = [
+        "--attention=mha",
+        "--n_layer=1",
+        "--n_head=2",
+        "--n_embd=16",
+        "--block_size=32",
+        "--qk_norm=False",
+    ]
+    recipe = [
+        f"--dataset={tmp_path / 'set'}",
+        "--batch_size=2",
+        "--max_iters=4",
+        "--eval_iters=2",
+        "--device=cpu",
+    ]
+    train([*shape, *recipe, "--sample_tokens=0", f"--out_dir={tmp_path / 'run'}"])
+    options = ["--n_kv_heads=1", "--kv_lora_ranks=4", "--shares=25,50", "--eval_iters=2"]
+    argv = [str(tmp_path / "run"), *options, f"--out_dir={tmp_path / 'out'}"]
+    uptrain.main(argv)
+    table = capsys.readouterr().out.splitlines()[-4:]
+    assert table[0] == "| target | cached | before | converted | 25 % | 50 % | scratch |"
+    assert [row.split(" | ")[:2] for row in table[2:]] == [
+        ["| n_kv_head=1", "16"],
+        ["| kv_lora_rank=4", "12"],
+    ]
+    assert json.loads((tmp_path / "out/n_kv_head=1/50/config.json").read_text())["max_iters"] == 2
+    uptrain.main(argv)
+    again = capsys.readouterr().out.splitlines()
+    assert again[0] == "6 of 6 runs are done already" and again[1:] == table

@@ -168,9 +168,7 @@ def fake_gpt2():
     singles = [bytes([b]) for b in range(256)]
     tokens = singles + [b"%05d" % i for i in range(tokenizer.GPT2_N_VOCAB - 1 - 256)]
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    return tiktoken.Encoding(
-        "gpt2", pat_str=".+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(tokens)}
-    )
+    return tiktoken.Encoding("gpt2", pat_str=".+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(tokens)})
 
 
 def test_gpt2_is_saved_whole_so_that_a_run_needs_no_network(tmp_path, monkeypatch):

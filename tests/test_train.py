@@ -133,9 +133,7 @@ def test_resume_is_bit_identical(run):
 def test_a_signal_saves_and_resume_goes_on_bit_identically(corpus, tmp_path, run, number, optimizer):
     knobs = [f"--optimizer={optimizer}", "--max_iters=60", "--eval_interval=25", "--log_interval=1"]
     whole = run("whole", *knobs)
-    process = subprocess.Popen(
-        command(corpus, tmp_path / "cut", *knobs), cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command(corpus, tmp_path / "cut", *knobs), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 3/"):
             process.send_signal(number)
@@ -226,9 +224,7 @@ def test_learning_rate_schedules():
     rates = [train.learning_rate(step, cosine) for step in range(120)]
     assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1 and rates[60] == pytest.approx(0.55)
     assert rates[110] == pytest.approx(0.1) == rates[119]
-    wsd = TrainConfig(
-        schedule="wsd", learning_rate=1.0, min_lr=0.0, warmup_iters=10, max_iters=100, cooldown=0.2
-    )
+    wsd = TrainConfig(schedule="wsd", learning_rate=1.0, min_lr=0.0, warmup_iters=10, max_iters=100, cooldown=0.2)
     rates = [train.learning_rate(step, wsd) for step in range(101)]
     assert rates[10:81] == [1] * 71 and rates[90] == pytest.approx(0.5) and rates[100] == 0
     short = TrainConfig(learning_rate=1.0, warmup_iters=100, max_iters=5)
@@ -314,9 +310,7 @@ def test_faults_leave_an_existing_run_untouched(run, corpus, tmp_path):
 
 
 def test_exit_code_2_and_no_traceback(corpus, tmp_path):
-    done = subprocess.run(
-        command(corpus, tmp_path / "run", "--n_embed=12"), cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run(command(corpus, tmp_path / "run", "--n_embed=12"), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "n_embd" in done.stderr
 

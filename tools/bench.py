@@ -7,7 +7,7 @@ whole processes or medians of repeated steps; a peer is measured in the same ses
 from __future__ import annotations
 
 import importlib.util
-import json
+import multiprocessing
 import pickle
 import statistics
 import subprocess
@@ -15,12 +15,15 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from backends import accelerate
 from model import GPT, GPTConfig
@@ -30,11 +33,11 @@ from nanokv.config import UserError, cli, parse, run_python
 from nanokv.dataset import open_dataset
 from nanokv.device import keep_freed_memory, pick_device, pick_dtype
 from nanokv.loss import LanguageModelLoss
-from nanokv.metrics import flops_per_token, n_params, peak_memory
+from nanokv.metrics import evaluate, flops_per_token, n_params, peak_memory
 from nanokv.optim import make_optimizers
-from nanokv.plots import draw_speedrun, draw_train
+from nanokv.plots import draw_lines
 from sample import load_run
-from tools.bench_cache import ATTENTION_KNOBS, cache, decode, machine, write
+from tools.bench_cache import cache, decode, model_config, print_row, write
 
 ROOT = Path(__file__).resolve().parents[1]
 NANOGPT_RECIPE = [  # the README's command for a CPU
@@ -42,6 +45,9 @@ NANOGPT_RECIPE = [  # the README's command for a CPU
     *("--log_interval=1", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128"),
     *("--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"),
 ]
+SPEEDRUN_COLUMNS = ["side", "seconds", "nanogpt_estimate", "full_pass"]
+TRAIN_COLUMNS = ["side", "context", "params", "tokens_per_s", "flops_per_s", "peak_bytes"]
+RANK_COLUMNS = [*TRAIN_COLUMNS[:-1], "ranks", "step_s", "communication_share"]
 
 
 @dataclass
@@ -56,8 +62,8 @@ class SpeedrunOptions:
 @dataclass
 class TrainOptions:
     peer: str | None = None  # a nanoGPT checkout whose model is measured at the same shape
-    attentions: str = "mha,mqa,gqa,mla"  # which to measure
-    block_sizes: str = "64,256,1024"  # contexts; the batch shrinks so that a step has the same tokens
+    attentions: tuple[str, ...] = ("mha", "mqa", "gqa", "mla")  # which to measure
+    block_sizes: tuple[int, ...] = (64, 256, 1024)  # contexts; a step has the same tokens in each
     tokens: int = 4096  # tokens a step, at least one row of a context
     n_layer: int = 4  # blocks
     n_head: int = 4  # heads
@@ -76,46 +82,33 @@ def speedrun(argv: list[str]) -> None:
     """Whole-process time to nanoGPT's loss, alone or in turns with nanoGPT."""
     options = parse(SpeedrunOptions, argv, "python -m tools.bench speedrun [--peer=DIR] [--key=value ...]")
     out_dir = Path(options.out_dir).resolve()
-    folder = nanogpt_folder(Path(options.text), out_dir / "text")
-    runs = {"ours": [], "nanoGPT": []}
-    for i in range(options.pairs):
-        run_dir = out_dir / "speedrun"
-        command = [
-            "train.py",
-            options.config,
-            f"--dataset={folder}",
-            f"--out_dir={run_dir}",
-            "--overwrite=True",
-        ]
-        runs["ours"].append({"seconds": timed([*command, f"--seed={i}"], ROOT)[0], **losses(run_dir, folder)})
-        print(f"{i + 1}: ours    {describe(runs['ours'][-1])}", flush=True)
-        if options.peer:
-            command = [*NANOGPT_RECIPE, f"--dataset={folder}", f"--out_dir={out_dir / 'nanogpt'}"]
-            seconds, output = timed(command, Path(options.peer))
-            loss = float(output.rsplit("val loss ", 1)[1].split()[0])
-            runs["nanoGPT"].append({"seconds": seconds, "nanogpt_estimate": loss})
-            print(f"{i + 1}: nanoGPT {describe(runs['nanoGPT'][-1])}", flush=True)
-    result = {"machine": machine(), "options": asdict(options), "runs": runs}
-    for side, of_side in runs.items():
-        if of_side:
-            result[f"{side}/seconds"] = statistics.median(run["seconds"] for run in of_side)
-            result[f"{side}/val_loss"] = statistics.median(run["nanogpt_estimate"] for run in of_side)
-            print(
-                f"{side}: median {result[f'{side}/seconds']:.1f} s, val loss {result[f'{side}/val_loss']:.4f}"
-            )
-    if runs["nanoGPT"]:
-        ratios = [b["seconds"] / a["seconds"] for a, b in zip(*runs.values(), strict=True)]
-        result["ratio"] = statistics.median(ratios)
-        print(
-            f"nanoGPT takes {result['ratio']:.2f} times as long (median of pairs; {min(ratios):.2f} at least)"
-        )
-    write(result, out_dir / "speedrun.json")
-    draw_speedrun(result, out_dir / "speedrun.png")
-
-
-def describe(run: dict) -> str:
-    full = f", full pass {run['full_pass']:.4f}" if "full_pass" in run else ""
-    return f"{run['seconds']:6.1f} s, val loss {run['nanogpt_estimate']:.4f} by nanoGPT's estimate{full}"
+    folder, run_dir = nanogpt_folder(Path(options.text), out_dir / "text"), out_dir / "speedrun"
+    ours = ["train.py", options.config, f"--dataset={folder}", f"--out_dir={run_dir}", "--overwrite=True"]
+    theirs = [*NANOGPT_RECIPE, f"--dataset={folder}", f"--out_dir={out_dir / 'nanogpt'}"]
+    rows, result = [], {"runs": {"ours": [], "nanoGPT": []}}
+    sides = ["ours", "nanoGPT"] if options.peer else ["ours"]
+    for i, side in product(range(options.pairs), sides):
+        if side == "ours":
+            seconds, _ = timed([*ours, f"--seed={i}"], ROOT)
+            found = losses(run_dir, folder)
+        else:
+            seconds, output = timed(theirs, Path(options.peer))
+            found = {"nanogpt_estimate": float(output.rsplit("val loss ", 1)[1].split()[0])}
+        rows.append({"side": side, "seconds": seconds, **found})
+        print_row(rows[-1], SPEEDRUN_COLUMNS, first=len(rows) == 1)
+    for side in sides:
+        runs = result["runs"][side] = [row for row in rows if row["side"] == side]
+        seconds = result[f"{side}/seconds"] = statistics.median(run["seconds"] for run in runs)
+        loss = result[f"{side}/val_loss"] = statistics.median(run["nanogpt_estimate"] for run in runs)
+        print(f"{side}: median {seconds:.1f} s, val loss {loss:.4f}")
+    if options.peer:
+        ratios = [b["seconds"] / a["seconds"] for a, b in zip(*result["runs"].values(), strict=True)]
+        ratio = result["ratio"] = statistics.median(ratios)
+        print(f"nanoGPT takes {ratio:.2f} times as long (median of pairs; {min(ratios):.2f} at least)")
+    write(out_dir / "speedrun.json", options, result)
+    settings = dict(xlabel="whole process, seconds", ylabel="val loss, nats a character", xscale="linear")
+    panel = rows, "seconds", "nanogpt_estimate", settings
+    draw_lines(out_dir / "speedrun.png", "side", [panel], linestyle="none")
 
 
 def nanogpt_folder(text: Path, folder: Path) -> Path:
@@ -125,11 +118,10 @@ def nanogpt_folder(text: Path, folder: Path) -> Path:
     content = text.read_text(encoding="utf-8")
     chars = sorted(set(content))
     ids = {c: i for i, c in enumerate(chars)}
-    data = np.array([ids[c] for c in content], np.uint16)
     folder.mkdir(parents=True, exist_ok=True)
-    cut = int(len(data) * 0.9)
-    data[:cut].tofile(folder / "train.bin")
-    data[cut:].tofile(folder / "val.bin")
+    train, val = np.split(np.array([ids[c] for c in content], np.uint16), [int(len(content) * 0.9)])
+    train.tofile(folder / "train.bin")
+    val.tofile(folder / "val.bin")
     meta = {"vocab_size": len(chars), "stoi": ids, "itos": dict(enumerate(chars))}
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
     return folder.resolve()
@@ -147,92 +139,101 @@ def losses(run_dir: Path, folder: Path) -> dict[str, float]:
     """Val loss of a run's last weights: in nanoGPT's way (20 batches of 12 random windows), and over all."""
     model, _ = load_run(run_dir, device="cpu", which="last")
     dataset, block_size = open_dataset(str(folder)), model.config.block_size
-    starts = torch.randint(
-        len(dataset.val) - block_size, (20, 12), generator=torch.Generator().manual_seed(1337)
-    )
+    shape, generator = (20, 12), torch.Generator().manual_seed(1337)
+    starts = torch.randint(len(dataset.val) - block_size, shape, generator=generator)
     windows = [torch.from_numpy(dataset.val.windows(row.numpy(), block_size + 1)) for row in starts]
     estimate = statistics.mean(model(rows[:, :-1], rows[:, 1:])[1].item() for rows in windows)
-    total = count = 0
-    for x, y in dataset.val_batches(block_size, 128):
-        n = int((y >= 0).sum())
-        total, count = total + model(x, y)[1].item() * n, count + n
-    return {"nanogpt_estimate": estimate, "full_pass": total / count}
+    whole = evaluate(LanguageModelLoss(model), dataset, block_size, 128, 0, nullcontext())
+    return {"nanogpt_estimate": estimate, "full_pass": whole["val/loss"]}
 
 
 def train(argv: list[str]) -> None:
-    """Tokens a second, MFU and peak memory of a training step, by attention and context."""
-    options = parse(TrainOptions, argv, "python -m tools.bench train [--peer=DIR] [--key=value ...]")
-    if parallel.launch() is not None:
-        with parallel.process_group():
-            return train_on_ranks(options)
-    sides = options.attentions.split(",") + (["nanoGPT"] if options.peer else [])
-    rows = []
-    print(f"{'':8} {'context':>8} {'params':>12} {'tokens/s':>10} {'GFLOP/s':>8} {'peak MB':>8}")
-    for block_size in map(int, options.block_sizes.split(",")):
-        for side in sides:
-            command = ["-m", "tools.bench", "_step", side, str(block_size), json.dumps(asdict(options))]
-            rows.append(json.loads(timed(command, ROOT)[1].splitlines()[-1]))
-            row = rows[-1]
-            print(
-                f"{side:8} {block_size:8} {row['params']:12,} {row['tokens_per_s']:10,.0f} "
-                f"{row['flops_per_s'] / 1e9:8,.0f} {row['peak_bytes'] / 1e6:8,.0f}",
-                flush=True,
-            )
-    out_dir = Path(options.out_dir)
-    write({"machine": machine(), "options": asdict(options), "rows": rows}, out_dir / "train.json")
-    draw_train(rows, out_dir / "train.png")
+    """Tokens a second, MFU and peak memory of a training step, by attention and context.
 
-
-def train_on_ranks(options: TrainOptions) -> None:
-    """`train` under torchrun: tokens a second of all ranks together, and what of a step is communication.
-
-    That is the reduction of the gradients and, with Muon, the exchange of updates, measured by themselves.
+    Under torchrun: tokens a second of all ranks together, and what of a step is communication.
     """
-    device = parallel.own_device(pick_device(options.device))
-    dtype = pick_dtype(options.dtype, device)
-    out = []
-    for block_size in map(int, options.block_sizes.split(",")):
-        for side in options.attentions.split(","):
-            config = step_config(side, block_size, options)
-            torch.manual_seed(0)
-            model = GPT(config).to(device)
-            run = parallel.parallelize(
-                accelerate(LanguageModelLoss(model), dtype), device, dtype, options.compile
-            )
-            optimizers = make_optimizers(model, optimizer=options.optimizer)
-            _, rows = parallel.share(1, max(options.tokens // block_size, 1))
-            idx = torch.randint(options.vocab_size, (rows, block_size + 1), device=device)
-            gradient = torch.zeros(n_params(model), device=device)
-            same_shape = defaultdict(list)
-            groups = optimizers[0].param_groups if options.optimizer == "muon" else []
-            for p in (p for group in groups for p in group["params"]):
-                same_shape[p.shape].append(p.detach())
-
-            def communicate(gradient=gradient, same_shape=same_shape) -> None:
-                if parallel.size() > 1:
-                    torch.distributed.all_reduce(gradient)
-                    for matrices in same_shape.values():
-                        parallel.each_matrix_once(torch.clone, matrices, matrices)
-
-            clip = partial(parallel.clip_grad_norm, list(model.parameters()))
-            step_s = statistics.median(step_times(run, clip, optimizers, idx, dtype, options.steps))
-            share = statistics.median(times(communicate, device, options.steps)) / step_s
-            row = {"ranks": parallel.size(), "side": side, "context": block_size, "params": n_params(model)}
-            row |= {"tokens_per_s": parallel.size() * rows * block_size / step_s, "step_s": step_s}
-            out.append(row | {"communication_share": share, "gradient_bytes": gradient.nbytes})
+    options = parse(TrainOptions, argv, "python -m tools.bench train [--peer=DIR] [--key=value ...]")
+    rows, out_dir = [], Path(options.out_dir)
+    with parallel.process_group():
+        ranks = parallel.size()
+        sides = [*options.attentions, *(["nanoGPT"] if options.peer and ranks == 1 else [])]
+        for point in product(options.block_sizes, sides):
+            if ranks > 1:
+                rows.append(train_row(options, *point))
+            else:  # in a process of its own, so that its peak memory is its own
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    rows.append(pool.apply(train_row, (options, *point)))
             if parallel.rank() == 0:
-                print(
-                    f"{side:8} {block_size:8} {row['params']:12,} {row['tokens_per_s']:10,.0f} tokens/s of "
-                    f"{parallel.size()} ranks, {step_s * 1e3:,.1f} ms a step, {share:.1%} communication",
-                    flush=True,
-                )
-    if parallel.rank() == 0:
-        result = {"machine": machine(), "options": asdict(options), "rows": out}
-        write(result, Path(options.out_dir) / f"train_{parallel.size()}_ranks.json")
+                print_row(rows[-1], RANK_COLUMNS if ranks > 1 else TRAIN_COLUMNS, first=len(rows) == 1)
+        if parallel.rank() == 0:
+            write(
+                out_dir / (f"train_{ranks}_ranks.json" if ranks > 1 else "train.json"),
+                options,
+                {"rows": rows},
+            )
+    if ranks == 1:
+        speed = rows, "context", "tokens_per_s", dict(xlabel="context, tokens", ylabel="training tokens/s")
+        memory = rows, "context", "peak_bytes", dict(xlabel="context, tokens", ylabel="peak memory, bytes")
+        draw_lines(out_dir / "train.png", "side", [speed, memory])
 
 
-def times(run: Callable[[], None], device: torch.device, steps: int) -> list[float]:
-    """Seconds of each of `steps` calls, after 3 to warm up."""
+def train_row(options: TrainOptions, block_size: int, side: str) -> dict:
+    """One measurement of `train`, on this rank."""
+    device = parallel.own_device(pick_device(options.device))
+    dtype, config = pick_dtype(options.dtype, device), step_config(side, block_size, options)
+    torch.manual_seed(0)
+    if side == "nanoGPT":
+        model, optimizers = nanogpt_model(Path(options.peer), config, device)
+        clip, loss_model = nn.utils.clip_grad_norm_, NanoGPTLoss(model)
+        loss_model = torch.compile(loss_model) if options.compile else loss_model
+        matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - block_size * config.n_embd
+        flops = 6 * (matrices + 2 * config.n_layer * config.n_embd * block_size)
+    else:
+        keep_freed_memory()  # as a run does
+        model = GPT(config).to(device)
+        clip, loss_model = parallel.clip_grad_norm, accelerate(LanguageModelLoss(model), dtype)
+        loss_model = parallel.parallelize(loss_model, device, dtype, options.compile)
+        optimizers = make_optimizers(model, optimizer=options.optimizer)
+        flops = flops_per_token(model, block_size)
+    params = list(model.parameters())
+    _, rows = parallel.share(1, max(options.tokens // block_size, 1))
+    idx = torch.randint(options.vocab_size, (rows, block_size + 1), device=device)
+
+    def train_step() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_model(idx[:, :-1], idx[:, 1:].contiguous())
+        loss.backward()
+        clip(params, max_norm=1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    seconds, ranks = median_seconds(train_step, device, options.steps), parallel.size()
+    rate = ranks * rows * block_size / seconds
+    row = {"side": side, "context": block_size, "params": sum(p.numel() for p in params)}
+    row |= {"tokens_per_s": rate, "flops_per_s": rate * flops}
+    if ranks == 1:
+        return row | {"peak_bytes": peak_memory(device)}
+    gradient = torch.zeros(row["params"], device=device)
+    exchanged = optimizers[0].param_groups if options.optimizer == "muon" else []
+    communicating = median_seconds(partial(communicate, gradient, exchanged), device, options.steps)
+    row |= {"ranks": ranks, "step_s": seconds, "communication_share": communicating / seconds}
+    return row | {"gradient_bytes": gradient.nbytes}
+
+
+@torch.no_grad()
+def communicate(gradient: torch.Tensor, groups: list[dict]) -> None:
+    """What ranks exchange in a step: the gradient (parameters,), and with Muon the updates of matrices."""
+    torch.distributed.all_reduce(gradient)
+    same_shape = defaultdict(list)
+    for p in (p for group in groups for p in group["params"]):
+        same_shape[p.shape].append(p)
+    for matrices in same_shape.values():
+        parallel.each_matrix_once(torch.clone, matrices, matrices)
+
+
+def median_seconds(run: Callable[[], None], device: torch.device, steps: int) -> float:
+    """The median of `steps` calls, after 3 to warm up."""
     seconds = []
     for _ in range(3 + steps):
         begin = time.perf_counter()
@@ -240,76 +241,23 @@ def times(run: Callable[[], None], device: torch.device, steps: int) -> list[flo
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begin)
-    return seconds[3:]
-
-
-def step_times(run, clip: Callable, optimizers: list, idx: torch.Tensor, dtype, steps: int) -> list[float]:
-    """Seconds of training steps, in which `run` gives the loss of inputs and targets, on idx (B, T + 1)."""
-
-    def train_step() -> None:
-        with torch.autocast(idx.device.type, dtype, enabled=dtype != torch.float32):
-            loss = run(idx[:, :-1], idx[:, 1:].contiguous())
-        loss.backward()
-        clip(max_norm=1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return times(train_step, idx.device, steps)
+    return statistics.median(seconds[3:])
 
 
 def step_config(side: str, block_size: int, options: TrainOptions) -> GPTConfig:
     """The model of one side, mha's for nanoGPT; the others' MLPs make parameters equal within 1 %."""
-    shape = [f"--{name}={getattr(options, name)}" for name in ("n_layer", "n_head", "n_embd", "vocab_size")]
-    shape += [f"--block_size={block_size}"]
-    mlp = f"--intermediate_size={options.intermediate_size}"
-    config = base = parse(GPTConfig, [*shape, "--qk_norm=False", mlp])
+    shape = {name: getattr(options, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    mlp = options.intermediate_size
+    config = base = model_config("mha", block_size=block_size, intermediate_size=mlp, **shape)
     if side not in ("mha", "nanoGPT"):
-        knobs = [] if side == "mla" else ["--qk_norm=False"]
-        shape += [f"--attention={side}", *ATTENTION_KNOBS[side], *knobs]
-        config = parse(GPTConfig, [*shape, f"--intermediate_size={base.intermediate_size}"])
+        mlp = base.intermediate_size
+        config = model_config(side, block_size=block_size, intermediate_size=mlp, **shape)
         sizes = [n_params(checkpoint.on_meta(partial(GPT, shape))) for shape in (base, config)]
-        missing = sizes[0] - sizes[1]
-        columns = missing / (3 * base.n_embd * base.n_layer)
+        columns = (sizes[0] - sizes[1]) / (3 * base.n_embd * base.n_layer)
         whole = 8 * round(columns / 8)  # products of odd widths are slow
         within = abs(whole - columns) < base.intermediate_size / 100
         config.intermediate_size += whole if within else round(columns)
     return config
-
-
-def step(argv: list[str]) -> None:
-    """One measurement of `train`, in a process of its own so that peak memory is its own."""
-    side, block_size, options = argv[0], int(argv[1]), TrainOptions(**json.loads(argv[2]))
-    device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
-    config = step_config(side, block_size, options)
-    torch.manual_seed(0)
-    if side == "nanoGPT":
-        model, optimizers = nanogpt_model(Path(options.peer), config, device)
-        clip = partial(torch.nn.utils.clip_grad_norm_, list(model.parameters()))
-        matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - block_size * config.n_embd
-        flops = 6 * (matrices + 2 * config.n_layer * config.n_embd * block_size)
-    else:
-        keep_freed_memory()  # as a run does
-        model = GPT(config).to(device)
-        optimizers = make_optimizers(model, optimizer=options.optimizer)
-        clip = partial(parallel.clip_grad_norm, list(model.parameters()))
-        flops = flops_per_token(model, block_size)
-    loss_model = NanoGPTLoss(model) if side == "nanoGPT" else LanguageModelLoss(model)
-    loss_model = accelerate(loss_model, dtype)
-    run = torch.compile(loss_model) if options.compile else loss_model
-    idx = torch.randint(
-        options.vocab_size, (max(options.tokens // block_size, 1), block_size + 1), device=device
-    )
-    rate = idx[:, 1:].numel() / statistics.median(
-        step_times(run, clip, optimizers, idx, dtype, options.steps)
-    )
-    row = {"side": side, "context": block_size, "params": sum(p.numel() for p in model.parameters())}
-    print(
-        json.dumps(
-            row | {"tokens_per_s": rate, "flops_per_s": rate * flops, "peak_bytes": peak_memory(device)}
-        )
-    )
 
 
 class NanoGPTLoss(LanguageModelLoss):
@@ -332,12 +280,12 @@ def nanogpt_model(folder: Path, config, device: torch.device):
     return model, [model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)]
 
 
-COMMANDS = {"speedrun": speedrun, "train": train, "decode": decode, "cache": cache, "_step": step}
+COMMANDS = {"speedrun": speedrun, "train": train, "decode": decode, "cache": cache}
 
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0] not in COMMANDS:
-        names = ", ".join(name for name in COMMANDS if not name.startswith("_"))
+        names = ", ".join(COMMANDS)
         if argv and argv[0] in ("--help", "-h"):
             print(f"{__doc__}\ncommands: {names}")
             return

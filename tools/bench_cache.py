@@ -16,43 +16,52 @@ from typing import Literal
 import torch
 
 from backends import accelerate
-from model import GPT, GPTConfig
+from model import ATTENTIONS, GPT, GPTConfig
 from nanokv import checkpoint
 from nanokv import tokenizer as tokenizers
 from nanokv.cache import CACHE_FORMATS, kv_bytes
-from nanokv.config import UserError, load, parse
+from nanokv.config import UserError, check_range, from_dict, load, parse
 from nanokv.dataset import Dataset, open_dataset
 from nanokv.device import pick_device, pick_dtype
 from nanokv.generate import Stats, decode_one_token, generate, prefill
 from nanokv.metrics import decode_probe, kv_bytes_in_context
-from nanokv.plots import draw_cache, draw_decode
+from nanokv.plots import draw_lines
 from sample import load_run
 from tools.hugging_face import hf_config, hf_state_dict
 from train import TrainConfig
 
-ATTENTION_KNOBS = {"mha": [], "mqa": [], "gqa": ["--n_kv_head=2"], "mla": []}
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+PEERS = ("dynamic", "static")  # the caches of transformers' `generate`
+COLUMNS = ["model", "batch", "context", "prefill/tokens_per_s", "decode/tokens_per_s", "bytes_per_token"]
+COLUMNS += ["share_of_bandwidth"]
+PEER_COLUMNS = [f"hf_{cache}/tokens_per_s" for cache in PEERS]
+CACHE_COLUMNS = ["format", "window", "sink_tokens", "bytes_per_token", "val/loss", "worse", "kl", "top1"]
+CACHE_COLUMNS += ["decode/tokens_per_s"]
 
 
 @dataclass
 class DecodeOptions:
-    out_dir: str | None = None  # runs to measure, comma separated; results go into the first
-    config: str | None = None  # config files whose models to measure, with random weights, comma separated
-    hf: bool = (
-        False  # also transformers' `generate` on the equivalent model, with the same weights and prompts
-    )
-    contexts: str = "64,1024,4096,16384"  # tokens in each row of the cache
-    batches: str = "1,32"  # rows
+    out_dir: tuple[str, ...] = ()  # runs to measure; results go into the first
+    config: tuple[str, ...] = ()  # config files whose models to measure, with random weights
+    hf: bool = False  # also transformers' `generate` on the equivalent model, of the same weights and prompts
+    contexts: tuple[int, ...] = (64, 1024, 4096, 16384)  # tokens in each row of the cache
+    batches: tuple[int, ...] = (1, 32)  # rows
     prefill: int = 8192  # tokens of a batch that are computed; a larger cache is filled with random numbers
     max_cache: float = 4.0  # GB; what needs more is left out
     n: int = 16  # tokens of each of the 5 timings of which the median counts, after n to warm up
     generate: int = 0  # also the time to generate this many tokens and a half, a quarter, an eighth of them
     # the models, if neither out_dir nor config names them
-    attentions: str = "mha,mqa,gqa,mla"  # gqa with 2 groups, mla with a latent of a third of the width
+    attentions: tuple[str, ...] = (
+        "mha",
+        "mqa",
+        "gqa",
+        "mla",
+    )  # gqa with 2 groups, mla with a latent of a third of the width
     n_layer: int = 6  # blocks
     n_head: int = 6  # heads
     n_embd: int = 384  # width
     vocab_size: int = 2048  # token ids
-    qk_norm: bool = False  # of mha, mqa and gqa; their equivalent is Qwen3 with it, Llama without
+    qk_norm: bool = False  # of attentions that have it; mha's equivalent is Qwen3 with it, Llama without
     # machine
     device: str = "auto"  # cpu, cuda, cuda:N, mps
     dtype: str = "auto"  # float32, bfloat16, float16
@@ -60,39 +69,66 @@ class DecodeOptions:
 
 @dataclass
 class CacheOptions:
-    out_dir: str  # the run, or several with commas between; cache.json and cache.png go into the first
-    formats: str = "fp32,bf16,fp16,int8,fp8"  # what to hold the cache in
-    windows: str = ""  # windows put on every layer, in tokens; empty: a half and a quarter of block_size
-    sinks: str = "0,4"  # first tokens that stay in sight besides these windows
+    out_dir: tuple[str, ...]  # the runs; cache.json and cache.png go into the first
+    formats: tuple[str, ...] = tuple(CACHE_FORMATS)  # what to hold the cache in
+    windows: tuple[int, ...] = ()  # windows put on every layer, in tokens; none: 1/2 and 1/4 of block_size
+    sinks: tuple[int, ...] = (0, 4)  # first tokens that stay in sight besides these windows
     tokens: int = 32768  # validation tokens to read, evenly spread
     batch_size: int = 16  # rows of block_size tokens, read side by side
     chunk: int = 16  # tokens fed at a time; all but the first chunk see what the cache holds of the others
     which: Literal["best", "last"] = "best"  # which checkpoint
     device: str = "auto"  # cpu, cuda, cuda:N, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
+    dtype: Dtype = "auto"  # of the weights
 
     def __post_init__(self):
-        unknown = set(self.formats.split(",")) - set(CACHE_FORMATS)
-        if unknown:
+        check_range(self, "tokens batch_size chunk", at_least=1)
+        if unknown := set(self.formats) - set(CACHE_FORMATS):
             raise ValueError(f"formats are {', '.join(CACHE_FORMATS)}, not {unknown.pop()!r}")
-        if min(self.tokens, self.batch_size, self.chunk) < 1:
-            raise ValueError("tokens, batch_size and chunk must be at least 1")
-        for name in ("windows", "sinks"):
-            if not all(number.isdecimal() for number in filter(None, getattr(self, name).split(","))):
-                raise ValueError(f"{name} is whole numbers with commas between, not {getattr(self, name)!r}")
+        if not self.out_dir or min(*self.windows, *self.sinks, 1, 1) < 0:
+            raise ValueError("out_dir is at least one run; windows and sinks are at least 0")
+
+
+def print_row(row: dict, keys: list[str], first: bool) -> None:
+    """A line of a table that grows, under the keys if it is the first; - where the row lacks a value."""
+    cells = []
+    for value in map(row.get, keys):
+        if type(value) in (int, float):
+            value = f"{value:.5g}" if type(value) is float and abs(value) < 100 else f"{value:,.0f}"
+        cells.append("-" if value is None else str(value))
+    for line in [keys] * first + [cells]:
+        right = [cell.rjust(max(len(key), 8)) for key, cell in zip(keys[1:], line[1:], strict=True)]
+        print(line[0].ljust(8), *right, sep="  ", flush=True)
+
+
+def model_config(attention: str, qk_norm: bool = False, **knobs) -> GPTConfig:
+    """The config of any attention, with QK-norm where it has it if so told; gqa has 2 groups."""
+    if "qk_norm" in getattr(ATTENTIONS.get(attention), "KNOBS", ()):
+        knobs["qk_norm"] = qk_norm
+    knobs |= {"n_kv_head": 2} if attention == "gqa" else {}
+    return from_dict({"attention": attention, **knobs}, f"--attentions={attention}", GPTConfig)[0]
 
 
 def cache(argv: list[str]) -> None:
     """Quality through the cache: bits per byte, bytes and speed of every format and window."""
-    options = parse(
-        CacheOptions, argv, "python -m tools.bench cache --out_dir=RUN[,RUN...] [--key=value ...]"
-    )
-    rows = []
-    for run in options.out_dir.split(","):
+    usage = "python -m tools.bench cache --out_dir=RUN[,RUN...] [--key=value ...]"
+    options = parse(CacheOptions, argv, usage)
+    rows, out_dir = [], Path(options.out_dir[0])
+    for run in options.out_dir:
         rows += cache_rows(Path(run), options)
-    out_dir = Path(options.out_dir.split(",")[0])
-    write({"machine": machine(), "options": asdict(options), "rows": rows}, out_dir / "cache.json")
-    draw_cache(rows, out_dir / "cache.png")
+    write(out_dir / "cache.json", options, {"rows": rows})
+    quality, unit = ("val/bpb", "bits per byte") if rows[0]["val/bpb"] else ("val/loss", "loss, nats a token")
+    formats, windows = [], []
+    for row in rows:
+        run = Path(row["run"]).name
+        if all(row[knob] == rows[0][knob] for knob in ("window", "sink_tokens")):
+            formats.append(row | {"run": run, "name": row["format"]})
+        elif row["format"] == options.formats[0]:
+            held = {"held": row["window"] + row["sink_tokens"], "percent": 100 * row["worse"]}
+            windows.append(row | held | {"run": f"{run}, {row['sink_tokens']} sinks"})
+    left = dict(xlabel="cache, bytes a token", ylabel=unit, title="formats")
+    right = dict(xlabel="tokens that a layer holds", ylabel="worse by, %", title="windows at inference")
+    panels = [(formats, "bytes_per_token", quality, left), (windows, "held", "percent", right)]
+    draw_lines(out_dir / "cache.png", "run", panels)
 
 
 def cache_rows(run: Path, options: CacheOptions) -> list[dict]:
@@ -104,16 +140,12 @@ def cache_rows(run: Path, options: CacheOptions) -> list[dict]:
     config, knobs = model.config, checkpoint.read_config(checkpoint.find(run)[0])
     dataset = open_dataset(knobs["dataset"], knobs.get("tokenizer"))
     if tokenizers.sha256(dataset.tokenizer) != tokenizers.sha256(tokenizer):
-        raise UserError(
-            f"{knobs['dataset']} here is not the data that {run} was trained on: another tokenizer"
-        )
-    windows = [int(n) for n in options.windows.split(",") if n.strip("0")]
-    windows = windows or [config.block_size // 2, config.block_size // 4]
-    sinks = [int(n) for n in options.sinks.split(",") if n]
+        raise UserError(f"{knobs['dataset']} is not the data that {run} was trained on: another tokenizer")
+    windows = [w for w in options.windows if w] or [config.block_size // 2, config.block_size // 4]
     shapes = [(config.window, config.sink_tokens, config.window_pattern)]
-    shapes += [(w, s, "S") for w, s in product(windows, sinks or [0])]
+    shapes += [(w, s, "S") for w, s in product(windows, options.sinks or [0])]
     variants = []  # (row, model, dtype of the cache)
-    for (window, sinks, pattern), name in product(shapes, options.formats.split(",")):
+    for (window, sinks, pattern), name in product(shapes, options.formats):
         changed, dtype = copy.copy(model), CACHE_FORMATS[name]  # the same weights under another config
         changed.config = replace(config, window=window, sink_tokens=sinks, window_pattern=pattern)
         row = {"run": str(run), "attention": config.attention, "format": name}
@@ -123,24 +155,15 @@ def cache_rows(run: Path, options: CacheOptions) -> list[dict]:
     weights = model.embed_tokens.weight.dtype
     measured = through_the_cache([(model, weights)] + [v[1:] for v in variants], dataset, options)
     base, bytes_per_token = measured.pop(0), dataset.val_bytes_per_token
-    unit = math.log(2) * (bytes_per_token or 1 / math.log(2))  # nats a token, where the set is no text
-    print(
-        f"{run}: {config.attention}, cached in the weights' {str(weights).removeprefix('torch.')}: "
-        f"{base['loss'] / unit:.4f} {'bits per byte' if bytes_per_token else 'nats a token'}\n"
-        f"{'format':>6} {'window':>7} {'sinks':>5} {'bytes/token':>11} {'quality':>8} {'worse by':>9} "
-        f"{'KL, nats':>9} {'top-1':>7} {'decode tok/s':>12}"
-    )
+    print(f"{run}: {config.attention}, cached in {weights}: val loss {base['loss']:.4f}")
     for (row, changed, dtype), result in zip(variants, measured, strict=True):
         probe = decode_probe(changed, config.block_size // 2, cache_dtype=dtype)
-        row["val/loss"], row["val/bpb"] = result["loss"], result["loss"] / unit if bytes_per_token else None
+        row["val/loss"], row["val/bpb"] = result["loss"], None
+        if bytes_per_token:
+            row["val/bpb"] = result["loss"] / math.log(2) / bytes_per_token
         row |= {"worse": result["loss"] / base["loss"] - 1, "kl": result["kl"], "top1": result["top1"]}
         row["decode/tokens_per_s"] = probe["decode/tokens_per_s"]
-        print(
-            f"{row['format']:>6} {row['window'] or 'all':>7} {row['sink_tokens']:5} "
-            f"{row['bytes_per_token']:11,.1f} {result['loss'] / unit:8.4f} {row['worse']:+9.3%} "
-            f"{row['kl']:9.2e} {row['top1']:7.2%} {row['decode/tokens_per_s']:12,.0f}",
-            flush=True,
-        )
+        print_row(row, CACHE_COLUMNS, first=row is variants[0][0])
     return [row for row, *_ in variants]
 
 
@@ -171,42 +194,40 @@ def through_the_cache(
 
 def decode(argv: list[str]) -> None:
     """Tokens a second by context and batch, the bytes of each, and the share of the memory's bandwidth."""
-    options = parse(
-        DecodeOptions, argv, "python -m tools.bench decode [--out_dir=RUN | --config=FILE] [--key=value ...]"
-    )
-    out_dir = Path(options.out_dir.split(",")[0] if options.out_dir else "out/bench")
-    device = pick_device(options.device)
+    usage = "python -m tools.bench decode [--out_dir=RUN | --config=FILE] [--key=value ...]"
+    options = parse(DecodeOptions, argv, usage)
+    out_dir, device = Path((*options.out_dir, "out/bench")[0]), pick_device(options.device)
     bandwidth, rows, lengths = read_bandwidth(device), [], []
+    columns = [*COLUMNS, *([*PEER_COLUMNS, "ratio", "same_tokens"] if options.hf else [])]
     print(f"memory is read at {bandwidth / 1e9:.1f} GB/s")
-    columns = f"{'':12} batch context prefill/s decode/s MB/token of read"
-    peer = "  dynamic   static  ratio same tokens"
-    print(columns + (peer if options.hf else ""))
     for name, model in decode_models(options, device):
-        for batch, context in product(numbers(options.batches), numbers(options.contexts)):
-            if (
-                kv_bytes(model.config.kv_layouts(), context + 6 * options.n, torch.float32) * batch
-                <= options.max_cache * 1e9
-            ):
-                rows.append({"model": name, "batch": batch, "context": context})
-                rows[-1] |= decode_row(model, batch, context, bandwidth, options)
-                print(decode_line(rows[-1]), flush=True)
+        for batch, context in product(options.batches, options.contexts):
+            largest = batch * kv_bytes(model.config.kv_layouts(), context + 6 * options.n, torch.float32)
+            if largest <= options.max_cache * 1e9:
+                row = {"model": name, "batch": batch, "context": context}
+                rows.append(row | decode_row(model, batch, context, bandwidth, options))
+                print_row(rows[-1], columns, first=len(rows) == 1)
         if options.generate:
             times = our_steps(model, torch.zeros(1, 1, dtype=torch.long), options.generate)[0]
             marks = [options.generate >> shift for shift in (3, 2, 1, 0)]
             lengths += [{"model": name, "n": n, "seconds": times[n] - times[0]} for n in marks]
             seconds = ", ".join(f"{row['n']} in {row['seconds']:.2f} s" for row in lengths[-len(marks) :])
             print(f"{name:12} tokens generated: {seconds}", flush=True)
-    result = {"machine": machine(), "options": asdict(options), "read_bytes_per_s": bandwidth}
-    write(result | {"rows": rows, "generate": lengths}, out_dir / "decode.json")
-    draw_decode(rows, out_dir / "decode.png")
-
-
-def numbers(text: str) -> list[int]:
-    """A list on the command line."""
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise UserError(f"{text!r} is not a list of whole numbers such as 64,1024") from None
+    result = {"read_bytes_per_s": bandwidth, "rows": rows, "generate": lengths}
+    write(out_dir / "decode.json", options, result)
+    rate, labels = (
+        "decode/tokens_per_s",
+        dict(yscale="log", xlabel="context, tokens", ylabel="decode, tokens/s"),
+    )
+    points = list(rows)
+    for row in rows:
+        if "ratio" in row:  # transformers with its faster cache
+            points.append(row | {"model": f"{row['model']}, transformers", rate: row[rate] / row["ratio"]})
+    panels = []
+    for batch in options.batches:
+        mine = [row for row in points if row["batch"] == batch]
+        panels.append((mine, "context", rate, labels | {"title": f"batch {batch}"}))
+    draw_lines(out_dir / "decode.png", "model", panels)
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -222,27 +243,18 @@ def read_bandwidth(device: torch.device) -> float:
 def decode_models(options: DecodeOptions, device: torch.device) -> Iterator[tuple[str, GPT]]:
     """The models to measure, by name, with room for every context."""
     dtype = pick_dtype(options.dtype, device)
-    room = max(numbers(options.contexts)) + 6 * options.n + options.generate + 2
-    if options.out_dir:
-        for run in options.out_dir.split(","):
-            model = load_run(run, options.device, options.dtype)[0]
-            model.config.block_size = max(model.config.block_size, room)  # RoPE has no limit of its own
-            yield Path(run).name, model
-        return
-    shape = [f"--{name}={getattr(options, name)}" for name in ("n_layer", "n_head", "n_embd", "vocab_size")]
-    for name in (options.config or options.attentions).split(","):
+    room = max(options.contexts) + 6 * options.n + options.generate + 2
+    for run in options.out_dir:
+        model = load_run(run, options.device, options.dtype)[0]
+        model.config.block_size = max(model.config.block_size, room)  # RoPE has no limit of its own
+        yield Path(run).name, model
+    shape = {name: getattr(options, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    for name in () if options.out_dir else options.config or options.attentions:
         if options.config:
-            argv = [name]
-        elif name == "mla":
-            argv = ["--attention=mla", f"--kv_lora_rank={max(options.n_embd // 3, 1)}", *shape]
+            config, _ = load([name, f"--block_size={room}"], GPTConfig, TrainConfig)
         else:
-            argv = [
-                f"--attention={name}",
-                f"--qk_norm={options.qk_norm}",
-                *ATTENTION_KNOBS.get(name, []),
-                *shape,
-            ]
-        config, _ = load([*argv, f"--block_size={room}"], GPTConfig, TrainConfig)
+            latent = {"kv_lora_rank": max(options.n_embd // 3, 1)} if name == "mla" else {}
+            config = model_config(name, options.qk_norm, block_size=room, **shape, **latent)
         torch.manual_seed(0)
         model = GPT(config).eval()
         for p in model.parameters():  # as they are initialised, what a block adds and all logits are zero
@@ -269,14 +281,12 @@ def decode_row(model: GPT, batch: int, context: int, bandwidth: float, options: 
     row["share_of_bandwidth"] = row["bytes_per_token"] * row["decode/tokens_per_s"] / bandwidth
     if options.hf and batch * context <= options.prefill:
         peer, same = hugging_face(model), []
-        for cache in ("dynamic", "static"):
+        for cache in PEERS:
             times, theirs = hf_steps(peer, idx.to(model.embed_tokens.weight.device), n, cache)
             row[f"hf_{cache}/tokens_per_s"] = batch * median_rate(times)
             same.append(theirs == tokens)
         row["same_tokens"] = all(same)
-        row["ratio"] = row["decode/tokens_per_s"] / max(
-            row[f"hf_{c}/tokens_per_s"] for c in ("dynamic", "static")
-        )
+        row["ratio"] = row["decode/tokens_per_s"] / max(map(row.get, PEER_COLUMNS))
     return row
 
 
@@ -303,7 +313,7 @@ def filled_steps(model: GPT, batch: int, context: int, n: int) -> list[float]:
     for layer in cache.layers:
         for buffer in layer.buffers.values():
             buffer.normal_()
-    cache.advance(context - 1)  # count them as held
+    cache.advance(batch, context - 1)  # count them as held
     times = []
     for _ in range(n + 1):
         ids = decode_one_token(model, ids, cache).argmax(-1)
@@ -336,31 +346,18 @@ def hf_steps(peer, idx: torch.Tensor, n: int, cache: str) -> tuple[list[float], 
             self.times.append(time.perf_counter())
             return scores
 
-    clock, settings = Clock(), {"do_sample": False, "use_cache": True, "pad_token_id": 0}
-    kind = {} if cache == "dynamic" else {"cache_implementation": cache}
+    clock = Clock()
+    options = {"do_sample": False, "use_cache": True, "pad_token_id": 0, "max_new_tokens": n + 1}
+    options |= {"attention_mask": torch.ones_like(idx), "logits_processor": [clock]}
+    options |= {} if cache == "dynamic" else {"cache_implementation": cache}
     with torch.inference_mode():
-        mask = torch.ones_like(idx)
-        out = peer.generate(
-            idx, attention_mask=mask, max_new_tokens=n + 1, logits_processor=[clock], **settings, **kind
-        )
+        out = peer.generate(idx, **options)
     return clock.times, out[:, idx.size(1) :].tolist()
-
-
-def decode_line(row: dict) -> str:
-    prefilled = row.get("prefill/tokens_per_s", math.nan)
-    line = f"{row['model']:12} {row['batch']:5} {row['context']:7} {prefilled:9,.0f} "
-    line += f"{row['decode/tokens_per_s']:8,.1f} {row['bytes_per_token'] / 1e6:8,.2f} "
-    line += f"{row['share_of_bandwidth']:7.0%}"
-    if "ratio" not in row:
-        return line
-    peers = " ".join(f"{row[f'hf_{cache}/tokens_per_s']:8,.1f}" for cache in ("dynamic", "static"))
-    return f"{line} {peers} {row['ratio']:6.2f} {row['same_tokens']!s:>11}"
 
 
 def machine() -> dict:
     """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
         cpu = next((line.split(":")[1].strip() for line in info.open() if line.startswith("model name")), cpu)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -374,7 +371,8 @@ def machine() -> dict:
     }
 
 
-def write(result: dict, path: Path) -> None:
+def write(path: Path, options, result: dict) -> None:
+    """A JSON file of what was measured, with the options (a dataclass) and the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(path, result)
+    checkpoint.write_json(path, {"machine": machine(), "options": asdict(options)} | result)
     print(f"wrote {path}")

@@ -169,9 +169,7 @@ def split_keys(
     return q_rope, k_rope, torch.cat((rest.real, rest.imag, k[:, config.rotary_dim :]), 1)
 
 
-def factorize_latent(
-    config: GPTConfig, k_nope: Tensor, v: Tensor, u: Tensor, rank: int
-) -> tuple[Tensor, Tensor]:
+def factorize_latent(config: GPTConfig, k_nope: Tensor, v: Tensor, u: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """An orthonormal basis (rank, C) of what of u (N, C) the latent keeps, and the matrix (H 2 D, rank) that
     makes keys and values of the latent.
     """
@@ -197,17 +195,13 @@ def factorize_latent(
 
 def attention_inputs(model: GPT, idx: Tensor) -> list[Tensor]:
     """What the norm in front of each attention makes of idx, less its weight: (N, C) in float64."""
-    inputs = [[] for _ in model.layers]
+    inputs, hooks = [[] for _ in model.layers], []
+    for layer, units in zip(model.layers, inputs, strict=True):
 
-    def keep(into: list[Tensor]):
-        return lambda norm, args: into.append(
-            F.rms_norm(args[0].flatten(0, 1), norm.weight.shape, None, norm.eps)
-        )
+        def keep(norm, args, into=units) -> None:
+            into.append(F.rms_norm(args[0].flatten(0, 1), norm.weight.shape, None, norm.eps))
 
-    hooks = [
-        layer.input_layernorm.register_forward_pre_hook(keep(into))
-        for layer, into in zip(model.layers, inputs, strict=True)
-    ]
+        hooks.append(layer.input_layernorm.register_forward_pre_hook(keep))
     for rows in idx.split(8):
         model.hidden(rows)
     for hook in hooks:

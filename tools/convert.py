@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -35,13 +35,17 @@ from tools.change_attention import factorize, grouped, pool_heads
 from train import TrainConfig, read_knobs
 
 
-@dataclass
-class ToHfOptions:
+@dataclass(kw_only=True)
+class Options:
     run: str  # the run: its folder, or the best/ or last/ in it; may be given without its name
     out: str  # the folder to write; likewise
+    overwrite: bool = False  # give up what is there
+
+
+@dataclass(kw_only=True)
+class ToHfOptions(Options):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights written
     check: bool = True  # compare logits and token ids with transformers', if it is installed
-    overwrite: bool = False  # write into a folder that holds a model already
 
 
 @dataclass
@@ -52,41 +56,41 @@ class FromHfOptions:
     overwrite: bool = False  # give up a run that is there
 
 
+@dataclass(kw_only=True)
+class ToGqaOptions(Options):
+    n_kv_head: int  # key and value heads that remain, a divisor of those there are; 1: multi-query
+
+
+@dataclass(kw_only=True)
+class ToMlaOptions(Options):
+    kv_lora_rank: int | None = None  # width of the latent; None: n_embd, at which nothing is lost
+    qk_rope_head_dim: int | None = None  # width of the rotated key; None: a head's, or all if nothing is lost
+    text: str = ""  # text file to calibrate on; empty: the training data of the run
+    tokens: int = 8192  # tokens to calibrate on
+
+
 def main(argv: list[str]) -> None:
-    if argv and argv[0] in COMMANDS:
-        COMMANDS[argv[0]](argv[1:])
-    elif argv and argv[0] in ("--help", "-h"):
-        print(__doc__)
-    else:
+    if argv[:1] in (["--help"], ["-h"]):
+        return print(__doc__)
+    if not argv or argv[0] not in COMMANDS:
         raise UserError(f"which conversion? python -m tools.convert COMMAND, one of {', '.join(COMMANDS)}")
-
-
-def read_options(cls, argv: list[str]):
-    """An options dataclass, whose first two fields may be given as bare arguments."""
-    bare = [arg for arg in argv if not arg.startswith("-")]
-    names = [field.name for field in fields(cls)][:2]
-    if len(bare) > 2:
-        raise UserError(f"unexpected argument {bare[2]!r}: two folders, then --key=value")
-    named = [f"--{name}={value}" for name, value in zip(names, bare, strict=False)]
-    return parse(cls, named + [arg for arg in argv if arg.startswith("-")], __doc__)
+    command, options = COMMANDS[argv[0]]
+    command(parse(options, argv[1:], __doc__, bare=2))
 
 
 # ---- to Hugging Face
 
 
-def to_hf(argv: list[str]) -> None:
+def to_hf(options: ToHfOptions) -> None:
     """Write a run as a Hugging Face model, and compare what transformers makes of it with ours."""
-    options = read_options(ToHfOptions, argv)
     out, dtype = Path(options.out), getattr(torch, options.dtype)
     model, tok = load_run(options.run, "cpu", "float32")
     model = model.to(dtype).float()  # what is compared has the precision of what is written
     content = hugging_face.hf_config(model.config)
     if (out / "config.json").exists() and not options.overwrite:
         raise UserError(f"{out} already holds a model; choose another folder, or give --overwrite=True")
-    ends = {
-        "bos_token_id": tok.eot_token,
-        "eos_token_id": tok.eot_token,
-    }  # a document begins after another's end
+    # a document begins after another's end
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tok.eot_token)
     eot = {} if tok.eot_token is None else dict.fromkeys(("bos_token", "eos_token"), tok.end_of_text)
     files = {
         # dtype is what torch_dtype was called before transformers 4.56
@@ -104,32 +108,27 @@ def to_hf(argv: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         for name, value in files.items():
             (out / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        weights = {
-            name: w.to(dtype).contiguous()
-            for name, w in hugging_face.hf_state_dict(model, model.config).items()
-        }
+        weights = hugging_face.hf_state_dict(model, model.config)
+        weights = {name: w.to(dtype).contiguous() for name, w in weights.items()}
         save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     except OSError as e:
         raise UserError(f"cannot write to {out}: {e.strerror or e}") from e
-    print(
-        f"wrote {content['architectures'][0]} to {out}; {hugging_face.check(out, model, tok, options.check)}"
-    )
+    checked = hugging_face.check(out, model, tok) if options.check else "not checked"
+    print(f"wrote {content['architectures'][0]} to {out}; {checked}")
 
 
 # ---- from Hugging Face
 
 
-def from_hf(argv: list[str]) -> None:
+def from_hf(options: FromHfOptions) -> None:
     """Write a Hugging Face model as a run."""
-    options = read_options(FromHfOptions, argv)
-    folder, out = hugging_face.find_model(options.source), Path(options.out)
+    folder = hugging_face.find_model(options.source)
     content = hugging_face.read_object(folder / "config.json")
     config = hugging_face.gpt_config(content)
     weights, interleaved = hugging_face.read_weights(folder), content.get("rope_interleave", True)
     weights = hugging_face.from_hf_state_dict(weights, config, interleaved)
     tok = hugging_face.read_tokenizer(folder, content, config.vocab_size)
-    make = partial(GPT, config)
-    expected = checkpoint.on_meta(make).state_dict()
+    expected = checkpoint.on_meta(partial(GPT, config)).state_dict()
     for name in sorted(weights.keys() ^ expected.keys()):
         verb = "lacks" if name in expected else "has no place here for"
         raise UserError(f"{folder} {verb} the weights {name}")
@@ -137,19 +136,18 @@ def from_hf(argv: list[str]) -> None:
         there, wanted = tuple(weight.shape), tuple(expected[name].shape)
         if there != wanted:
             raise UserError(f"{folder}: {name} has shape {there}, not {wanted}")
-    model = checkpoint.build(make, weights)
+    model = checkpoint.build(partial(GPT, config), weights)
     plain = isinstance(tok, tokenizers.IdsTokenizer) and not (folder / "tokenizer.json").exists()
-    verdict = hugging_face.check(folder, model, None if plain else tok, options.check)
-    write_run(out, config, TrainConfig(), weights, tok, options)
-    print(f"wrote {config.attention} with {n_params(model):,} parameters to {out}; {verdict}")
+    checked = hugging_face.check(folder, model, None if plain else tok) if options.check else "not checked"
+    write_run(options, config, TrainConfig(), weights, tok)
+    print(f"wrote {config.attention} with {n_params(model):,} parameters to {options.out}; {checked}")
     if plain:
         print("it has no tokenizer.json: prompts and samples are token ids")
 
 
-def write_run(
-    out: Path, config: GPTConfig, knobs: TrainConfig, weights: dict[str, Tensor], tok, options
-) -> None:
-    """A run folder from which to sample, and from which to train with --init_from."""
+def write_run(options, config: GPTConfig, knobs: TrainConfig, weights: dict[str, Tensor], tok) -> None:
+    """A run folder at options.out from which to sample, and from which to train with --init_from."""
+    out = Path(options.out)
     checkpoint.claim(out, resume=False, overwrite=options.overwrite)
     checkpoint.write_config(out, config, replace(knobs, out_dir=str(out), wandb_run_name=out.name))
     tokenizers.save(tok, out)
@@ -159,40 +157,17 @@ def write_run(
 # ---- from one attention to another
 
 
-@dataclass
-class ToGqaOptions:
-    run: str  # the run, of mha or gqa; may be given without its name
-    out: str  # the run folder to write; likewise
-    n_kv_head: int  # key and value heads that remain, a divisor of those there are; 1: multi-query
-    overwrite: bool = False  # give up a run that is there
-
-
-@dataclass
-class ToMlaOptions:
-    run: str  # the run, of mha, mqa or gqa
-    out: str  # the run folder to write
-    kv_lora_rank: int | None = None  # width of the latent; None: n_embd, at which nothing is lost
-    qk_rope_head_dim: int | None = (
-        None  # width of the rotated key; None: a head's, or all heads' if nothing is lost
-    )
-    text: str = ""  # text file to calibrate on; empty: the training data of the run
-    tokens: int = 8192  # tokens to calibrate on
-    overwrite: bool = False  # give up a run that is there
-
-
-def to_gqa(argv: list[str]) -> None:
+def to_gqa(options: ToGqaOptions) -> None:
     """Mean-pool the key and value heads of a run."""
-    options = read_options(ToGqaOptions, argv)
     model, tok = load_run(options.run, "cpu", "float32")
     knobs = read_knobs(checkpoint.find(options.run)[0])[1]
     config, weights = pool_heads(model, options.n_kv_head)
-    write_run(Path(options.out), config, knobs, weights, tok, options)
+    write_run(options, config, knobs, weights, tok)
     print(f"wrote {config.attention} to {options.out}; {cache_change(model.config, config)}")
 
 
-def to_mla(argv: list[str]) -> None:
+def to_mla(options: ToMlaOptions) -> None:
     """Factorize the keys and values of a run into latents, on calibration text."""
-    options = read_options(ToMlaOptions, argv)
     model, tok = load_run(options.run, "cpu", "float32")
     source = grouped(model.config)
     rank, rope_width = options.kv_lora_rank or source.n_embd, options.qk_rope_head_dim
@@ -201,18 +176,14 @@ def to_mla(argv: list[str]) -> None:
     knobs = read_knobs(checkpoint.find(options.run)[0])[1]
     idx = calibration_tokens(source, knobs, tok, options)
     config, weights = factorize(model, idx, rank, rope_width)
-    write_run(Path(options.out), config, knobs, weights, tok, options)
+    write_run(options, config, knobs, weights, tok)
     after = checkpoint.build(partial(GPT, config), weights)
     with torch.no_grad():
         before, after = (LanguageModelLoss(m)(idx[:, :-1], idx[:, 1:]).item() for m in (model, after))
-    print(
-        f"wrote mla to {options.out}; {cache_change(source, config)}; loss on {idx.numel():,} tokens of "
-        f"calibration {before:.4f} -> {after:.4f}"
-    )
+    cost = f"loss on {idx.numel():,} tokens of calibration {before:.4f} -> {after:.4f}"
+    print(f"wrote mla to {options.out}; {cache_change(source, config)}; {cost}")
     if source.qk_norm:
-        print(
-            "its QK-norm became a fixed scale a head, which is not exact; train with --qk_norm=False for that"
-        )
+        print("its QK-norm became a fixed scale a head, which is not exact; --qk_norm=False makes it so")
 
 
 def cache_change(before: GPTConfig, after: GPTConfig) -> str:
@@ -220,9 +191,7 @@ def cache_change(before: GPTConfig, after: GPTConfig) -> str:
     return "cache of {} -> {} numbers a token a layer".format(*numbers)
 
 
-def calibration_tokens(
-    config: GPTConfig, knobs: TrainConfig, tok: tokenizers.Tokenizer, options: ToMlaOptions
-) -> Tensor:
+def calibration_tokens(config: GPTConfig, knobs: TrainConfig, tok, options: ToMlaOptions) -> Tensor:
     """Token ids (rows, block_size + 1), or one shorter row. Raises UserError if there are none."""
     length = config.block_size + 1
     rows = -(-options.tokens // length)
@@ -243,7 +212,12 @@ def calibration_tokens(
     return torch.tensor(ids[: rows * length]).view(rows, length)
 
 
-COMMANDS = {"to-hf": to_hf, "from-hf": from_hf, "to-gqa": to_gqa, "to-mla": to_mla}
+COMMANDS = {
+    "to-hf": (to_hf, ToHfOptions),
+    "from-hf": (from_hf, FromHfOptions),
+    "to-gqa": (to_gqa, ToGqaOptions),
+    "to-mla": (to_mla, ToMlaOptions),
+}
 
 if __name__ == "__main__":
     cli(main)

@@ -24,6 +24,17 @@ from nanokv.config import UserError, from_dict
 from nanokv.tokenizer_json import from_json
 from tools.change_attention import group_name
 
+KEYS = {  # ours: theirs, in config.json
+    "vocab_size": "vocab_size",
+    "n_embd": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "block_size": "max_position_embeddings",
+    "rope_theta": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
 MLA_WIDTHS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 TOLERANCE = 1e-4  # largest difference of logits from Hugging Face's, in fp32, relative above 1
 FAMILIES = {"llama": "mha", "qwen3": "mha", "deepseek_v3": "mla", "youtu": "mla"}
@@ -38,39 +49,34 @@ ONLY = {  # what a config.json may not ask for but in this way
 
 
 @torch.no_grad()
-def check(folder: Path, model: GPT, tok: tokenizers.Tokenizer | None, wanted: bool = True) -> str:
+def check(folder: Path, model: GPT, tok: tokenizers.Tokenizer | None) -> str:
     """Compare model and tokenizer with what transformers loads from `folder`; says what came of it.
 
     Raises UserError if logits differ by more than TOLERANCE in fp32, or token ids at all.
     """
-    if not wanted:
-        return "not checked, as asked"
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     except ImportError:
         return "NOT checked: transformers is not installed"
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    generator = torch.Generator().manual_seed(0)
-    n_vocab, length = (
-        model.config.vocab_size if tok is None else tok.n_vocab,
-        min(model.config.block_size, 256),
-    )
-    idx = torch.randint(n_vocab, (1, length), generator=generator)
+    n_vocab = model.config.vocab_size if tok is None else tok.n_vocab
+    size = 1, min(model.config.block_size, 256)
+    idx = torch.randint(n_vocab, size, generator=torch.Generator().manual_seed(0))
     theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float().eval()
     ours, expected = model(idx)[0], theirs(idx).logits
     difference = (ours - expected).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise UserError(f"the logits of transformers from {folder} differ by {difference:.1e}; do not use it")
     verdict = f"logits as in transformers to {difference:.1e}"
-    if tok is not None:
-        specials = getattr(tok, "specials", {}).values()
-        text = tok.decode([i for i in idx[0].tolist() if i not in specials])
-        ids = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
-        if ids != tok.encode_ordinary(text):
-            raise UserError(f"transformers' tokenizer from {folder} gives other ids; do not use it")
-        verdict += ", token ids equal"
-    return verdict
+    if tok is None:
+        return verdict
+    specials = getattr(tok, "specials", {}).values()
+    text = tok.decode([i for i in idx[0].tolist() if i not in specials])
+    ids = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+    if ids != tok.encode_ordinary(text):
+        raise UserError(f"transformers' tokenizer from {folder} gives other ids; do not use it")
+    return f"{verdict}, token ids equal"
 
 
 def hf_config(config: GPTConfig) -> dict:
@@ -78,72 +84,46 @@ def hf_config(config: GPTConfig) -> dict:
 
     Raises UserError, naming the knob, if there is no such class.
     """
-    if config.window:
-        raise UserError("a window is not exported; train with window = 0 for Hugging Face")
-    common = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.n_embd,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "max_position_embeddings": config.block_size,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,  # where readers from before transformers 5 look for it
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    attention = attention_class(config)
-    if attention is GroupedQueryAttention:
-        if config.rotary_dim != config.head_dim:
-            raise UserError(
-                f"partial RoPE has no exact Hugging Face class; train with rotary_dim = {config.head_dim}"
-            )
-        heads = {"num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim}
-        if config.qk_norm:
-            return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **common, **heads}
-        if config.n_embd % config.n_head:
-            raise UserError(f"Llama wants n_embd = {config.n_embd} divisible by n_head = {config.n_head}")
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **common, **heads}
-    if config.qk_rope_head_dim == 0:
-        raise UserError("DeepSeek-V3 has no form without RoPE; qk_rope_head_dim must be above 0")
-    if config.qk_rope_repeat != 1:
-        raise UserError(f"DeepSeek-V3 has qk_rope_repeat = 1, not {config.qk_rope_repeat}")
-    if config.norm_eps != 1e-6:
-        raise UserError(f"DeepSeek-V3's latent norms have norm_eps = 1e-6, not {config.norm_eps}")
+    mla = attention_class(config) is MultiHeadLatentAttention
+    faults = {"a window is not exported; train with window = 0 for Hugging Face": config.window}
+    if mla:
+        repeat, eps = config.qk_rope_repeat, config.norm_eps
+        faults["DeepSeek-V3 needs RoPE; qk_rope_head_dim must be above 0"] = config.qk_rope_head_dim == 0
+        faults[f"DeepSeek-V3 has qk_rope_repeat = 1, not {repeat}"] = repeat != 1
+        faults[f"DeepSeek-V3's latent norms have norm_eps = 1e-6, not {eps}"] = eps != 1e-6
+    else:
+        fault = f"partial RoPE has no exact Hugging Face class; train with rotary_dim = {config.head_dim}"
+        faults[fault] = config.rotary_dim != config.head_dim
+        fault = f"Llama wants n_embd = {config.n_embd} divisible by n_head = {config.n_head}"
+        faults[fault] = not config.qk_norm and config.n_embd % config.n_head
+    for fault, found in faults.items():
+        if found:
+            raise UserError(fault)
+    content = {theirs: getattr(config, ours) for ours, theirs in KEYS.items()}
+    # rope_theta stands in both places: readers from before transformers 5 look for it outside
+    content |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+    content |= {"hidden_act": "silu", "attention_bias": False, "bos_token_id": None, "eos_token_id": None}
+    if not mla:
+        name, kind = ("Qwen3", "qwen3") if config.qk_norm else ("Llama", "llama")
+        content |= {"num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim}
+        return {"architectures": [f"{name}ForCausalLM"], "model_type": kind} | content
+    content |= {width: getattr(config, width) for width in MLA_WIDTHS}
+    content |= {"num_key_value_heads": config.n_head, "rope_interleave": True, "num_nextn_predict_layers": 0}
+    content |= {"first_k_dense_replace": config.n_layer}  # no layer left for experts, whose numbers mean nothing
     experts = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group")
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        **common,
-        **{name: getattr(config, name) for name in MLA_WIDTHS},
-        "num_key_value_heads": config.n_head,
-        "rope_interleave": True,
-        "first_k_dense_replace": config.n_layer,  # no layer left for experts, so their numbers mean nothing
-        **dict.fromkeys(experts, 1),
-        "moe_intermediate_size": config.intermediate_size,
-        "num_nextn_predict_layers": 0,
-    }
+    content |= dict.fromkeys(experts, 1) | {"moe_intermediate_size": config.intermediate_size}
+    return {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"} | content
 
 
 def hf_state_dict(model: nn.Module | dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """Our model, or its state dict, under Hugging Face's names; a tied lm_head is left out."""
     state = model.state_dict() if isinstance(model, nn.Module) else model
     hf_config(config)  # is there such a class?
-    return {
-        name if name == "lm_head.weight" else f"model.{name}": order_rope_rows(
-            name, weight, config, to_hf=True
-        )
-        for name, weight in state.items()
-    }
+    weights = {name: order_rope_rows(name, weight, config, to_hf=True) for name, weight in state.items()}
+    return {name if name == "lm_head.weight" else f"model.{name}": w for name, w in weights.items()}
 
 
-def from_hf_state_dict(
-    state: dict[str, Tensor], config: GPTConfig, interleaved: bool = True
-) -> dict[str, Tensor]:
+def from_hf_state_dict(state: dict[str, Tensor], config: GPTConfig, interleaved: bool = True) -> dict:
     """The inverse of `hf_state_dict`; a tied lm_head, if there is one, is dropped.
 
     interleaved: whether MLA's rows are in pairs (`rope_interleave`), as `hf_state_dict` writes them.
@@ -160,13 +140,9 @@ def order_rope_rows(name: str, weight: Tensor, config: GPTConfig, to_hf: bool) -
 
     Ours turns row j with row j + dr/2; DeepSeek's servers turn row 2j with row 2j + 1.
     """
-    if attention_class(config) is not MultiHeadLatentAttention:
-        return weight
-    if name.endswith(("q_proj.weight", "q_b_proj.weight")):
-        heads = config.n_head
-    elif name.endswith("kv_a_proj_with_mqa.weight"):
-        heads = 1
-    else:
+    heads_of = {"q_proj": config.n_head, "q_b_proj": config.n_head, "kv_a_proj_with_mqa": 1}
+    heads = heads_of.get(name.split(".")[-2])
+    if heads is None or attention_class(config) is not MultiHeadLatentAttention:
         return weight
     dr = config.qk_rope_head_dim
     rows = weight.unflatten(0, (heads, -1)).clone()  # (heads, dn + dr or r + dr, width in)
@@ -189,20 +165,16 @@ def find_model(source: str) -> Path:
         return Path(source)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise UserError(f"no folder {source!r}, nor is that the id of a model on the Hugging Face hub")
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise UserError(
-            "models on the hub are fetched by huggingface_hub: pip install huggingface_hub"
-        ) from None
     try:  # asked first, since a download tries for half a minute
+        import huggingface_hub
+
         huggingface_hub.HfApi().model_info(source, timeout=10)
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except ImportError:
+        raise UserError("the hub is reached by huggingface_hub: pip install huggingface_hub") from None
     except Exception as e:  # its HTTP client, and so the class of its errors, varies by version
-        raise UserError(
-            f"cannot fetch {source} from the Hugging Face hub ({type(e).__name__}): connect to the network, "
-            "or give a folder"
-        ) from None
+        fault = f"cannot fetch {source} from the Hugging Face hub ({type(e).__name__})"
+        raise UserError(f"{fault}: connect to the network, or give a folder") from None
 
 
 def read_object(path: Path) -> dict:
@@ -229,31 +201,19 @@ def gpt_config(content: dict) -> GPTConfig:
             raise UserError(f"{name} = {found!r} is not supported, only {value!r}")
     if set(content.get("layer_types") or []) - {"full_attention"}:
         raise UserError("layer_types: only full_attention is supported, no windows")
+    content = {"rms_norm_eps": 1e-6, "tie_word_embeddings": kind == "youtu"} | content
+    content["rope_theta"] = rope["rope_theta"]
     try:
-        heads, layers = content["num_attention_heads"], content["num_hidden_layers"]
-        knobs = {
-            "block_size": content["max_position_embeddings"],
-            "vocab_size": content["vocab_size"],
-            "n_layer": layers,
-            "n_head": heads,
-            "n_embd": content["hidden_size"],
-            "intermediate_size": content["intermediate_size"],
-            "rope_theta": rope["rope_theta"],
-            "norm_eps": content.get("rms_norm_eps", 1e-6),
-            "tie_embeddings": content.get("tie_word_embeddings", kind == "youtu"),
-        }
+        knobs = {ours: content[theirs] for ours, theirs in KEYS.items()}
         if FAMILIES[kind] == "mla":
-            if kind == "deepseek_v3" and content["first_k_dense_replace"] < layers:
-                raise UserError(
-                    f"first_k_dense_replace = {content['first_k_dense_replace']}: layers of experts are not "
-                    "supported, only dense ones"
-                )
-            knobs |= {name: content[name] for name in MLA_WIDTHS if name in content}
-            knobs |= {"attention": "mla"}
+            dense = knobs["n_layer"] if kind == "youtu" else content["first_k_dense_replace"]
+            if dense < knobs["n_layer"]:
+                raise UserError(f"first_k_dense_replace = {dense}: layers of experts are not supported")
+            knobs |= {"attention": "mla"} | {name: content[name] for name in MLA_WIDTHS if name in content}
         else:
-            groups = content.get("num_key_value_heads") or heads
-            knobs |= {"head_dim": content.get("head_dim")}  # None: hidden_size / num_attention_heads
-            knobs |= {"n_kv_head": groups, "qk_norm": kind == "qwen3", "attention": group_name(heads, groups)}
+            groups = content.get("num_key_value_heads") or knobs["n_head"]
+            knobs |= {"attention": group_name(knobs["n_head"], groups), "n_kv_head": groups}
+            knobs |= {"qk_norm": kind == "qwen3", "head_dim": content.get("head_dim")}
     except KeyError as e:
         raise UserError(f"config.json lacks {e.args[0]}") from e
     return from_dict(knobs, "config.json", GPTConfig)[0]

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from nanokv import checkpoint
-from nanokv.config import UserError, cli, parse
+from nanokv.config import UserError, check_range, cli, parse
 from nanokv.dataset import open_dataset
 from train import configure, read_knobs
 
@@ -35,8 +35,8 @@ class Options:
     jobs: int = 0  # runs side by side; 0: as many as the cores give threads for
 
     def __post_init__(self):
-        if self.threads < 1 or self.jobs < 0:
-            raise ValueError("threads must be at least 1, and jobs at least 0")
+        check_range(self, "threads", at_least=1)
+        check_range(self, "jobs", at_least=0)
 
 
 def read_list(path: Path) -> dict[str, list[str]]:
@@ -62,10 +62,8 @@ def run_all(runs: dict[str, list[str]], out_dir: Path, jobs: int = 0, threads: i
     waiting = [name for name in runs if not is_done(out_dir / name, runs[name])]
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already", flush=True)
-    for dataset in {
-        (config.dataset, config.tokenizer) for _, config in map(configure, map(runs.get, waiting))
-    }:
-        open_dataset(*dataset)  # prepared once, rather than by several runs at a time
+    for data in {(c.dataset, c.tokenizer) for _, c in (configure(runs[name]) for name in waiting)}:
+        open_dataset(*data)  # prepared once, rather than by several runs at a time
     jobs = jobs or max((os.cpu_count() or 1) // threads, 1)
     running: dict[str, subprocess.Popen] = {}
     failed, done, began, total = [], 0, time.monotonic(), len(waiting)
@@ -81,7 +79,7 @@ def run_all(runs: dict[str, list[str]], out_dir: Path, jobs: int = 0, threads: i
                 done += 1
                 minutes = (time.monotonic() - began) / 60
                 left = timedelta(minutes=round(minutes / done * (total - done)))
-                print(f"[{done}/{total}] {outcome(out_dir / name, code)}; about {left} left", flush=True)
+                print(f"[{done}/{total}] {name} {outcome(out_dir / name, code)}; about {left} left", flush=True)
                 failed += [name] if code else []
     except KeyboardInterrupt:
         for process in running.values():  # each in a session of its own, so that it hears of this once
@@ -93,9 +91,8 @@ def run_all(runs: dict[str, list[str]], out_dir: Path, jobs: int = 0, threads: i
     finally:
         signal.signal(signal.SIGTERM, before)
     if failed:
-        raise UserError(
-            f"{len(failed)} of {total} runs failed: {', '.join(failed)}; see log.txt in each folder"
-        )
+        names = ", ".join(failed)
+        raise UserError(f"{len(failed)} of {total} runs failed: {names}; see log.txt in each folder")
 
 
 def is_done(folder: Path, argv: list[str]) -> bool:
@@ -105,9 +102,8 @@ def is_done(folder: Path, argv: list[str]) -> bool:
     wanted, held = (asdict(a) | asdict(b) for a, b in (configure(argv), read_knobs(folder)))
     for knob in wanted:
         if knob not in ANY_VALUE and wanted[knob] != held[knob]:
-            raise UserError(
-                f"{folder} was trained with {knob} = {held[knob]}, now {wanted[knob]} is asked for; remove it"
-            )
+            values = f"{knob} = {held[knob]}, now {wanted[knob]} is asked for"
+            raise UserError(f"{folder} was trained with {values}; remove it")
     return checkpoint.is_finished(folder)
 
 
@@ -117,29 +113,21 @@ def start(argv: list[str], folder: Path, threads: int) -> subprocess.Popen:
     mode = "--init_from=resume" if resume else "--overwrite=True"
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(TRAIN), *argv, f"--out_dir={folder}", mode]
+    options = {"env": os.environ | {"OMP_NUM_THREADS": str(threads)}, "start_new_session": True}
     with open(folder / "log.txt", "a") as log:
-        return subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            start_new_session=True,
-        )
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)
 
 
 def outcome(folder: Path, code: int) -> str:
     if code:
         lines = (folder / "log.txt").read_text(errors="replace").splitlines()
-        return f"{folder.name} failed ({code}): {lines[-1] if lines else 'no output'}"
+        return f"failed ({code}): {lines[-1] if lines else 'no output'}"
     summary = checkpoint.read_json(folder / "summary.json")
-    return f"{folder.name}: val loss {summary['final/val_loss']:.4f}, trained in {summary['time']:.0f} s"
+    return f"has val loss {summary['final/val_loss']:.4f}, trained in {summary['time']:.0f} s"
 
 
 def main(argv: list[str]) -> None:
-    places = [arg for arg in argv if not arg.startswith("-")]
-    named = [f"--{name}={place}" for name, place in zip(("list", "out_dir"), places, strict=False)]
-    usage = "python -m tools.sweep LIST OUT_DIR [--key=value ...]"
-    options = parse(Options, [*named, *places[2:], *(arg for arg in argv if arg.startswith("-"))], usage)
+    options = parse(Options, argv, "python -m tools.sweep LIST OUT_DIR [--key=value ...]", bare=2)
     run_all(read_list(Path(options.list)), Path(options.out_dir), options.jobs, options.threads)
 
 

@@ -9,9 +9,7 @@ if not __package__:
 from nanokv.config import cli
 from nanokv.hub import prepare_streamed
 
-main = partial(
-    prepare_streamed, here=__file__, repo="Skylion007/openwebtext", revision="refs/convert/parquet"
-)
+main = partial(prepare_streamed, here=__file__, repo="Skylion007/openwebtext", revision="refs/convert/parquet")
 
 if __name__ == "__main__":
     cli(main)
