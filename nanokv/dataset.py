@@ -51,9 +51,7 @@ def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) 
             flags = [f"--out_dir={folder}", f"--tokenizer={tokenizer}"] if tokenizer else []
             if not (prepare and name in PREPARED_ON_FIRST_USE):
                 command = " ".join([f"python data/{name}/prepare.py", *flags])
-                raise UserError(
-                    f"data set {name!r} is not prepared: run `{command}` (--help lists its flags)"
-                )
+                raise UserError(f"data set {name!r} is not prepared: run `{command}` (--help lists its flags)")
             print(f"preparing the data set {name}", flush=True)
             run_python([str(ROOT / name / "prepare.py"), *(flags or [f"--out_dir={folder}"])])
         return Dataset(folder, kind)

@@ -56,11 +56,7 @@ def from_json(content: dict, end_of_text: str | None) -> Tokenizer:
             return CharTokenizer("".join(words))
         if splitter["type"] == "WhitespaceSplit" and words == [str(i) for i in range(len(words))]:
             return IdsTokenizer(len(words))
-    if (
-        model["type"] != "BPE"
-        or model.get("byte_fallback")
-        or (content["decoder"] or {}).get("type") != "ByteLevel"
-    ):
+    if model["type"] != "BPE" or model.get("byte_fallback") or (content["decoder"] or {}).get("type") != "ByteLevel":
         raise UserError(f"its tokenizer ({model['type']}) is no byte-level byte-pair encoding")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
