@@ -24,7 +24,7 @@ from nanokv.config import UserError, check_range, cli, from_dict, load
 from nanokv.dataset import Dataset, open_dataset
 from nanokv.device import Hardware, check_device_name, keep_freed_memory, pick_hardware
 from nanokv.loss import LanguageModelLoss
-from nanokv.optim import Optimizer, load_state_tensors, make_optimizers, state_tensors
+from nanokv.optim import load_state_tensors, make_optimizers, state_tensors
 from nanokv.run_logger import RunLogger, quality, table
 from nanokv.text import generate_text
 from nanokv.watchdogs import LossSpikes, SkippedSteps, StallWatchdog, StopSignal
@@ -128,7 +128,9 @@ def train(argv: list[str]) -> dict:
         loss_model = accelerate(LanguageModelLoss(model), hardware.dtype)
     backend = describe(loss_model)
     loss_model = parallel.parallelize(loss_model, *hardware, config.parallel, config.activation_checkpointing)
-    optimizers = new_optimizers(config, model, optimizer_state)
+    rates = config.learning_rate, config.muon_lr, config.muon_momentum, config.weight_decay
+    optimizers = make_optimizers(model, config.optimizer, *rates, betas=(config.beta1, config.beta2))
+    load_state_tensors(model, optimizers, optimizer_state)
     if config.eval_only:
         windows = model_config.block_size, config.batch_size, config.eval_iters
         metrics = measure.evaluate(loss_model, dataset, windows, hardware.autocast())
@@ -185,14 +187,6 @@ def new_model(model_config: GPTConfig, seed: int, device: torch.device) -> GPT:
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, where a matrix product is left in fp32
     with torch.device(device):
         return GPT(model_config)
-
-
-def new_optimizers(config: TrainConfig, model: GPT, state: dict[str, Tensor]) -> list[Optimizer]:
-    """The optimizers of the parameters as the ranks hold them, with the state of an earlier run."""
-    rates = config.learning_rate, config.muon_lr, config.muon_momentum, config.weight_decay
-    optimizers = make_optimizers(model, config.optimizer, *rates, betas=(config.beta1, config.beta2))
-    load_state_tensors(model, optimizers, state)
-    return optimizers
 
 
 def load_start(config: TrainConfig, model: GPT, dataset: Dataset) -> tuple[dict, dict[str, Tensor]]:

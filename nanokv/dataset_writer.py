@@ -119,8 +119,7 @@ class Writer:
         self._close_shard()
         self._print_progress()
         meta = {"dtype": self.dtype.name, "vocab_size": self.tok.n_vocab, "tokenizer": self.tok.name}
-        meta |= {f"{split}_tokens": count for split, count in self.state["tokens"].items()}
-        meta |= {f"{split}_bytes": count for split, count in self.state["bytes"].items()}
+        meta |= {f"{split}_{what}": self.state[what][split] for what in ("tokens", "bytes") for split in SPLITS}
         meta["tokenizer_sha256"] = tokenizer.sha256(self.tok)
         meta["corpus_sha256"] = self.state["corpus_sha256"]
         (self.out_dir / "meta.json").unlink(missing_ok=True)

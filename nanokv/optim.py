@@ -77,8 +77,7 @@ class AdamW(Optimizer):
                     self.state[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
                     self.state[p]["step"] = torch.zeros((), device=p.device)
             states = [self.state[p] for p in params]
-            keys = "exp_avg", "exp_avg_sq", "step"
-            means, squares, steps = (local(state[key] for state in states) for key in keys)
+            means, squares, steps = (local(state[key] for state in states) for key in ("exp_avg", "exp_avg_sq", "step"))
             torch._foreach_add_(steps, 1)
             beta1, beta2 = group["betas"]
             knobs = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}

@@ -205,8 +205,7 @@ def _describe(tok: Tokenizer) -> tuple[dict, bytes]:
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     if vocab_size < 257:
-        least = f"257 (256 bytes and {END_OF_TEXT})"
-        raise UserError(f"--vocab_size must be at least {least} for bpe, not {vocab_size}")
+        raise UserError(f"--vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}) for bpe, not {vocab_size}")
     try:
         import rustbpe
     except ImportError as e:
