@@ -20,12 +20,11 @@ from nanokv import checkpoint
 from nanokv import distributed as parallel
 from nanokv import metrics as measure
 from nanokv import tokenizer as tokenizers
-from nanokv.checkpoint import Checkpoint
 from nanokv.config import UserError, check_range, cli, from_dict, load
 from nanokv.dataset import Dataset, open_dataset
 from nanokv.device import Hardware, check_device_name, keep_freed_memory, pick_hardware
 from nanokv.loss import LanguageModelLoss
-from nanokv.optim import Optimizer, load_state_tensors, make_optimizers, state_tensors
+from nanokv.optim import load_state_tensors, make_optimizers, state_tensors
 from nanokv.run_logger import RunLogger, quality, table
 from nanokv.text import generate_text
 from nanokv.watchdogs import LossSpikes, SkippedSteps, StallWatchdog, StopSignal
@@ -36,8 +35,6 @@ USAGE = "python train.py [config.py] [--key=value ...]"
 @dataclass
 class TrainConfig:
     """The knobs of a run, besides those of its model. Raises ValueError if they do not fit together."""
-
-    # The comment beside a field is what --help prints; a comment above one that has its own is a section.
 
     # the run
     out_dir: str | None = None  # run folder; None: out/<config file's name>, or out/<attention>
@@ -131,7 +128,9 @@ def train(argv: list[str]) -> dict:
         loss_model = accelerate(LanguageModelLoss(model), hardware.dtype)
     backend = describe(loss_model)
     loss_model = parallel.parallelize(loss_model, *hardware, config.parallel, config.activation_checkpointing)
-    optimizers = new_optimizers(config, model, optimizer_state)
+    rates = config.learning_rate, config.muon_lr, config.muon_momentum, config.weight_decay
+    optimizers = make_optimizers(model, config.optimizer, *rates, betas=(config.beta1, config.beta2))
+    load_state_tensors(model, optimizers, optimizer_state)
     if config.eval_only:
         windows = model_config.block_size, config.batch_size, config.eval_iters
         metrics = measure.evaluate(loss_model, dataset, windows, hardware.autocast())
@@ -143,9 +142,6 @@ def train(argv: list[str]) -> dict:
     run = Run(config, dataset, model, loss_model, optimizers, hardware, share, log, stop, state)
     stopped = training_loop(run)
     return report(run, stopped)
-
-
-# ---- set up
 
 
 def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, TrainConfig]:
@@ -193,14 +189,6 @@ def new_model(model_config: GPTConfig, seed: int, device: torch.device) -> GPT:
         return GPT(model_config)
 
 
-def new_optimizers(config: TrainConfig, model: GPT, state: dict[str, Tensor]) -> list[Optimizer]:
-    """The optimizers of the parameters as the ranks hold them, with the state of an earlier run."""
-    rates = config.learning_rate, config.muon_lr, config.muon_momentum, config.weight_decay
-    optimizers = make_optimizers(model, config.optimizer, *rates, betas=(config.beta1, config.beta2))
-    load_state_tensors(model, optimizers, state)
-    return optimizers
-
-
 def load_start(config: TrainConfig, model: GPT, dataset: Dataset) -> tuple[dict, dict[str, Tensor]]:
     """Load the weights that init_from asks for into `model`. Returns the state of the run and that of its
     optimizers: those of the last checkpoint, or new ones.
@@ -219,7 +207,7 @@ def load_start(config: TrainConfig, model: GPT, dataset: Dataset) -> tuple[dict,
         if state["step"] >= config.max_iters and checkpoint.is_finished(source):
             raise UserError(f"{source} is complete at step {state['step']}; raise --max_iters to go on")
     else:
-        weights, optimizer_state = checkpoint.load_weights(source, checkpoint.best_or_last(source)), {}
+        weights, optimizer_state = checkpoint.load_weights(*checkpoint.find(source)), {}
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
@@ -305,9 +293,6 @@ class Run:
         self.saver = checkpoint.Saver(Path(config.out_dir))
         self.skipped = SkippedSteps(config.max_skipped_steps, state["skipped_steps"], log.say)
         self.spikes, self.watchdog = LossSpikes(log.say), StallWatchdog(config.data_timeout, log.say)
-
-
-# ---- the loop
 
 
 def training_loop(run: Run) -> bool:
@@ -438,10 +423,7 @@ def save(run: Run, *names: str) -> None:
     optimizer = parallel.full_state_dict(state_tensors(run.model, run.optimizers))
     with parallel.collective_errors():
         if parallel.rank() == 0:
-            run.saver.save(names, Checkpoint(weights, optimizer, run.state))
-
-
-# ---- report
+            run.saver.save(names, checkpoint.Checkpoint(weights, optimizer, run.state))
 
 
 def report(run: Run, stopped: bool) -> dict:

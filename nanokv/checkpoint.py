@@ -249,18 +249,13 @@ def load(run_dir: Path, name: str) -> Checkpoint:
 
 
 def find(path: str | Path, which: str = "best") -> tuple[Path, str]:
-    """Run folder and name of the checkpoint that `path` stands for: best/ or last/ of a run, or a run folder,
-    of which `which` is meant, or last where there is no best.
+    """Run folder and name of the checkpoint that `path` means: best/ or last/ of a run, or a run folder and
+    `which`, or last where there is no best.
     """
     path, whole = Path(path), Path(path).absolute()
     if whole.name in ("best", "last") and not (path / "config.json").exists():
         return whole.parent, whole.name
-    return path, best_or_last(path) if which == "best" else which
-
-
-def best_or_last(run_dir: Path) -> str:
-    """The name of the checkpoint to use of a run: last where there is no best."""
-    return "best" if holds_checkpoint(run_dir, of="best") else "last"
+    return path, "last" if which == "best" and not holds_checkpoint(path, of="best") else which
 
 
 def load_weights(run_dir: Path, name: str) -> dict[str, Tensor]:

@@ -69,9 +69,7 @@ def parse(cls: type[T], argv: list[str], usage: str = "", bare: int = 0) -> T:
 
 
 def from_dict(values: dict[str, Any], where: str, *classes: type) -> tuple:
-    """An instance of each dataclass from one flat dict, with the checks of `load`. Raises UserError, which
-    names `where` (a file), also for a key that none of the dataclasses has.
-    """
+    """An instance of each dataclass from one flat dict, checked as by `load`: a UserError names `where`."""
     return _build(classes, _check([(key, (value,), where) for key, value in values.items()], _hints(classes)))
 
 
@@ -81,9 +79,7 @@ def only_fields(cls: type[T], values: dict[str, Any], where: str) -> T:
 
 
 def check_range(config, names: str, **bounds: float) -> None:
-    """Raises ValueError if one of these fields (names with spaces between) is out of its bounds, some of
-    at_least, at_most, above and below.
-    """
+    """Raises ValueError unless these fields (names in a string) are at_least, at_most, above, below bounds."""
     tests = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
     for name in names.split():
         value = getattr(config, name)

@@ -32,11 +32,11 @@ CHECK_ALL_BELOW = 100_000_000  # a split of more tokens is checked in this many 
 
 
 def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) -> "Dataset":
-    """Opens a set by its name in data/ or by its folder.
+    """Opens a set by its folder or by its name in data/, preparing it if it is missing and small.
 
-    A named set that is missing is prepared if that needs no network. `tokenizer`, a kind or a folder that has
-    one, asks for a named set under another than its own (kept in data/NAME/TOKENIZER), or tells that of a
-    folder that does not. Raises UserError: unknown, missing, unfinished or damaged set, unknown tokenizer.
+    `tokenizer`, a kind or a folder that has one, asks for a named set under another than its own (kept in
+    data/NAME/TOKENIZER), or tells that of a folder that does not. Raises UserError: unknown set or tokenizer,
+    missing, unfinished or damaged set.
     """
     key, value, kind = "tokenizer", tokenizer, tokenizer
     if tokenizer not in (None, *tokenizers.KINDS):
@@ -48,7 +48,12 @@ def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) 
         if tokenizer is not None and (_read_meta(folder) or {}).get(key) != value:
             folder = folder / value[:16]
         if _read_meta(folder) is None:
-            _prepare(name, folder, tokenizer, prepare)
+            flags = [f"--out_dir={folder}", f"--tokenizer={tokenizer}"] if tokenizer else []
+            if not (prepare and name in PREPARED_ON_FIRST_USE):
+                command = " ".join([f"python data/{name}/prepare.py", *flags])
+                raise UserError(f"data set {name!r} is not prepared: run `{command}` (--help lists its flags)")
+            print(f"preparing the data set {name}", flush=True)
+            run_python([str(ROOT / name / "prepare.py"), *(flags or [f"--out_dir={folder}"])])
         return Dataset(folder, kind)
     for folder in (Path(name), ROOT / name):
         if folder.is_dir():
@@ -81,7 +86,6 @@ class Dataset:
 
     def train_batch(self, first: int, count: int, block_size: int, seed: int) -> tuple[Tensor, Tensor]:
         """Samples first .. first + count - 1 of the endless stream that `seed` names: x, y (count, T) int64.
-
         y is x one token on, -1 where a token is no target. Each epoch takes each window once, in an order and
         from an offset of its own. No state: a rank or a resumed run just asks for the samples it needs.
         """
@@ -124,8 +128,8 @@ class Dataset:
         """
         self.check_block_size(block_size)
         if 0 < vocab_size < self.vocab_size:
-            fault = f"is less than the {self.vocab_size} token ids of {self.dir}; remove it or raise it"
-            raise UserError(f"vocab_size = {vocab_size} {fault}")
+            ids = f"the {self.vocab_size} token ids of {self.dir}"
+            raise UserError(f"vocab_size = {vocab_size} is less than {ids}; remove it or raise it")
         return vocab_size or self.vocab_size
 
     @cached_property
@@ -165,8 +169,7 @@ class Dataset:
         largest = max(int(self._ids(raw).max()) for raw in shards.chunks(CHECK_ALL_BELOW))
         if largest >= self.vocab_size:
             fault = f"token id {largest}, beyond its vocabulary of {self.vocab_size}"
-            remedy = f"{again}, or name the right --tokenizer"
-            raise UserError(f"the {split} split of {self.dir} holds {fault}: {remedy}")
+            raise UserError(f"the {split} split holds {fault}: {again}, or name the right --tokenizer")
         return shards
 
     def _inputs_and_targets(self, raw: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -244,7 +247,6 @@ class Shards:
 
 def sample_starts(first: int, count: int, n_tokens: int, block_size: int, seed: int, aligned=False) -> np.ndarray:
     """(count,): where samples first .. first + count - 1 begin.
-
     An epoch lays windows of block_size side by side from a random offset below block_size (targets reach one
     token further) and takes them in random order. aligned: examples of block_size + 1 tokens, so no offset.
     """
@@ -283,16 +285,6 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)
-
-
-def _prepare(name: str, folder: Path, tokenizer: str | None, allowed: bool) -> None:
-    """Run the prepare.py of a named set in a process of its own. Raises UserError, its own one line too."""
-    flags = [f"--out_dir={folder}"] + ([f"--tokenizer={tokenizer}"] if tokenizer else [])
-    if not (allowed and name in PREPARED_ON_FIRST_USE):
-        command = " ".join([f"python data/{name}/prepare.py", *(flags if tokenizer else [])])
-        raise UserError(f"data set {name!r} is not prepared: run `{command}` (--help lists its flags)")
-    print(f"preparing the data set {name}", flush=True)
-    run_python([str(ROOT / name / "prepare.py"), *flags])
 
 
 def _read_meta(folder: Path) -> dict | None:

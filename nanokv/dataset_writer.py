@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +64,23 @@ class Writer:
             tokenizer.save(tok, self.aside)
         self._open_shard()
 
+    def add_all(self, pieces: Iterable[Piece], shard_tokens=SHARD_TOKENS, max_tokens=0, state=dict) -> None:
+        """Appends pieces, in batches and shards, until there are max_tokens train tokens (0: all). Reads no
+        further than it writes, so that state(), kept with each shard, is where `pieces` stands.
+        """
+        batch, size = [], 0
+        for piece in pieces:
+            batch.append(piece)
+            size += len(piece.text)
+            if size >= BATCH_CHARS:
+                self.add(batch)
+                batch, size = [], 0
+                if self.state["tokens"]["train"] - self.shard_start >= shard_tokens:
+                    self.next_shard(**state())
+                if 0 < max_tokens <= self.state["tokens"]["train"]:
+                    return
+        self.add(batch)
+
     def add(self, pieces: list[Piece]) -> None:
         rows = self.tok.encode_ordinary_batch([p.text for p in pieces], num_threads=os.cpu_count())
         ids, contents = {split: [] for split in SPLITS}, {split: [] for split in SPLITS}
@@ -86,9 +103,6 @@ class Writer:
         if time.monotonic() - self.last_print > 2:
             self._print_progress()
 
-    def tokens_in_shard(self) -> int:
-        return self.state["tokens"]["train"] - self.shard_start
-
     def next_shard(self, **more_state) -> None:
         """Ends the open shards and records how to go on after them."""
         self._close_shard()
@@ -105,8 +119,7 @@ class Writer:
         self._close_shard()
         self._print_progress()
         meta = {"dtype": self.dtype.name, "vocab_size": self.tok.n_vocab, "tokenizer": self.tok.name}
-        meta |= {f"{split}_tokens": count for split, count in self.state["tokens"].items()}
-        meta |= {f"{split}_bytes": count for split, count in self.state["bytes"].items()}
+        meta |= {f"{split}_{what}": self.state[what][split] for what in ("tokens", "bytes") for split in SPLITS}
         meta["tokenizer_sha256"] = tokenizer.sha256(self.tok)
         meta["corpus_sha256"] = self.state["corpus_sha256"]
         (self.out_dir / "meta.json").unlink(missing_ok=True)
@@ -144,24 +157,8 @@ def prepare(flags: Flags, here: str, documents: Callable[[], Iterable[Piece]], *
     texts = (p.text for p in documents() if p.split == "train" or flags.tokenizer == "char")
     tok = tokenizer.train(flags.tokenizer, texts, flags.vocab_size)
     writer = Writer(Path(flags.out_dir or Path(here).parent), tok)
-    for pieces in batches(documents()):
-        writer.add(pieces)
-        if writer.tokens_in_shard() >= SHARD_TOKENS:
-            writer.next_shard()
+    writer.add_all(documents())
     writer.finish(**more_meta)
-
-
-def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Never reads ahead of what it yields, so that `pieces` stands where the last batch ended."""
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def split_of(key: bytes, val_fraction: float) -> str:

@@ -43,10 +43,9 @@ def process_group() -> Iterator[None]:
 
 
 def rendezvous() -> tuple[dist.Store, int, int]:
-    """A store for the ranks that are alive now, this rank and their number.
-
-    torchrun's own store outlives a restart, and in it the addresses of the dead. So each rank writes a token,
-    the first one lists those it reads, and a list that all of its ranks have signed names their part of it.
+    """A store for the ranks that are alive now, this rank and their number. torchrun's own store outlives a
+    restart, and in it the addresses of the dead. So each rank writes a token, the first one lists those it
+    reads, and a list that all of its ranks have signed names their part of the store.
     """
     store, rank, size = next(dist.rendezvous("env://"))
     token = secrets.token_hex(8)

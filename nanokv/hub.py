@@ -47,12 +47,8 @@ def prepare_streamed(argv: list[str], here: str, repo: str, **source: str) -> No
     writer = Writer(folder, tok, state=state)
     split_of, rows = dataset_writer.split_of, texts(stream, flags.text_key)
     pieces = (Piece(split_of(text.encode(), flags.val_fraction), text) for text in rows)
-    for batch in dataset_writer.batches(pieces):
-        writer.add(batch)
-        if writer.tokens_in_shard() >= flags.shard_tokens:
-            writer.next_shard(stream=stream.state_dict(), flags=made_with)
-        if 0 < flags.max_tokens <= writer.state["tokens"]["train"]:
-            break
+    sizes = flags.shard_tokens, flags.max_tokens
+    writer.add_all(pieces, *sizes, lambda: {"stream": stream.state_dict(), "flags": made_with})
     writer.finish(source=flags.input or repo)
 
 

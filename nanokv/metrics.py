@@ -29,9 +29,8 @@ def n_params(model: nn.Module, embedding: bool = True) -> int:
 
 
 def flops_per_token(model: nn.Module, context: int) -> int:
-    """Floating-point operations to train on one token at a context length, forward and backward, as in PaLM
-    (arXiv 2204.02311, appendix B): 6 a parameter that multiplies, and 6 for each multiply-add with each
-    position of the context, the causal half not deducted.
+    """FLOPs to train on one token at a context length, forward and backward, as in PaLM (arXiv 2204.02311,
+    appendix B): 6 a parameter that multiplies, 6 a multiply-add with each position, masked ones included.
     """
     config = model.config
     matmul = sum(p.numel() for p in model.parameters() if p.ndim == 2)

@@ -45,9 +45,7 @@ def muon_update(g: Tensor, row_groups: tuple[int, ...] = ()) -> Tensor:
 
 
 class Optimizer:
-    """What the training loop needs of torch.optim.Optimizer, whose methods first import torch's compiler: two
-    seconds of every run, for nothing where nothing is compiled.
-    """
+    """What training needs of torch.optim.Optimizer, whose methods import a compiler for two seconds."""
 
     def __init__(self, groups: list[dict], **defaults):
         groups = [defaults | group for group in groups]
@@ -79,8 +77,7 @@ class AdamW(Optimizer):
                     self.state[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
                     self.state[p]["step"] = torch.zeros((), device=p.device)
             states = [self.state[p] for p in params]
-            keys = "exp_avg", "exp_avg_sq", "step"
-            means, squares, steps = (local(state[key] for state in states) for key in keys)
+            means, squares, steps = (local(state[key] for state in states) for key in ("exp_avg", "exp_avg_sq", "step"))
             torch._foreach_add_(steps, 1)
             beta1, beta2 = group["betas"]
             knobs = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}
@@ -90,9 +87,8 @@ class AdamW(Optimizer):
 
 
 class Muon(Optimizer):
-    """Momentum whose every update is orthogonalized (Jordan et al. 2024), for matrices. Matrices of one shape
-    go together, each by one of the ranks, in the `row_groups` of their parameter group (see `muon_update`).
-    Weight decay is decoupled.
+    """Momentum whose every update is orthogonalized (Jordan et al. 2024), for matrices, those of one shape
+    together, each by one rank, in its parameter group's `row_groups` (see `muon_update`). Decay is decoupled.
     """
 
     @torch.no_grad()

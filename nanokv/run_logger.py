@@ -109,16 +109,14 @@ def quality(metrics: dict) -> str:
 
 def table(summary: dict) -> str:
     """Quality and cache side by side, a run's result in two lines."""
-    bits = {"val bits/byte": "final/val_bpb", "best bits/byte": "best/val_bpb"}  # None where data is no text
-    columns = {
-        "attention": summary["attention"],
-        "parameters": f"{summary['params/total']:,}",
-        "val loss": f"{summary['final/val_loss']:.4f}",
-        **{name: f"{summary[key]:.4f}" for name, key in bits.items() if summary[key] is not None},
-        "cache bytes/token (bf16)": f"{summary['kv_cache/bytes_per_token']:,}",
-        "of MHA": f"{summary['kv_cache/ratio_to_mha']:.1%}",
-        "decode tokens/s": f"{summary['decode/tokens_per_s']:,.0f}",
-    }
+    columns = {"attention": summary["attention"], "parameters": f"{summary['params/total']:,}"}
+    columns["val loss"] = f"{summary['final/val_loss']:.4f}"
+    if summary["final/val_bpb"] is not None:  # the data are text
+        columns["val bits/byte"] = f"{summary['final/val_bpb']:.4f}"
+        columns["best bits/byte"] = f"{summary['best/val_bpb']:.4f}"
+    columns["cache bytes/token (bf16)"] = f"{summary['kv_cache/bytes_per_token']:,}"
+    columns["of MHA"] = f"{summary['kv_cache/ratio_to_mha']:.1%}"
+    columns["decode tokens/s"] = f"{summary['decode/tokens_per_s']:,.0f}"
     widths = [max(len(name), len(value)) for name, value in columns.items()]
     rows = (columns.keys(), ["-" * width for width in widths], columns.values())
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)

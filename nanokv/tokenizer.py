@@ -167,8 +167,7 @@ def load(folder: str | Path) -> Tokenizer:
     except FileNotFoundError as e:
         raise UserError(f"{folder} holds no tokenizer: {Path(e.filename).name} is missing") from e
     except (ValueError, LookupError, TypeError, AttributeError) as e:
-        remedy = "copy tokenizer_spec.json from its data set, or prepare again"
-        raise UserError(f"the tokenizer in {folder} is damaged: {remedy}") from e
+        raise UserError(f"the tokenizer in {folder} is damaged: copy its data set's or prepare again") from e
 
 
 def sha256(tok: Tokenizer) -> str:
@@ -206,8 +205,7 @@ def _describe(tok: Tokenizer) -> tuple[dict, bytes]:
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     if vocab_size < 257:
-        least = f"257 (256 bytes and {END_OF_TEXT})"
-        raise UserError(f"--vocab_size must be at least {least} for bpe, not {vocab_size}")
+        raise UserError(f"--vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}) for bpe, not {vocab_size}")
     try:
         import rustbpe
     except ImportError as e:

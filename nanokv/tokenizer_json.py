@@ -31,13 +31,10 @@ def to_json(tok: Tokenizer) -> dict:
         model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False}
         model |= {"ignore_merges": True, "vocab": {_name(token): i for token, i in tok.ranks.items()}}
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        return blank | {
-            "added_tokens": [{"id": i, "content": token, **plain} for token, i in tok.specials.items()],
-            "normalizer": {"type": "NFC"} if tok.nfc else None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]} if merges else to_bytes,
-            "decoder": to_bytes,
-            "model": model | {"merges": merges},
-        }
+        specials = [{"id": i, "content": token, **plain} for token, i in tok.specials.items()]
+        blank |= {"added_tokens": specials, "normalizer": {"type": "NFC"} if tok.nfc else None}
+        before = {"type": "Sequence", "pretokenizers": [split, to_bytes]} if merges else to_bytes
+        return blank | {"pre_tokenizer": before, "decoder": to_bytes, "model": model | {"merges": merges}}
     if isinstance(tok, CharTokenizer):
         every = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
         vocab, decoder = {c: i for i, c in enumerate(tok.chars)}, {"type": "Fuse"}
@@ -59,7 +56,7 @@ def from_json(content: dict, end_of_text: str | None) -> Tokenizer:
             return CharTokenizer("".join(words))
         if splitter["type"] == "WhitespaceSplit" and words == [str(i) for i in range(len(words))]:
             return IdsTokenizer(len(words))
-    if model["type"] != "BPE" or model.get("byte_fallback") or not _is_byte_level(content["decoder"]):
+    if model["type"] != "BPE" or model.get("byte_fallback") or (content["decoder"] or {}).get("type") != "ByteLevel":
         raise UserError(f"its tokenizer ({model['type']}) is no byte-level byte-pair encoding")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
@@ -95,7 +92,7 @@ def _pattern(splitter: dict, merges: bool) -> str:
     """The pattern that splits text as this pre-tokenizer does."""
     parts = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
     gpt2 = parts[-1].get("use_regex", True)  # whether the last part splits as GPT-2 does
-    if _is_byte_level(parts[-1]) and not parts[-1].get("add_prefix_space"):
+    if parts[-1]["type"] == "ByteLevel" and not parts[-1].get("add_prefix_space"):
         match parts[:-1]:
             case [] if gpt2:
                 return GPT2_PATTERN
@@ -107,10 +104,6 @@ def _pattern(splitter: dict, merges: bool) -> str:
                 return pattern
     kinds = " + ".join(part["type"] for part in parts)
     raise UserError(f"its pre-tokenizer ({kinds}) is not known")
-
-
-def _is_byte_level(part: dict | None) -> bool:
-    return part is not None and part["type"] == "ByteLevel"
 
 
 def _name(token: bytes) -> str:

@@ -92,8 +92,7 @@ class StopSignal:
     def agreed(self) -> bool:
         """Whether a rank was told to stop. A collective: all must call it."""
         number = parallel.all_reduce_max(self.signal or 0)
-        if number:
-            self.signal = signal.Signals(number)
+        self.signal = signal.Signals(number) if number else None
         return number > 0
 
     def restore(self) -> None:

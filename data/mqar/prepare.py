@@ -63,15 +63,13 @@ def examples(flags: MqarFlags, count: int, rng: np.random.Generator) -> np.ndarr
 
 def main(argv: list[str]) -> None:
     flags = parse(MqarFlags, argv, "python data/mqar/prepare.py [--key=value ...]")
-    folder = Path(flags.out_dir or Path(__file__).parent)
-    writer = Writer(folder, IdsTokenizer(flags.vocab_size), np.uint16)
+    writer = Writer(Path(flags.out_dir or Path(__file__).parent), IdsTokenizer(flags.vocab_size), np.uint16)
     rng = np.random.default_rng(flags.seed)
     for split, total in (("val", flags.n_val), ("train", flags.n_train)):
         for done in range(0, total, BATCH):
             tokens = examples(flags, min(BATCH, total - done), rng)
             writer.write(split, tokens.ravel(), [tokens.tobytes()])
-    meta = {"n_pairs": flags.n_pairs, "seed": flags.seed}
-    writer.finish(answer_bit=ANSWER_BIT, example_len=flags.seq_len + 1, **meta)
+    writer.finish(answer_bit=ANSWER_BIT, example_len=flags.seq_len + 1, n_pairs=flags.n_pairs, seed=flags.seed)
 
 
 if __name__ == "__main__":

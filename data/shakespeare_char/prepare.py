@@ -1,7 +1,4 @@
-"""Tiny Shakespeare by characters, 90 % train and 10 % val in order, as in nanoGPT.
-
-Reads the input.txt beside this file; if there is none, downloads it.
-"""
+"""Tiny Shakespeare by characters, split in order as in nanoGPT: from the input.txt here, else downloaded."""
 
 import hashlib
 import sys

@@ -1,7 +1,4 @@
-"""The Python standard library's own source, about 10 MB: the default data set, since every machine has it.
-
-Modules are split by a hash of their path. Tests and tables of data are left out.
-"""
+"""The Python standard library's source without tests and tables, about 10 MB that every machine has."""
 
 import sys
 import sysconfig

@@ -61,8 +61,7 @@ def jsonl_rows(path: Path, key: str) -> Iterator[str]:
             except ValueError as e:
                 raise UserError(f"{path} line {number} is no JSON in UTF-8: correct it") from e
             except (LookupError, TypeError, AttributeError) as e:
-                fault = f"{path} line {number} has no text under {key!r}"
-                raise UserError(f"{fault}: name it by --text_key") from e
+                raise UserError(f"{path} line {number} has no text under {key!r}: name it by --text_key") from e
             yield text
 
 
