@@ -8,7 +8,7 @@ import train
 from model import ATTENTIONS
 from nanokv.config import UserError
 from nanokv.dataset import open_dataset
-from tools import recall
+from tools import recall, sweep
 
 TINY = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=4", "--max_iters=3", "--eval_iters=2"]
 TINY += ["--sample_tokens=0", "--device=cpu"]
@@ -30,11 +30,12 @@ def test_accuracy_is_the_share_of_right_answers(tmp_path):
 
 
 def test_one_command_trains_counts_and_shows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(recall, "MODELS", {"mqa-4": ["--attention=mqa", "--head_dim=4"]})
+    (tmp_path / "list").write_text("mqa-4 --attention=mqa --head_dim=4\n")
     monkeypatch.setattr(recall, "RECIPE", TINY)
     page = tmp_path / "page.md"
     page.write_text("<!-- recall -->\n<!-- /recall -->\n")
-    argv = ["--pairs=2", f"--out_dir={tmp_path / 'out'}", f"--picture={tmp_path / 'p.png'}", f"--into={page}"]
+    argv = ["--pairs=2", f"--list={tmp_path / 'list'}", f"--out_dir={tmp_path / 'out'}", f"--into={page}"]
+    argv += [f"--picture={tmp_path / 'p.png'}"]
     recall.main(argv)
     assert "| mqa-4 | 16 | " in page.read_text()  # 2 numbers of 4 in bf16
     assert (tmp_path / "p.png").stat().st_size > 10_000
@@ -44,9 +45,18 @@ def test_one_command_trains_counts_and_shows(tmp_path, monkeypatch, capsys):
 
 
 def test_the_models_differ_in_their_attention_alone():
+<<<<<<< HEAD
     configs = [knobs([*recall.RECIPE, *own]) for own in recall.MODELS.values()]
     models = [train.configure([*recall.RECIPE, *own])[0] for own in recall.MODELS.values()]
     own = {"attention", "n_head", "out_dir", "wandb_run_name"}.union(*(cls.KNOBS for cls in ATTENTIONS.values()))
+=======
+    models = sweep.read_list(sweep.ROOT / "config/recall.txt").values()
+    configs = [knobs([*recall.RECIPE, *own]) for own in models]
+    models = [train.configure([*recall.RECIPE, *own])[0] for own in models]
+    own = {"attention", "n_head", "out_dir", "wandb_run_name"}.union(
+        *(cls.KNOBS for cls in ATTENTIONS.values())
+    )
+>>>>>>> helper-r3
     for name in configs[0].__dict__.keys() - own:
         assert len({str(getattr(config, name)) for config in configs}) == 1, name
     assert len({config.kv_bytes_per_token() for config in models}) >= 4

@@ -18,21 +18,9 @@ from nanokv.config import cli, parse, run_python
 from nanokv.dataset import open_dataset
 from nanokv.plots import draw_lines
 from sample import load_run
-from tools.sweep import ROOT, run_all
+from tools.sweep import ROOT, read_list, run_all
 from train import read_knobs
 
-MODELS = {  # knobs by name: attention and width of a head, or of MLA's latent and rope key
-    "mha-32": ["--attention=mha"],
-    "mha-8": ["--attention=mha", "--head_dim=8"],
-    "gqa-16": ["--attention=gqa", "--n_head=4", "--n_kv_head=2"],
-    "gqa-8": ["--attention=gqa", "--n_head=4", "--n_kv_head=2", "--head_dim=8"],
-    "mqa-32": ["--attention=mqa"],
-    "mqa-16": ["--attention=mqa", "--head_dim=16"],
-    "mqa-8": ["--attention=mqa", "--head_dim=8"],
-    "mla-32+16": ["--attention=mla", "--kv_lora_rank=32", "--qk_rope_head_dim=16"],
-    "mla-16+8": ["--attention=mla", "--kv_lora_rank=16", "--qk_rope_head_dim=8"],
-    "mla-8+8": ["--attention=mla", "--kv_lora_rank=8", "--qk_rope_head_dim=8"],
-}
 RECIPE = [
     *("--n_layer=2", "--n_head=2", "--n_embd=64", "--rope_theta=100", "--batch_size=128", "--max_iters=600"),
     *("--learning_rate=0.001", "--weight_decay=0", "--warmup_iters=20", "--cooldown=0.2", "--seed=1"),
@@ -42,6 +30,7 @@ RECIPE = [
 
 @dataclass
 class Options:
+    list: str = "config/recall.txt"  # the models: a name and knobs a line
     pairs: tuple[int, ...] = (
         2,
         4,
@@ -86,13 +75,13 @@ def table(rows: list[dict], pairs: tuple[int, ...]) -> str:
 
 def main(argv: list[str]) -> None:
     options = parse(Options, argv, "python -m tools.recall [--key=value ...]")
-    out_dir, runs = Path(options.out_dir), {}
+    out_dir, models, runs = Path(options.out_dir), read_list(Path(options.list)), {}
     for n in options.pairs:
         data = [f"--dataset={data_set(n, out_dir / f'data-{n}')}", f"--block_size={4 * n}"]
-        runs |= {f"{name}-of-{n}": [*RECIPE, *data, *knobs] for name, knobs in MODELS.items()}
+        runs |= {f"{name}-of-{n}": [*RECIPE, *data, *knobs] for name, knobs in models.items()}
     run_all(runs, out_dir, options.jobs)
     rows = []
-    for name in MODELS:
+    for name in models:
         config, _ = read_knobs(out_dir / f"{name}-of-{options.pairs[0]}")
         row = {"model": name, "attention": config.attention, "cache": config.kv_bytes_per_token()}
         rows.append(row | {n: accuracy(out_dir / f"{name}-of-{n}") for n in options.pairs})
