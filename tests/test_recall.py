@@ -45,18 +45,10 @@ def test_one_command_trains_counts_and_shows(tmp_path, monkeypatch, capsys):
 
 
 def test_the_models_differ_in_their_attention_alone():
-<<<<<<< HEAD
-    configs = [knobs([*recall.RECIPE, *own]) for own in recall.MODELS.values()]
-    models = [train.configure([*recall.RECIPE, *own])[0] for own in recall.MODELS.values()]
-    own = {"attention", "n_head", "out_dir", "wandb_run_name"}.union(*(cls.KNOBS for cls in ATTENTIONS.values()))
-=======
     models = sweep.read_list(sweep.ROOT / "config/recall.txt").values()
     configs = [knobs([*recall.RECIPE, *own]) for own in models]
     models = [train.configure([*recall.RECIPE, *own])[0] for own in models]
-    own = {"attention", "n_head", "out_dir", "wandb_run_name"}.union(
-        *(cls.KNOBS for cls in ATTENTIONS.values())
-    )
->>>>>>> helper-r3
+    own = {"attention", "n_head", "out_dir", "wandb_run_name"}.union(*(cls.KNOBS for cls in ATTENTIONS.values()))
     for name in configs[0].__dict__.keys() - own:
         assert len({str(getattr(config, name)) for config in configs}) == 1, name
     assert len({config.kv_bytes_per_token() for config in models}) >= 4
