@@ -15,7 +15,7 @@ static inline vec load_once(const float *x) {
     return y;
 }
 
-/* The sums of eight vectors as one, by halves: of 8 x 8 numbers 8 x 4, then 8 x 2, then 8 remain. */
+/* The sums of eight vectors as one, by halves. */
 static inline vec sum_vecs(vec a, vec b, vec c, vec d, vec e, vec f, vec g, vec h) {
     a = SHUFFLE(a, e, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, e, 4, 5, 6, 7, 12, 13, 14, 15);
     b = SHUFFLE(b, f, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(b, f, 4, 5, 6, 7, 12, 13, 14, 15);

@@ -67,7 +67,7 @@ class CModel(ctypes.Structure):
         *(("embedding", P), ("final_norm", CNorm), ("layers", ctypes.POINTER(CLayer))),
         *((name, P) for name in ("frequency", "lengths", "scratch")),
         *((name, N) for name in ("n_layer", "batch", "width", "vocab", "heads", "groups", "max_len")),
-        *((name, N) for name in ("endless", "head", "rope", "rank", "q_rank", "nope", "dv")),
+        *((name, N) for name in ("endless", "head", "rope", "dv", "rank", "q_rank", "nope")),
         *(("threads", N), ("scale", R)),
     ]
 
@@ -85,7 +85,7 @@ def grouped_query(a: pure.GroupedQueryAttention, config: GPTConfig) -> tuple[dic
     weights |= {"k": (a.k_proj, G * D, C), "v": (a.v_proj, G * D, C)}
     if a.qk_norm:
         weights |= {"q_norm": (a.q_norm, D), "k_norm": (a.k_norm, D)}
-    return {"heads": H, "groups": G, "head": D, "scale": a.attend.scale}, weights
+    return {"heads": H, "groups": G, "head": D, "dv": D, "scale": a.attend.scale}, weights
 
 
 def latent(a: pure.MultiHeadLatentAttention, config: GPTConfig) -> tuple[dict[str, int], Weights]:
@@ -270,9 +270,10 @@ class CpuGPT(GPT):
         if few and can_replace(GPT, "head", hidden) and hidden.is_contiguous():
             weight = head_weight(self)
             if weight is not None and weight.is_contiguous() and weight.size(1) == hidden.size(-1):
-                (V, C), y = weight.shape, torch.empty(*hidden.shape[:-1], len(weight), dtype=torch.float32)
+                V, C = weight.shape
+                y, packed = hidden.new_empty(*hidden.shape[:-1], V), hidden.new_empty(FEW_ROWS, C)
                 numbers = hidden.numel() // C, V, C, torch.get_num_threads()
-                cpu_library.call("few_rows_linear", [weight, hidden, y], *numbers)
+                cpu_library.call("few_rows_linear", [weight, hidden, packed, y], *numbers)
                 return y  # (..., V)
         return super().head(hidden)
 

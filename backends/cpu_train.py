@@ -91,7 +91,7 @@ class CausalAttention(torch.autograd.Function):
                 return *vjp(lambda *qkv: F.scaled_dot_product_attention(*qkv, **options), q, k, v)[1](
                     grad
                 ), None
-        grads = q.new_empty(B, T, H, D), q.new_empty(B, T, G, D), q.new_empty(B, T, G, Dv)
+        grads = q.new_empty(B, T, H, D), q.new_zeros(B, T, G, D), q.new_zeros(B, T, G, Dv)
         grads = tuple(t.transpose(1, 2) for t in grads)
         call_strided("causal_backward", (q, k, v, y, grad, *grads), logs, B, H, G, T, D, Dv, ctx.scale)
         return *grads, None
