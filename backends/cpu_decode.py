@@ -72,10 +72,10 @@ class CModel(ctypes.Structure):
     ]
 
 
-def require(condition: bool, what: str) -> None:
+def require(condition: bool, fault: str) -> None:
     """Raises ValueError unless cpu_decode.c computes what the model does over the cache."""
     if not condition:
-        raise ValueError(f"cpu_decode.c does not decode here: {what}")
+        raise ValueError(fault)
 
 
 def grouped_query(a: pure.GroupedQueryAttention, config: GPTConfig) -> tuple[dict[str, int], Weights]:
@@ -238,19 +238,16 @@ STEPS: WeakKeyDictionary[KVCache, Step | int] = WeakKeyDictionary()
 def step_for(model: GPT, cache: KVCache) -> Step | None:
     """The Step of this cache, made if there was none; None if this step is model.py's."""
     step = STEPS.get(cache, 0)
-    if isinstance(step, Step):
-        if step.holds(model, cache):
-            return step
-        STEPS[cache] = RETRY
-    elif step > 0:
-        STEPS[cache] = step - 1
-    else:
-        try:
-            STEPS[cache] = Step(model, cache)
-            return STEPS[cache]
-        except (ValueError, AttributeError, KeyError, TypeError):  # the model is put together in another way
-            STEPS[cache] = RETRY
-    return None
+    if isinstance(step, Step) and step.holds(model, cache):
+        return step
+    if step:  # it holds no longer, or was tried lately
+        STEPS[cache] = RETRY if isinstance(step, Step) else step - 1
+        return None
+    try:
+        step = STEPS[cache] = Step(model, cache)
+    except (ValueError, AttributeError, KeyError, TypeError):  # the model is put together in another way
+        step, STEPS[cache] = None, RETRY
+    return step
 
 
 class CpuGPT(GPT):
