@@ -1,6 +1,5 @@
 /* Attention of a few queries over many keys, in fp32: the inner loops of cpu_decode.c. */
-#ifndef NANOKV_CPU_ATTENTION_H
-#define NANOKV_CPU_ATTENTION_H
+#pragma once
 
 #include "cpu.h"
 
@@ -118,5 +117,3 @@ static void share_of_softmax(const float *q, const float *k, const float *v, flo
             }
     }
 }
-
-#endif

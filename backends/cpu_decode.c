@@ -9,7 +9,6 @@
    divided in the same way at each call with the same number of threads, so results repeat bit for bit.
 
    Shapes: B batch, C width, H query heads, G key heads, D head width, r latent width, dn dr dv as in model.py. */
-#include "cpu.h"
 #include "cpu_attention.h"
 #ifdef _OPENMP
 #include <omp.h>
@@ -56,7 +55,7 @@ typedef struct {
 
 static float *own_of_thread(const buffers *s) { return s->own + omp_get_thread_num() * s->own_size; }
 
-/* Widths of the keys and values that attention reads: those of a head, or for MLA those of the latent. */
+/* Widths of the keys and values that attention reads: a head's, or for MLA the latent's. */
 static long key_width(const model *m) { return m->rank ? m->rank + m->rope : m->head; }
 static long value_width(const model *m) { return m->rank ? m->rank : m->head; }
 static long widest_input(const model *m) { return max(m->width, max(m->q_rank, m->heads * m->dv)); }
@@ -87,8 +86,8 @@ static buffers divide_scratch(const model *m) {
 /* How many numbers a step of m needs as scratch memory. */
 long decode_scratch(const model *m) { return divide_scratch(m).size; }
 
-/* x (B, n), times the weight and each row's 1 / rms if there is a weight, in the order in which `project` reads it:
-   (B / COLUMNS, n, COLUMNS), so that one number of all 16 rows makes two vectors. The last row fills the columns left. */
+/* x (B, n), times the weight and each row's 1 / rms if there is a weight, as `project` reads it: (B / COLUMNS, n,
+   COLUMNS), so that one number of all 16 rows makes two vectors. The last row fills the columns left. */
 static void pack(const float *x, const float *rms, const float *weight, float *y, long batch, long n) {
 #pragma omp for schedule(static)
     for (long i = 0; i < n; i++)

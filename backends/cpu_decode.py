@@ -129,8 +129,8 @@ class Step:
 
     def fill_model(self, model: GPT, config: GPTConfig, cache: KVCache) -> None:
         c, embedding, attention = self.c, model.embed_tokens, model.layers[0].self_attn
-        known = ((model, GPT), (model.layers, nn.ModuleList), (embedding, nn.Embedding))
-        require(type(config) is GPTConfig and all(as_written(*pair) for pair in known), "other classes")
+        known = map(as_written, (model, model.layers, embedding), (GPT, nn.ModuleList, nn.Embedding))
+        require(type(config) is GPTConfig and all(known), "other classes")
         require(embedding.max_norm is None and not (config.dropout and model.training), "the embedding")
         c.vocab, c.width = embedding.weight.shape
         c.embedding = self.address(embedding.weight, c.vocab, c.width)
@@ -153,13 +153,8 @@ class Step:
 
     def fill_layer(self, block: pure.Block, layer: CLayer, config: GPTConfig) -> None:
         C, mlp, attention = self.c.width, block.mlp, block.self_attn
-        known = (
-            (block, pure.Block),
-            (mlp, pure.MLP),
-            (attention, self.kind),
-            (attention.attend, pure.Attend),
-        )
-        require(all(as_written(*pair) for pair in known), "a block")
+        kinds = pure.Block, pure.MLP, self.kind, pure.Attend
+        require(all(map(as_written, (block, mlp, attention, attention.attend), kinds)), "a block")
         numbers, weights = self.parts(attention, config)
         require(numbers == self.numbers, "attention differs between layers")
         I = layer.inner = mlp.gate_proj.weight.size(0)  # noqa: E741
