@@ -27,16 +27,11 @@ class Piece(NamedTuple):
     pure: type[nn.Module]
     fast: type[nn.Module]
     stands_for: tuple[str, ...]  # the functions that `fast` does not call, see fingerprints.py
-
-    @property
-    def edited(self) -> bool:
-        from backends.fingerprints import edited
-
-        return bool(edited(self.stands_for))
+    edited: bool  # whether one of these is no longer what `fast` was written for
 
 
 def pieces() -> list[Piece]:
-    from backends import cpu_decode, cpu_train
+    from backends import cpu_decode, cpu_train, fingerprints
 
     loss = tuple(f"nanokv.loss.LanguageModelLoss.{method}" for method in ("cross_entropy", "head_loss"))
     table = {
@@ -46,7 +41,10 @@ def pieces() -> list[Piece]:
         "loss": (cpu_train.CpuLanguageModelLoss, (*loss, "model.GPT.head")),
         "decoding": (cpu_decode.CpuGPT, cpu_decode.STANDS_FOR),
     }
-    return [Piece(name, fast.__base__, fast, names) for name, (fast, names) in table.items()]
+    return [
+        Piece(name, fast.__base__, fast, names, edited=bool(fingerprints.edited(names)))
+        for name, (fast, names) in table.items()
+    ]
 
 
 def accelerate(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -60,10 +58,18 @@ def accelerate(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     if choice not in CHOICES:
         raise UserError(f"NANOKV_BACKEND must be one of {', '.join(CHOICES)}, not {choice!r}")
     _notes[module] = why_not(module, choice, dtype)
-    if not _notes[module]:
-        swaps = {piece.pure: piece.fast for piece in pieces() if not piece.edited}
-        for part in module.modules():
-            part.__class__ = swaps.get(type(part), type(part))
+    swaps = {piece.pure: piece.fast for piece in pieces() if not piece.edited}
+    return module if _notes[module] else swap(module, swaps)
+
+
+def pure(module: nn.Module) -> nn.Module:
+    """Undo `accelerate`, in place. Returns the module."""
+    return swap(module, {piece.fast: piece.pure for piece in pieces()})
+
+
+def swap(module: nn.Module, classes: dict[type, type]) -> nn.Module:
+    for part in module.modules():
+        part.__class__ = classes.get(type(part), type(part))
     return module
 
 
@@ -83,19 +89,16 @@ def why_not(module: nn.Module, choice: str, dtype: torch.dtype | None) -> str:
     return reason and f"cpu: torch ({reason})"
 
 
-def pure(module: nn.Module) -> nn.Module:
-    """Undo `accelerate`, in place. Returns the module."""
-    swaps = {piece.fast: piece.pure for piece in pieces()}
-    for part in module.modules():
-        part.__class__ = swaps.get(type(part), type(part))
-    return module
-
-
 def describe(module: nn.Module) -> str:
     """One line: which backend computes what, and what was left to torch, and why."""
     types, known, n = {type(part) for part in module.modules()}, pieces(), torch.get_num_threads()
     taken = ", ".join(piece.name for piece in known if piece.fast in types)
+<<<<<<< HEAD
     left = [f"{piece.name}: torch (its code was edited)" for piece in known if piece.pure in types and piece.edited]
+=======
+    edited = [piece.name for piece in known if piece.pure in types and piece.edited]
+    left = [f"{name}: torch (its code was edited)" for name in edited]
+>>>>>>> helper-r1
     if not taken and (_notes.get(module) or not left):
         return f"backend {_notes.get(module) or 'none: torch'}"
     by_c = [f"{taken} in C ({n} thread{'s' * (n > 1)})"] if taken else []

@@ -2,8 +2,7 @@
 
    GCC's vector extensions (clang has them too) become AVX2, AVX-512 or NEON instructions, so there is no code for one
    processor here. Matrices are row-major. Every function computes the same bits at each call. */
-#ifndef NANOKV_CPU_H
-#define NANOKV_CPU_H
+#pragma once
 
 #include <float.h>
 #include <limits.h>
@@ -12,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* LANES: numbers in a vector. A tile of a matrix product has ROWS x COLUMNS numbers: 12 vectors, which fit registers. */
+/* LANES: numbers in a vector. A tile of a product has ROWS x COLUMNS numbers: 12 vectors, which fit registers. */
 enum { LANES = 8, ROWS = 6, COLUMNS = 16 };
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
@@ -128,5 +127,3 @@ static inline __attribute__((always_inline)) void tile(const float *a, long a_ro
         store(y, sums[r][0]), store(y + LANES, sums[r][1]);
     }
 }
-
-#endif

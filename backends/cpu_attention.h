@@ -1,6 +1,5 @@
 /* Attention of a few queries over many keys, in fp32: the inner loops of cpu_decode.c. */
-#ifndef NANOKV_CPU_ATTENTION_H
-#define NANOKV_CPU_ATTENTION_H
+#pragma once
 
 #include "cpu.h"
 
@@ -15,7 +14,7 @@ static inline vec load_once(const float *x) {
     return y;
 }
 
-/* The sums of eight vectors as one, by halves: of 8 x 8 numbers 8 x 4, then 8 x 2, then 8 remain. */
+/* The sums of eight vectors as one, by halves. */
 static inline vec sum_vecs(vec a, vec b, vec c, vec d, vec e, vec f, vec g, vec h) {
     a = SHUFFLE(a, e, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, e, 4, 5, 6, 7, 12, 13, 14, 15);
     b = SHUFFLE(b, f, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(b, f, 4, 5, 6, 7, 12, 13, 14, 15);
@@ -118,5 +117,3 @@ static void share_of_softmax(const float *q, const float *k, const float *v, flo
             }
     }
 }
-
-#endif

@@ -1,18 +1,14 @@
 /* One decoding step of a whole model in one call, in fp32: the next token of each row in, final hidden states out.
 
-   What it computes is GPT.hidden of model.py for one token a row over a KVCache: embedding, blocks (grouped-query
-   attention, or MLA in its absorbed form; SwiGLU), final norm. cpu_decode.py fills in the structs below and calls it.
+   It computes GPT.hidden of model.py for one token a row over a KVCache: embedding, blocks (grouped-query attention, or
+   MLA in its absorbed form; SwiGLU), final norm. cpu_decode.py fills in the structs and calls it. At batch 1 reading
+   the weights bounds a step; through torch it is bound by the number of operators instead.
 
-   Why: at batch 1 a step reads each weight once, for one multiplication, so reading bounds it. Through torch it is
-   bound by the number of operators instead: each costs about as much as the arithmetic in it.
-
-   How: one parallel region for the whole step. Every thread runs `decode_step`'s loop over the layers, and the loops
-   marked `omp for` divide their iterations among the threads. A thread waits for the others at the end of such a loop,
-   unless it says `nowait`. Without OpenMP one thread does all of it. The work is divided in the same way at each call
-   with the same number of threads, so results repeat bit for bit.
+   One parallel region is the whole step. Every thread runs the loop over the layers, and the loops marked `omp for`
+   divide their iterations among the threads, which wait for each other at their end unless it says `nowait`. Work is
+   divided in the same way at each call with the same number of threads, so results repeat bit for bit.
 
    Shapes: B batch, C width, H query heads, G key heads, D head width, r latent width, dn dr dv as in model.py. */
-#include "cpu.h"
 #include "cpu_attention.h"
 #ifdef _OPENMP
 #include <omp.h>
@@ -43,8 +39,8 @@ typedef struct {
     int64_t *lengths;       /* (B) tokens that the cache holds of each row */
     float *scratch;         /* decode_scratch(m) numbers */
     long n_layer, batch, width, vocab, heads, groups, max_len, endless;
-    long head, rope;             /* width of a head's query; how much of it RoPE rotates */
-    long rank, q_rank, nope, dv; /* of MLA only: r, width of the query's latent or 0, dn, dv */
+    long head, rope, dv;     /* width of a head's query; how much of it RoPE rotates; width of its result */
+    long rank, q_rank, nope; /* of MLA only: r, width of the query's latent or 0, dn */
     long threads;
     float scale;                 /* of scores */
 } model;
@@ -59,14 +55,12 @@ typedef struct {
 
 static float *own_of_thread(const buffers *s) { return s->own + omp_get_thread_num() * s->own_size; }
 
-/* Widths of the keys and values that attention reads: those of a head, or for MLA those of the latent. */
+/* Widths of the keys and values that attention reads: a head's, or for MLA the latent's. */
 static long key_width(const model *m) { return m->rank ? m->rank + m->rope : m->head; }
 static long value_width(const model *m) { return m->rank ? m->rank : m->head; }
-static long widest_input(const model *m) {
-    return max(m->width, max(m->q_rank, m->heads * (m->rank ? m->dv : m->head)));
-}
+static long widest_input(const model *m) { return max(m->width, max(m->q_rank, m->heads * m->dv)); }
 
-/* The next n numbers of the scratch memory. They begin a cache line, so that threads do not share one. */
+/* The next n numbers of the scratch memory; they begin a cache line. */
 static float *take(const model *m, buffers *s, long n) {
     float *begin = m->scratch ? m->scratch + s->size : NULL;
     s->size += whole_columns(n);
@@ -80,7 +74,7 @@ static buffers divide_scratch(const model *m) {
     for (long i = 0; i < m->n_layer; i++) inner = max(inner, m->layers[i].inner);
     s.x = take(m, &s, B * m->width), s.q = take(m, &s, B * H * m->head), s.k = take(m, &s, B * kv);
     s.v = take(m, &s, B * kv), s.q_latent = take(m, &s, B * m->q_rank), s.mixed = take(m, &s, m->rank ? B * H * d : 0);
-    s.context = take(m, &s, m->rank ? B * H * dv : 0), s.out = take(m, &s, B * H * (m->rank ? m->dv : m->head));
+    s.context = take(m, &s, m->rank ? B * H * dv : 0), s.out = take(m, &s, B * H * m->dv);
     s.cosine = take(m, &s, B * m->rope / 2), s.sine = take(m, &s, B * m->rope / 2), s.rms = take(m, &s, B);
     s.packed = take(m, &s, whole_columns(B) * widest_input(m)), s.inner = take(m, &s, whole_columns(B) * inner);
     s.parts = take(m, &s, m->threads > 1 ? B * m->groups * m->threads * queries * (dv + 2) : 0);
@@ -92,8 +86,8 @@ static buffers divide_scratch(const model *m) {
 /* How many numbers a step of m needs as scratch memory. */
 long decode_scratch(const model *m) { return divide_scratch(m).size; }
 
-/* x (B, n), times the weight and each row's 1 / rms if there is a weight, in the order in which `project` reads it:
-   (B / COLUMNS, n, COLUMNS), so that one number of all 16 rows makes two vectors. The last row fills the columns left. */
+/* x (B, n), times the weight and each row's 1 / rms if there is a weight, as `project` reads it: (B / COLUMNS, n,
+   COLUMNS), so that one number of all 16 rows makes two vectors. The last row fills the columns left. */
 static void pack(const float *x, const float *rms, const float *weight, float *y, long batch, long n) {
 #pragma omp for schedule(static)
     for (long i = 0; i < n; i++)
@@ -104,8 +98,7 @@ static void pack(const float *x, const float *rms, const float *weight, float *y
             }
 }
 
-/* RMSNorm of each row of x (B, n), as `project` reads it. With one row each thread makes its own copy: that is quicker
-   than to wait for one thread's. */
+/* RMSNorm of each row of x (B, n), as `project` reads it. One row each thread norms for itself: none has to wait. */
 static const float *normalize(const model *m, const buffers *s, const float *x, const norm *w, long n) {
     if (m->batch == 1) {
         float *y = own_of_thread(s);
@@ -119,7 +112,7 @@ static const float *normalize(const model *m, const buffers *s, const float *x, 
 }
 
 /* y = x W^T, or plus + x W^T: x (B, n), packed if B > 1; w (rows, n); y and plus (B, rows). Threads do not wait at its
-   end, so that several products of one x can follow each other; the caller puts a barrier behind the last. */
+   end: the caller puts a barrier behind the last of several products. */
 static void project(long batch, const float *w, const float *x, const float *plus, float *y, long rows, long n) {
     if (batch == 1) {
 #pragma omp for schedule(static) nowait
@@ -193,8 +186,8 @@ static long first_key(const model *m, const layer *l, long b, long share, long s
     return share * each;
 }
 
-/* Attention of the queries q (H / G, d) of group g in row b to one share of its keys. If it is the only one, the
-   result goes to y (B, H, dv), else to parts, for `combine`. */
+/* Attention of the queries q (H / G, d) of group g in row b to one share of its keys, into y (B, H, dv) if it is the
+   only share, else into parts, for `combine`. */
 static void attend(const model *m, const layer *l, const buffers *s, const float *q, float *y, long b, long g,
                    long share, long shares) {
     long n = m->heads / m->groups, d = key_width(m), dv = value_width(m), group = b * m->groups + g, count;
@@ -226,7 +219,8 @@ static void combine(const model *m, const buffers *s, float *y, long shares) {
 }
 
 /* x += o_proj(out) */
-static void project_out(const model *m, const layer *l, const buffers *s, long n) {
+static void project_out(const model *m, const layer *l, const buffers *s) {
+    long n = m->heads * m->dv;
     if (m->batch > 1) pack(s->out, NULL, NULL, s->packed, m->batch, n);
     project(m->batch, l->o, m->batch > 1 ? s->packed : s->out, s->x, s->x, m->width, n);
 #pragma omp barrier
@@ -250,8 +244,8 @@ static void norm_and_rotate(const model *m, const buffers *s, const norm *w, flo
     }
 }
 
-/* x += GroupedQueryAttention(norm(x)). A share's queries are made by the thread that needs them; the new key and value
-   are stored by the one whose share they are in, which alone reads them. */
+/* x += GroupedQueryAttention(norm(x)). The thread of a share makes its queries, and stores the new key and value if
+   they are in it. */
 static void grouped_query(const model *m, const layer *l, const buffers *s) {
     long n = m->heads / m->groups, d = m->head, shares = count_shares(m, l);
     const float *h = normalize(m, s, s->x, &l->attention_norm, m->width);
@@ -274,7 +268,7 @@ static void grouped_query(const model *m, const layer *l, const buffers *s) {
         attend(m, l, s, q, s->out, b, group % m->groups, t % shares, shares);
     }
     if (shares > 1) combine(m, s, s->out, shares);
-    project_out(m, l, s, m->heads * d);
+    project_out(m, l, s);
 }
 
 /* The queries that attend to latents, mixed (B, H, r + dr) = [q_nope W_uk | RoPE(q_rope)], 32 columns at a time. In
@@ -291,15 +285,11 @@ static void absorb_queries(const model *m, const layer *l, const buffers *s) {
             if (t % blocks == blocks - 1) { /* one more than the columns need */
                 memcpy(y + r, q + m->nope, m->rope * sizeof(float));
                 rotate(m, s, y + r, b);
-            } else if (n == BLOCK) {
-                vec sums[BLOCK / LANES] = {{0}};
-                for (long j = 0; j < m->nope; j++)
-                    for (long u = 0; u < BLOCK / LANES; u++) sums[u] += q[j] * load(w_uk + j * r + u * LANES);
-                for (long u = 0; u < BLOCK / LANES; u++) store(y + c + u * LANES, sums[u]);
             } else {
-                memset(y + c, 0, n * sizeof(float));
+                float sums[BLOCK] = {0};
                 for (long j = 0; j < m->nope; j++)
-                    for (long i = 0; i < n; i++) y[c + i] += q[j] * w_uk[j * r + i];
+                    for (long i = 0; i < n; i++) sums[i] += q[j] * w_uk[j * r + i];
+                memcpy(y + c, sums, n * sizeof(float));
             }
         }
     }
@@ -336,7 +326,7 @@ static void multi_head_latent(const model *m, const layer *l, const buffers *s) 
         for (long b = 0; b < m->batch; b++)
             s->out[b * rows + i] = dot(w_uv, s->context + (b * m->heads + head) * r, r);
     }
-    project_out(m, l, s, rows);
+    project_out(m, l, s);
 }
 
 /* x = the tokens' embeddings, and the angles of RoPE at their positions. The product of position and frequency is
@@ -353,8 +343,7 @@ static void begin(const model *m, const buffers *s, const int64_t *ids, long ste
     }
 }
 
-/* Whether this step can be taken here: each id is a token, there is room for it, and its query sees every key that a
-   layer holds, so that no mask is needed. */
+/* Whether each id is a token, there is room for it, and its query sees every key that a layer holds: no mask. */
 static int can_step(const model *m, const int64_t *ids, long step) {
     for (long b = 0; b < m->batch; b++) {
         if (ids[b * step] < 0 || ids[b * step] >= m->vocab) return 0;
@@ -385,16 +374,13 @@ int decode_step(const model *m, const int64_t *ids, long step, float *hidden) {
     return 0;
 }
 
-/* y (B, rows) = x W^T for few rows of x (B, n), by `threads` threads. Returns 1 if there is no memory, else 0. */
-int few_rows_linear(const float *w, const float *x, float *y, long batch, long rows, long n, long threads) {
+/* y (B, rows) = x W^T for few rows of x (B, n), by `threads` threads; packed: room for `pack`, if B > 1. */
+void few_rows_linear(const float *w, const float *x, float *packed, float *y, long batch, long rows, long n,
+                     long threads) {
     (void)threads; /* not used without OpenMP */
-    float *packed = batch > 1 ? malloc(whole_columns(batch) * n * sizeof(float)) : NULL;
-    if (batch > 1 && !packed) return 1;
 #pragma omp parallel num_threads(threads)
     {
         if (batch > 1) pack(x, NULL, NULL, packed, batch, n);
         project(batch, w, batch > 1 ? packed : x, NULL, y, rows, n);
     }
-    free(packed);
-    return 0;
 }

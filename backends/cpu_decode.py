@@ -67,15 +67,15 @@ class CModel(ctypes.Structure):
         *(("embedding", P), ("final_norm", CNorm), ("layers", ctypes.POINTER(CLayer))),
         *((name, P) for name in ("frequency", "lengths", "scratch")),
         *((name, N) for name in ("n_layer", "batch", "width", "vocab", "heads", "groups", "max_len")),
-        *((name, N) for name in ("endless", "head", "rope", "rank", "q_rank", "nope", "dv")),
+        *((name, N) for name in ("endless", "head", "rope", "dv", "rank", "q_rank", "nope")),
         *(("threads", N), ("scale", R)),
     ]
 
 
-def require(condition: bool, what: str) -> None:
+def require(condition: bool, fault: str) -> None:
     """Raises ValueError unless cpu_decode.c computes what the model does over the cache."""
     if not condition:
-        raise ValueError(f"cpu_decode.c does not decode here: {what}")
+        raise ValueError(fault)
 
 
 def grouped_query(a: pure.GroupedQueryAttention, config: GPTConfig) -> tuple[dict[str, int], Weights]:
@@ -85,7 +85,7 @@ def grouped_query(a: pure.GroupedQueryAttention, config: GPTConfig) -> tuple[dic
     weights |= {"k": (a.k_proj, G * D, C), "v": (a.v_proj, G * D, C)}
     if a.qk_norm:
         weights |= {"q_norm": (a.q_norm, D), "k_norm": (a.k_norm, D)}
-    return {"heads": H, "groups": G, "head": D, "scale": a.attend.scale}, weights
+    return {"heads": H, "groups": G, "head": D, "dv": D, "scale": a.attend.scale}, weights
 
 
 def latent(a: pure.MultiHeadLatentAttention, config: GPTConfig) -> tuple[dict[str, int], Weights]:
@@ -129,8 +129,8 @@ class Step:
 
     def fill_model(self, model: GPT, config: GPTConfig, cache: KVCache) -> None:
         c, embedding, attention = self.c, model.embed_tokens, model.layers[0].self_attn
-        known = ((model, GPT), (model.layers, nn.ModuleList), (embedding, nn.Embedding))
-        require(type(config) is GPTConfig and all(as_written(*pair) for pair in known), "other classes")
+        known = map(as_written, (model, model.layers, embedding), (GPT, nn.ModuleList, nn.Embedding))
+        require(type(config) is GPTConfig and all(known), "other classes")
         require(embedding.max_norm is None and not (config.dropout and model.training), "the embedding")
         c.vocab, c.width = embedding.weight.shape
         c.embedding = self.address(embedding.weight, c.vocab, c.width)
@@ -153,13 +153,8 @@ class Step:
 
     def fill_layer(self, block: pure.Block, layer: CLayer, config: GPTConfig) -> None:
         C, mlp, attention = self.c.width, block.mlp, block.self_attn
-        known = (
-            (block, pure.Block),
-            (mlp, pure.MLP),
-            (attention, self.kind),
-            (attention.attend, pure.Attend),
-        )
-        require(all(as_written(*pair) for pair in known), "a block")
+        kinds = pure.Block, pure.MLP, self.kind, pure.Attend
+        require(all(map(as_written, (block, mlp, attention, attention.attend), kinds)), "a block")
         numbers, weights = self.parts(attention, config)
         require(numbers == self.numbers, "attention differs between layers")
         I = layer.inner = mlp.gate_proj.weight.size(0)  # noqa: E741
@@ -237,19 +232,16 @@ STEPS: WeakKeyDictionary[KVCache, Step | int] = WeakKeyDictionary()
 def step_for(model: GPT, cache: KVCache) -> Step | None:
     """The Step of this cache, made if there was none; None if this step is model.py's."""
     step = STEPS.get(cache, 0)
-    if isinstance(step, Step):
-        if step.holds(model, cache):
-            return step
-        STEPS[cache] = RETRY
-    elif step > 0:
-        STEPS[cache] = step - 1
-    else:
-        try:
-            STEPS[cache] = Step(model, cache)
-            return STEPS[cache]
-        except (ValueError, AttributeError, KeyError, TypeError):  # the model is put together in another way
-            STEPS[cache] = RETRY
-    return None
+    if isinstance(step, Step) and step.holds(model, cache):
+        return step
+    if step:  # it holds no longer, or was tried lately
+        STEPS[cache] = RETRY if isinstance(step, Step) else step - 1
+        return None
+    try:
+        step = STEPS[cache] = Step(model, cache)
+    except (ValueError, AttributeError, KeyError, TypeError):  # the model is put together in another way
+        step, STEPS[cache] = None, RETRY
+    return step
 
 
 class CpuGPT(GPT):
@@ -269,9 +261,10 @@ class CpuGPT(GPT):
         if few and can_replace(GPT, "head", hidden) and hidden.is_contiguous():
             weight = head_weight(self)
             if weight is not None and weight.is_contiguous() and weight.size(1) == hidden.size(-1):
-                (V, C), y = weight.shape, torch.empty(*hidden.shape[:-1], len(weight), dtype=torch.float32)
+                V, C = weight.shape
+                y, packed = hidden.new_empty(*hidden.shape[:-1], V), hidden.new_empty(FEW_ROWS, C)
                 numbers = hidden.numel() // C, V, C, torch.get_num_threads()
-                cpu_library.call("few_rows_linear", [weight, hidden, y], *numbers)
+                cpu_library.call("few_rows_linear", [weight, hidden, packed, y], *numbers)
                 return y  # (..., V)
         return super().head(hidden)
 

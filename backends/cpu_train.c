@@ -1,8 +1,7 @@
 /* The parts of model.py for which torch makes many passes over memory in training, forward and backward, in fp32 on all
-   cores: RMSNorm, SwiGLU, causal attention, cross-entropy. cpu_library.py compiles this file and cpu_train.py calls it.
+   cores: RMSNorm, SwiGLU, causal attention, cross-entropy. cpu_train.py calls these functions.
 
-   The work is cut the same way at a given number of threads, so results repeat to the last bit. Functions that return
-   an int return 1 if there is no memory, else 0. Scratch memory is on the heap. */
+   At a given number of threads results repeat to the last bit. An int that is returned is 1 if there is no memory. */
 #include "cpu.h"
 
 enum { QUERIES = 48, SHARES = 64 };
@@ -13,8 +12,8 @@ void rms_norm(const float *x, const float *w, float *y, long rows, long n, float
     for (long r = 0; r < rows; r++) norm_row(x + r * n, w, y + r * n, n, eps);
 }
 
-/* Gradients of `rms_norm`: dx (rows, n) and dw (n). dw is summed over SHARES parts of the rows, whatever the number of
-   threads, so that it does not depend on it. */
+/* Gradients of `rms_norm`: dx (rows, n) and dw (n). dw is summed over SHARES parts of the rows, so that it does not
+   depend on the number of threads. */
 int rms_norm_backward(const float *x, const float *w, const float *dy, float *dx, float *dw, long rows, long n,
                       float eps) {
     float *sums = calloc(SHARES * n, sizeof(float));
@@ -39,8 +38,8 @@ int rms_norm_backward(const float *x, const float *w, const float *dy, float *dx
     return 0;
 }
 
-/* y (rows, n) = silu(gate) up, where the rows of gate and up are `step` apart. Given the gradient dy (rows, n), also
-   those of gate and up, whose rows are `step` apart too. y or dy may be NULL. */
+/* y (rows, n) = silu(gate) up. Given the gradient dy (rows, n), also those of gate and up. The rows of gate, up and
+   their gradients are `step` apart. y or dy may be NULL. */
 void swiglu(const float *gate, const float *up, const float *dy, float *y, float *dgate, float *dup, long rows, long n,
             long step) {
 #pragma omp parallel for schedule(static) if (rows * n > 1 << 13)
@@ -60,10 +59,8 @@ void cross_entropy(float *logits, const int64_t *targets, float *losses, long ro
     for (long r = 0; r < rows; r++) {
         float *x = logits + r * n;
         losses[r] = 0;
-        if (targets[r] < 0) {
-            memset(x, 0, n * sizeof(float));
-            continue;
-        }
+        if (targets[r] < 0) memset(x, 0, n * sizeof(float));
+        if (targets[r] < 0) continue;
         float best = largest(x, n, -INFINITY), own = x[targets[r]];
         vec sums = {0};
         for (long i = 0; i < n; i += LANES) {
@@ -85,8 +82,7 @@ typedef struct {
 
 static float *at(const tensor *t, long b, long h, long i) { return t->x + b * t->batch + h * t->head + i * t->token; }
 
-/* Numbers in a row of keys or scores: whole tiles, and one more so that rows a power of two apart do not all fall into
-   the same few lines of the L1 cache. */
+/* Numbers in a row of keys or scores: whole tiles, and one more, since rows 2^n apart share few cache lines. */
 static long padded(long tokens) { return whole_columns(tokens) + COLUMNS; }
 
 /* y (m, n) = a (m, k) b (k, n); n is a multiple of COLUMNS */
@@ -97,9 +93,6 @@ static void multiply(const float *a, long a_row, const float *b, long b_row, flo
             tile(a + r * a_row, a_row, 1, m - r, b + c, b_row, k, y + r * y_row + c, y_row, 0, 0);
 }
 
-/* Memory for n numbers, a multiple of COLUMNS, from the beginning of a cache line. */
-static float *aligned(long n) { return aligned_alloc(64, n * sizeof(float)); }
-
 /* x (rows, n) -> (n, wide), zeros after the rows */
 static void transpose(const float *x, long step, float *y, long rows, long n, long wide) {
     for (long c = 0; c < wide; c += COLUMNS)
@@ -107,15 +100,13 @@ static void transpose(const float *x, long step, float *y, long rows, long n, lo
             for (long u = c; u < c + COLUMNS; u++) y[i * wide + u] = u < rows ? x[u * step + i] : 0;
 }
 
-/* Products of a block of queries with the keys that they see. The queries are `rows` rows from number `first` on; query
-   i sees the keys 0..i. Queries are taken ROWS at a time, so that few products are wasted on later keys.
-
-   p (rows, wide) = x (rows, n) keys (n, wide), as far as each query sees, up to whole tiles */
+/* p (rows, wide) = x (rows, n) keys (n, wide): `rows` queries from number `first` on, of which query i sees the keys
+   0..i. ROWS of them at a time, so that few products are wasted on later keys. */
 static void queries_by_keys(const float *x, long x_row, const float *keys, float *p, long wide, long first, long rows,
                             long n) {
-    for (long r = 0; r < rows; r += ROWS) {
-        long count = min(rows - r, ROWS), seen = first + r + count;
-        multiply(x + r * x_row, x_row, keys, wide, p + r * wide, wide, count, whole_columns(seen), n);
+    for (long r = 0, seen; r < rows; r += ROWS) {
+        seen = whole_columns(first + min(r + ROWS, rows));
+        multiply(x + r * x_row, x_row, keys, wide, p + r * wide, wide, min(rows - r, ROWS), seen, n);
     }
 }
 
@@ -167,11 +158,9 @@ int causal(const tensor *q, const tensor *k, const tensor *v, const tensor *y, f
 #pragma omp parallel for schedule(static) reduction(| : failed)
     for (long own = 0; own < batch * groups; own++) {
         long b = own / groups, g = own % groups, each = heads / groups;
-        float *keys = aligned((d + QUERIES) * wide), *p = keys + d * wide;
-        if (!keys) {
-            failed = 1;
-            continue;
-        }
+        float *keys = aligned_alloc(64, (d + QUERIES) * wide * sizeof(float)), *p = keys + d * wide;
+        failed |= !keys;
+        if (!keys) continue;
         transpose(at(k, b, g, 0), k->token, keys, tokens, d, wide);
         for (long h = g * each; h < (g + 1) * each; h++)
             for (long first = 0; first < tokens; first += QUERIES) {
@@ -198,8 +187,8 @@ static void softmax_backward(float *p, float *ds, long seen, long most, float sc
     }
 }
 
-/* Gradients of `causal`: dq, dk and dv, from dy and from y and logs as `causal` made them (as FlashAttention-2, Dao
-   2023, but with whole rows of scores). */
+/* Gradients of `causal`: dq, and added to dk and dv, from dy and from y and logs as `causal` made them (as
+   FlashAttention-2, Dao 2023, but with whole rows of scores). */
 int causal_backward(const tensor *q, const tensor *k, const tensor *v, const tensor *y, const tensor *dy,
                     const tensor *dq, const tensor *dk, const tensor *dv, const float *logs, long batch, long heads,
                     long groups, long tokens, long d, long v_width, float scale) {
@@ -207,18 +196,12 @@ int causal_backward(const tensor *q, const tensor *k, const tensor *v, const ten
 #pragma omp parallel for schedule(static) reduction(| : failed)
     for (long own = 0; own < batch * groups; own++) {
         long b = own / groups, g = own % groups, each = heads / groups;
-        float *keys = aligned((d + v_width + 2 * QUERIES) * wide), *values = keys + d * wide;
+        float *keys = aligned_alloc(64, (d + v_width + 2 * QUERIES) * wide * sizeof(float)), *values = keys + d * wide;
         float *p = values + v_width * wide, *ds = p + QUERIES * wide;
-        if (!keys) {
-            failed = 1;
-            continue;
-        }
+        failed |= !keys;
+        if (!keys) continue;
         transpose(at(k, b, g, 0), k->token, keys, tokens, d, wide);
         transpose(at(v, b, g, 0), v->token, values, tokens, v_width, wide);
-        for (long i = 0; i < tokens; i++) {
-            memset(at(dk, b, g, i), 0, d * sizeof(float));
-            memset(at(dv, b, g, i), 0, v_width * sizeof(float));
-        }
         for (long h = g * each; h < (g + 1) * each; h++)
             for (long first = 0; first < tokens; first += QUERIES) {
                 long rows = min(tokens - first, QUERIES);

@@ -23,7 +23,6 @@ from nanokv.loss import LanguageModelLoss
 
 COLUMNS, LONGEST = 16, 1024  # attention's widths are multiples of it; most tokens, so that scores stay cached
 LOGITS = 1 << 20  # at a time, to stay in the cache; but at least 256 rows
-Grads = tuple[Tensor | None, ...]
 
 
 class CpuRMSNorm(RMSNorm):
@@ -45,7 +44,7 @@ class Norm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Grads:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *vjp(lambda x, w: F.rms_norm(x, w.shape, w, ctx.eps), x, weight)[1](grad), None
@@ -82,14 +81,21 @@ class CausalAttention(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Grads:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, logs = ctx.saved_tensors
         (B, H, T, D), G, Dv = q.shape, k.size(1), v.size(-1)
         if torch.is_grad_enabled():
             options = dict(is_causal=True, scale=ctx.scale, enable_gqa=G < H)
             with sdpa_kernel(SDPBackend.MATH):
+<<<<<<< HEAD
                 return *vjp(lambda *qkv: F.scaled_dot_product_attention(*qkv, **options), q, k, v)[1](grad), None
         grads = q.new_empty(B, T, H, D), q.new_empty(B, T, G, D), q.new_empty(B, T, G, Dv)
+=======
+                return *vjp(lambda *qkv: F.scaled_dot_product_attention(*qkv, **options), q, k, v)[1](
+                    grad
+                ), None
+        grads = q.new_empty(B, T, H, D), q.new_zeros(B, T, G, D), q.new_zeros(B, T, G, Dv)
+>>>>>>> helper-r1
         grads = tuple(t.transpose(1, 2) for t in grads)
         call_strided("causal_backward", (q, k, v, y, grad, *grads), logs, B, H, G, T, D, Dv, ctx.scale)
         return *grads, None
@@ -129,7 +135,7 @@ class SwiGLU(torch.autograd.Function):
         return F.linear(y, down).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Grads:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, up, down, both, wide = ctx.saved_tensors
         if torch.is_grad_enabled():
             pure = lambda x, g, u, d: F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d)  # noqa: E731
@@ -187,7 +193,7 @@ class CrossEntropy(torch.autograd.Function):
         return losses.sum() / count
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Grads:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, *grads, count = ctx.saved_tensors
         if torch.is_grad_enabled():
             pure = lambda h, w: F.cross_entropy(F.linear(h, w), targets, ignore_index=-1)  # noqa: E731

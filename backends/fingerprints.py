@@ -61,12 +61,9 @@ def outline(node: object) -> object:
         fields = {name: outline(value) for name, value in ast.iter_fields(node) if value not in (None, [])}
         return [type(node).__name__, fields]
     if isinstance(node, list):
-        return [outline(part) for part in node if not is_docstring(part)]
+        docstrings = [n for n in node if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+        return [outline(part) for part in node if part not in docstrings]
     return repr(node)
-
-
-def is_docstring(node: object) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 if __name__ == "__main__":
