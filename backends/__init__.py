@@ -92,13 +92,11 @@ def why_not(module: nn.Module, choice: str, dtype: torch.dtype | None) -> str:
 def describe(module: nn.Module) -> str:
     """One line: which backend computes what, and what was left to torch, and why."""
     types, known, n = {type(part) for part in module.modules()}, pieces(), torch.get_num_threads()
-    taken = ", ".join(piece.name for piece in known if piece.fast in types)
-<<<<<<< HEAD
+    from backends.cpu_decode import DECODES
+
+    foreign = {"decoding"} if not DECODES & types else set()  # an attention that is not of model.py
+    taken = ", ".join(piece.name for piece in known if piece.fast in types and piece.name not in foreign)
     left = [f"{piece.name}: torch (its code was edited)" for piece in known if piece.pure in types and piece.edited]
-=======
-    edited = [piece.name for piece in known if piece.pure in types and piece.edited]
-    left = [f"{name}: torch (its code was edited)" for name in edited]
->>>>>>> helper-r1
     if not taken and (_notes.get(module) or not left):
         return f"backend {_notes.get(module) or 'none: torch'}"
     by_c = [f"{taken} in C ({n} thread{'s' * (n > 1)})"] if taken else []

@@ -40,6 +40,7 @@ STANDS_FOR = (
 )
 # What these define must not change while a Step is in use, nor what the others name.
 CLASSES = (GPT, pure.Block, pure.MLP, pure.GroupedQueryAttention, pure.MultiHeadLatentAttention, pure.Attend)
+DECODES = {pure.GroupedQueryAttention, pure.MultiHeadLatentAttention}
 CLASSES += (pure.RMSNorm, pure.Linear, GPTConfig, KVCache, LayerCache, Plan)
 FUNCTIONS = attrgetter("rotate", "rope_angles", "visible")
 CACHE = attrgetter("layers", "batch_size", "max_len", "endless")

@@ -87,15 +87,8 @@ class CausalAttention(torch.autograd.Function):
         if torch.is_grad_enabled():
             options = dict(is_causal=True, scale=ctx.scale, enable_gqa=G < H)
             with sdpa_kernel(SDPBackend.MATH):
-<<<<<<< HEAD
                 return *vjp(lambda *qkv: F.scaled_dot_product_attention(*qkv, **options), q, k, v)[1](grad), None
-        grads = q.new_empty(B, T, H, D), q.new_empty(B, T, G, D), q.new_empty(B, T, G, Dv)
-=======
-                return *vjp(lambda *qkv: F.scaled_dot_product_attention(*qkv, **options), q, k, v)[1](
-                    grad
-                ), None
         grads = q.new_empty(B, T, H, D), q.new_zeros(B, T, G, D), q.new_zeros(B, T, G, Dv)
->>>>>>> helper-r1
         grads = tuple(t.transpose(1, 2) for t in grads)
         call_strided("causal_backward", (q, k, v, y, grad, *grads), logs, B, H, G, T, D, Dv, ctx.scale)
         return *grads, None
