@@ -108,11 +108,11 @@ def rope_angles(positions: Tensor, width: int, theta: float, repeat: int = 1) ->
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Apply RoPE to the leading dimensions of x (B, H, T, D). Pairs are (j, half + j), as in Llama."""
+def rotate(x: Tensor, rope: Rope, start: int = 0) -> Tensor:
+    """Apply RoPE to x (B, H, T, D) from dimension `start` on. Pairs are (j, half + j), as in Llama."""
     (cos, sin), half = rope, rope[0].size(-1)
-    x1, x2, rest = x.split((half, half, x.size(-1) - 2 * half), -1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), -1).type_as(x)
+    before, x1, x2, after = x.split((start, half, half, x.size(-1) - start - 2 * half), -1)
+    return torch.cat((before, x1 * cos - x2 * sin, x2 * cos + x1 * sin, after), -1).type_as(x)
 
 
 def visible(q: Tensor, k: Tensor, window: int, sinks: int) -> Tensor:
@@ -316,31 +316,30 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, mask: Mask = None, cache: Cache = None) -> Tensor:
         q = self.q_proj(x) if self.q_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = q.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, H, T, dn + dr)
-        q_nope, q_rope = q.split((self.dn, self.dr), -1)
-        q_rope = rotate(q_rope, rope)
+        q = rotate(q.unflatten(-1, (self.n_head, -1)).transpose(1, 2), rope, start=self.dn)  # (B, H, T, dn + dr)
         c, k_rope = self.kv_a_proj_with_mqa(x)[:, None].split((self.rank, self.dr), -1)
         c, k_rope = self.kv_a_layernorm(c), rotate(k_rope, rope)  # (B, 1, T, r), (B, 1, T, dr)
         if cache is not None:
             (latent,) = cache.append(latent=torch.cat((c, k_rope), -1))
             if not cache.first:
                 if self.prefers_absorbed(x.size(1)):
-                    return self.absorbed(q_nope, q_rope, latent, mask, cache)
+                    return self.absorbed(q, latent, mask, cache)
                 c, k_rope = cache.read(latent, like=x).split((self.rank, self.dr), -1)  # (B, 1, S, ...)
-        return self.expanded(q_nope, q_rope, c, k_rope, mask)
+        return self.expanded(q, c, k_rope, mask)
 
-    def expanded(self, q_nope: Tensor, q_rope: Tensor, c: Tensor, k_rope: Tensor, mask: Tensor | None):
+    def expanded(self, q: Tensor, c: Tensor, k_rope: Tensor, mask: Mask) -> Tensor:
         """Attention over each head's own keys and values, made from the latents -> (B, T, C)."""
         kv = self.kv_b_proj(c[:, 0]).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         k_nope, v = kv.split((self.dn, self.dv), -1)  # (B, H, S, dn), (B, H, S, dv)
         k = torch.cat((k_nope, k_rope.expand(-1, self.n_head, -1, -1)), -1)
-        y = self.attend(torch.cat((q_nope, q_rope), -1), k, v, mask)  # (B, H, T, dv)
+        y = self.attend(q, k, v, mask)  # (B, H, T, dv)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: str, mask: Tensor | None, cache: LayerCache):
+    def absorbed(self, q: Tensor, latent: str, mask: Mask, cache: LayerCache) -> Tensor:
         """The same as multi-query attention over the latents -> (B, T, C). One read serves as the key
         [c | k_rope] and as the value, of which the first r columns, c, count.
         """
+        q_nope, q_rope = q.split((self.dn, self.dr), -1)
         w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (self.n_head, -1)).split((self.dn, self.dv), 1)
         q_latent = torch.einsum("bhtn,hnr->bhtr", q_nope, w_uk)
         y = self.attend(torch.cat((q_latent, q_rope), -1), latent, latent, mask, cache)  # (B, H, T, r + dr)
