@@ -143,7 +143,7 @@ def losses(run_dir: Path, folder: Path) -> dict[str, float]:
     starts = torch.randint(len(dataset.val) - block_size, shape, generator=generator)
     windows = [torch.from_numpy(dataset.val.windows(row.numpy(), block_size + 1)) for row in starts]
     estimate = statistics.mean(model(rows[:, :-1], rows[:, 1:])[1].item() for rows in windows)
-    whole = evaluate(LanguageModelLoss(model), dataset, block_size, 128, 0, nullcontext())
+    whole = evaluate(LanguageModelLoss(model), dataset, (block_size, 128, 0), nullcontext())
     return {"nanogpt_estimate": estimate, "full_pass": whole["val/loss"]}
 
 

@@ -89,7 +89,7 @@ def val_loss(run_dir: Path, source: TrainConfig, options: Options) -> float:
     model, _ = load_run(run_dir, source.device, "float32")
     dataset = open_dataset(source.dataset, source.tokenizer)
     windows = model.config.block_size, source.batch_size, options.eval_iters
-    return evaluate(LanguageModelLoss(model), dataset, *windows, nullcontext())["val/loss"]
+    return evaluate(LanguageModelLoss(model), dataset, windows, nullcontext())["val/loss"]
 
 
 def table(rows: list[dict]) -> str:
