@@ -48,10 +48,7 @@ class Norm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *vjp(lambda x, w: F.rms_norm(x, w.shape, w, ctx.eps), x, weight)[1](grad), None
-        inputs, grads = (
-            [t.contiguous() for t in (x, weight, grad)],
-            [x.new_empty(x.shape), x.new_empty(len(weight))],
-        )
+        inputs, grads = ([t.contiguous() for t in (x, weight, grad)], [x.new_empty(x.shape), x.new_empty(len(weight))])
         call("rms_norm_backward", [*inputs, *grads], x.numel() // len(weight), len(weight), ctx.eps)
         return *grads, None
 

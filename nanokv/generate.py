@@ -84,13 +84,7 @@ def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -
 
 
 def sample(
-    logits: Tensor,
-    uniform: Tensor,
-    *,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    logits: Tensor, uniform: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Tensor:
     """Draw a token from each row: logits (B, V) fp32, uniform (B,) in [0, 1) -> ids (B,).
 

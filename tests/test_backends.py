@@ -146,14 +146,7 @@ def test_weights_that_are_loaded_or_moved():
 def test_hooks_and_patches_hold(monkeypatch):
     fast, slow = both()
     idx = tokens(1, 9)
-    kinds = (
-        "layers.0.mlp",
-        "layers.0.mlp.up_proj",
-        "layers.0.self_attn.attend",
-        "norm",
-        "layers.1",
-        "lm_head",
-    )
+    kinds = ("layers.0.mlp", "layers.0.mlp.up_proj", "layers.0.self_attn.attend", "norm", "layers.1", "lm_head")
     before = slow(idx)[0]
     for name in kinds:
         handles = [m.get_submodule(name).register_forward_hook(lambda module, args, y: 1.5 * y) for m in (fast, slow)]

@@ -53,12 +53,7 @@ def test_train_measures_each_attention_in_its_own_process(tmp_path):
     small = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=64", "--tokens=128", "--steps=2"]
     bench.main(["train", *small, "--block_sizes=32,64", "--attentions=gqa,mla", f"--out_dir={tmp_path}"])
     rows = json.loads((tmp_path / "train.json").read_text())["rows"]
-    assert [(row["side"], row["context"]) for row in rows] == [
-        ("gqa", 32),
-        ("mla", 32),
-        ("gqa", 64),
-        ("mla", 64),
-    ]
+    assert [(row["side"], row["context"]) for row in rows] == [("gqa", 32), ("mla", 32), ("gqa", 64), ("mla", 64)]
     assert all(row["tokens_per_s"] > 0 and math.isfinite(row["flops_per_s"]) for row in rows)
     assert max(row["params"] for row in rows) < 1.01 * min(row["params"] for row in rows)
     assert (tmp_path / "train.png").stat().st_size > 1000

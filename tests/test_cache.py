@@ -363,11 +363,7 @@ def test_elements_per_token(knobs, elements):
     assert kv_elements_per_token_layer(config) == elements
     assert config.kv_bytes_per_token(torch.float32) == 2 * 4 * elements
     assert kv_ratio_to_mha(config) == elements / 64
-    knobs |= {
-        "window": 10,
-        "sink_tokens": 2,
-        "window_pattern": "SL",
-    }  # one layer of two holds 12 of 64 tokens
+    knobs |= {"window": 10, "sink_tokens": 2, "window_pattern": "SL"}  # one layer of two holds 12 of 64 tokens
     assert kv_ratio_to_mha(small_config(**knobs)) == elements / 64 * (12 + 64) / 128
 
 

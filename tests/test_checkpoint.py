@@ -56,13 +56,7 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, monkey
 
         return wrapper
 
-    for owner, name in (
-        (Path, "rename"),
-        (Path, "mkdir"),
-        (os, "replace"),
-        (os, "fsync"),
-        (checkpoint, "save_file"),
-    ):
+    for owner, name in ((Path, "rename"), (Path, "mkdir"), (os, "replace"), (os, "fsync"), (checkpoint, "save_file")):
         monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
     monkeypatch.setattr(checkpoint.shutil, "rmtree", dying(checkpoint.shutil.rmtree))
     try:

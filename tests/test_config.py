@@ -414,13 +414,7 @@ def test_the_four_attentions_have_equal_parameters_and_recipes(files):
     with torch.device("meta"):
         sizes = [n_params(GPT(replace(config, vocab_size=config.vocab_size or 2048))) for config in models]
     assert all(abs(size / sizes[0] - 1) < 0.01 for size in sizes), sizes
-    architecture = {f.name for f in fields(GPTConfig)} - {
-        "block_size",
-        "vocab_size",
-        "n_layer",
-        "n_embd",
-        "dropout",
-    }
+    architecture = {f.name for f in fields(GPTConfig)} - {"block_size", "vocab_size", "n_layer", "n_embd", "dropout"}
     names = {"out_dir", "wandb_run_name"}
     recipes = [knobs([file]).__dict__.items() for file in files]
     recipes = [{k: v for k, v in recipe if k not in architecture | names} for recipe in recipes]

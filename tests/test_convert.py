@@ -60,19 +60,7 @@ torch.save(results, "out.pt")
 def random_texts(n: int) -> list[str]:
     """Of any code points, of those that splitting turns on, of ASCII, and of words."""
     draw = random.Random(0)
-    words = [
-        "def",
-        "  return",
-        "\n\n    self",
-        "it's",
-        "WE'LL",
-        "数学",
-        "🙂",
-        "naïve",
-        "a    b",
-        "1234",
-        "\t\t",
-    ]
+    words = ["def", "  return", "\n\n    self", "it's", "WE'LL", "数学", "🙂", "naïve", "a    b", "1234", "\t\t"]
     kinds = [
         lambda: chr(draw.choice([draw.randrange(0xD800), draw.randrange(0xE000, 0x110000)])),
         lambda: draw.choice(" \t\r\n.'x3éſK<|>sdllverE0٣Ⅷ½\u00a0\u2003\u0085"),
@@ -164,12 +152,7 @@ def test_the_command_checks_what_it_wrote(tmp_path, capsys, monkeypatch):
 def foreign_model(folder: Path, cls="Llama", **fields) -> torch.nn.Module:
     """A model as transformers itself makes and saves it, in several files."""
     small = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    small |= {
-        "num_key_value_heads": 2,
-        "intermediate_size": 48,
-        "max_position_embeddings": 64,
-        "head_dim": 12,
-    }
+    small |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64, "head_dim": 12}
     config = getattr(transformers, f"{cls}Config")(**small | fields)
     model = getattr(transformers, f"{cls}ForCausalLM")(config).eval()
     with torch.no_grad():
@@ -179,13 +162,7 @@ def foreign_model(folder: Path, cls="Llama", **fields) -> torch.nn.Module:
     return model
 
 
-DENSE = {
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 6,
-    "v_head_dim": 5,
-    "q_lora_rank": None,
-}
+DENSE = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5, "q_lora_rank": None}
 DENSE |= {"first_k_dense_replace": 2, "num_key_value_heads": 4, "n_routed_experts": 1, "head_dim": 4}
 
 
@@ -507,11 +484,7 @@ def test_changed_runs_by_the_command(tmp_path, capsys):
     assert tokenizer.sha256(tok) == tokenizer.sha256(BPE)
     convert.main(["to-mla", str(tmp_path / "gqa"), str(tmp_path / "full"), text])
     model, _ = load_run(tmp_path / "full")
-    assert (model.config.kv_lora_rank, model.config.qk_rope_head_dim, model.config.qk_rope_repeat) == (
-        32,
-        16,
-        2,
-    )
+    assert (model.config.kv_lora_rank, model.config.qk_rope_head_dim, model.config.qk_rope_repeat) == (32, 16, 2)
     for command, fault in {
         ("to-mla", "mla", "again", text): "attention mla",
         ("to-gqa", "gqa", "again", "--n_kv_head=4"): "no divisor of the 2",

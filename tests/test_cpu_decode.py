@@ -248,27 +248,8 @@ def expanded(model):
     force_form(model, absorbed=False)
 
 
-CHANGES = [
-    transposed,
-    offset_views,
-    in_place,
-    new_data,
-    replaced_parameter,
-    assigned,
-    mixed_precision,
-    bfloat16,
-]
-CHANGES += [
-    float64,
-    bias,
-    parametrized,
-    pruned,
-    lora,
-    patched_forward,
-    subclass,
-    replaced_block,
-    fewer_layers,
-]
+CHANGES = [transposed, offset_views, in_place, new_data, replaced_parameter, assigned, mixed_precision, bfloat16]
+CHANGES += [float64, bias, parametrized, pruned, lora, patched_forward, subclass, replaced_block, fewer_layers]
 CHANGES += [epsilon, scale, theta, shadowed_weight, expanded]
 PARTS = ["embed_tokens", "norm", "lm_head", "layers.0", "layers.0.input_layernorm", "layers.0.self_attn"]
 PARTS += ["layers.0.self_attn.attend", "layers.1.self_attn.o_proj", "layers.1.mlp", "layers.1.mlp.up_proj"]
@@ -333,12 +314,7 @@ def test_a_step_is_made_again_after_a_change(steps):
     assert steps["made"] == 2 and steps["taken"] >= 5 + 3
 
 
-CLASS_PATCHES = [
-    (RMSNorm, "forward"),
-    (MLP, "forward"),
-    (model_py.Block, "forward"),
-    (nn.Embedding, "forward"),
-]
+CLASS_PATCHES = [(RMSNorm, "forward"), (MLP, "forward"), (model_py.Block, "forward"), (nn.Embedding, "forward")]
 
 
 @pytest.mark.parametrize("owner, name", CLASS_PATCHES, ids=lambda x: getattr(x, "__name__", x))

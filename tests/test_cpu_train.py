@@ -133,10 +133,7 @@ def test_what_is_not_finite_is_not_hidden():
         (lambda x, w: Norm.apply(x, w, 1e-6), (x, weight)),
         (SwiGLU.apply, (x, *weights)),
         (lambda q, k, v: CausalAttention.apply(q, k, v, 0.2), (x, x + 1, x - 1)),
-        (
-            lambda h, w: CrossEntropy.apply(h.flatten(0, 2), w, torch.arange(54) % 4),
-            (x, weights[0]),
-        ),
+        (lambda h, w: CrossEntropy.apply(h.flatten(0, 2), w, torch.arange(54) % 4), (x, weights[0])),
     ]
     for function, inputs in cases:
         for i in range(len(inputs)):

@@ -54,13 +54,7 @@ def small_stdlib(folder, monkeypatch):
         path = folder / f"package{i % 3}" / f"module{i}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"def function{i}():\n    return {i}\n" * 20)
-    for left_out in (
-        "test/a.py",
-        "package0/tests/b.py",
-        "site-packages/c.py",
-        "_sysconfigdata_x.py",
-        "d.txt",
-    ):
+    for left_out in ("test/a.py", "package0/tests/b.py", "site-packages/c.py", "_sysconfigdata_x.py", "d.txt"):
         path = folder / left_out
         path.parent.mkdir(exist_ok=True)
         path.write_text("LEFT OUT")
@@ -221,9 +215,7 @@ def test_llmc_shards_under_a_tokenizer_that_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
-    [({"version": 2}, "version 2"), ({"count": 999}, "is damaged")],
-    ids=["version", "count"],
+    ("fault", "message"), [({"version": 2}, "version 2"), ({"count": 999}, "is damaged")], ids=["version", "count"]
 )
 def test_llmc_faults(tmp_path, fault, message):
     write_llmc(tmp_path / "x_val_0.bin", range(100))

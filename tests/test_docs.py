@@ -32,11 +32,7 @@ PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 MLA, RECIPE = ROOT / "docs/mla.md", ROOT / "docs/add_an_attention.md"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = {"train.py": train, "sample.py": sample, "compare.py": compare, "tools.convert": convert}
-COMMANDS |= {
-    "tools.bench": bench,
-    "tools.bench cache": bench_cache,
-    "tools.change_attention": change_attention,
-}
+COMMANDS |= {"tools.bench": bench, "tools.bench cache": bench_cache, "tools.change_attention": change_attention}
 COMMANDS |= {"tools.recall": recall, "tools.sweep": sweep, "tools.uptrain": uptrain}
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

@@ -31,38 +31,8 @@ TIMES = float(os.environ.get("FUZZ", 1))
 SECONDS = 10  # of processor time that any one case may take
 KNOBS = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2", "--max_iters=2"]
 KNOBS += ["--device=cpu", "--dtype=float32", "--sample_tokens=0", "--eval_iters=1", "--eval_interval=1"]
-WORDS = [
-    b"null",
-    b"-1",
-    b"0",
-    b"1e999",
-    b"NaN",
-    b"[]",
-    b"{}",
-    b'""',
-    b"\0",
-    b"true",
-    b"1" * 30,
-    b"\xff",
-    b"[" * 5000,
-]
-VALUES = [
-    None,
-    True,
-    -1,
-    0,
-    3,
-    2**31,
-    2**63,
-    10**30,
-    1e-300,
-    0.5,
-    float("nan"),
-    float("inf"),
-    "",
-    "mla",
-    "../x",
-]
+WORDS = [b"null", b"-1", b"0", b"1e999", b"NaN", b"[]", b"{}", b'""', b"\0", b"true", b"1" * 30, b"\xff", b"[" * 5000]
+VALUES = [None, True, -1, 0, 3, 2**31, 2**63, 10**30, 1e-300, 0.5, float("nan"), float("inf"), "", "mla", "../x"]
 VALUES += [[], {}, [1], {"step": 1}, "x" * 10_000]
 
 

@@ -64,11 +64,7 @@ def test_no_arrow_that_the_design_does_not_draw():
         ("train.py", "from sample import load_run", {"sample"}),
         ("data/stdlib/prepare.py", "import model", {"model"}),
         ("nanokv/dataset.py", "import_module(f'data.{name}.prepare')", {"data"}),
-        (
-            "tools/bench.py",
-            "import train, sample\nfrom nanokv import cache\nfrom tools import sweep",
-            set(),
-        ),
+        ("tools/bench.py", "import train, sample\nfrom nanokv import cache\nfrom tools import sweep", set()),
     ],
 )
 def test_wrong_arrows_are_found(file, source, found):
@@ -97,7 +93,7 @@ def code_lines(source: str) -> int:
 def test_sizes():
     sources = {file: (ROOT / file).read_text() for file in tracked(".py", ".c", ".h")}
     assert sorted(file.name for file in sources if len(file.parts) == 1) == [
-        *("compare.py", "model.py", "sample.py", "train.py"),
+        *("compare.py", "model.py", "sample.py", "train.py")
     ]
     model = (ROOT / "model.py").read_text()
     assert code_lines(model) <= 350 and len(model.splitlines()) <= 470

@@ -200,12 +200,7 @@ def test_a_streamed_set_resumed_after_kills_is_the_same(tmp_path, parquet_folder
 
 
 def test_a_resumed_set_keeps_its_shards(tmp_path, parquet_folder, monkeypatch):
-    flags = [
-        f"--input={parquet_folder}",
-        "--tokenizer=byte",
-        "--shard_tokens=3000",
-        f"--out_dir={tmp_path / 'set'}",
-    ]
+    flags = [f"--input={parquet_folder}", "--tokenizer=byte", "--shard_tokens=3000", f"--out_dir={tmp_path / 'set'}"]
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         stop_after(m, 10)
         main("tinystories")(flags)
@@ -221,12 +216,7 @@ def test_a_resumed_set_keeps_its_shards(tmp_path, parquet_folder, monkeypatch):
 
 
 def test_max_tokens_stops_a_stream(tmp_path, parquet_folder, capsys):
-    flags = [
-        f"--input={parquet_folder}",
-        "--tokenizer=byte",
-        f"--out_dir={tmp_path / 'set'}",
-        "--max_tokens=5000",
-    ]
+    flags = [f"--input={parquet_folder}", "--tokenizer=byte", f"--out_dir={tmp_path / 'set'}", "--max_tokens=5000"]
     main("openwebtext")([*flags, "--val_fraction=0.1"])
     assert 5000 <= len(Dataset(tmp_path / "set").train) < 7000
     main("openwebtext")(flags)

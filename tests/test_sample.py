@@ -282,13 +282,7 @@ def test_options_are_the_manual(capsys):
 
 
 def test_a_reader_that_leaves_ends_it_quietly(run_dir):
-    command = [
-        sys.executable,
-        str(ROOT / "sample.py"),
-        str(run_dir),
-        "--device=cpu",
-        "--max_new_tokens=100000",
-    ]
+    command = [sys.executable, str(ROOT / "sample.py"), str(run_dir), "--device=cpu", "--max_new_tokens=100000"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}  # which lacks most of what is printed
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     assert process.stdout.read(10)

@@ -110,8 +110,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     config |= {"max_iters": step + 3, "lr_decay_iters": step + 3}
     (tmp_path / "out/run/config.json").write_text(json.dumps(config))
     sweep.run_all(
-        {"run": [f"--dataset={tmp_path / 'set'}", *knobs.split(), f"--max_iters={step + 3}"]},
-        tmp_path / "out",
+        {"run": [f"--dataset={tmp_path / 'set'}", *knobs.split(), f"--max_iters={step + 3}"]}, tmp_path / "out"
     )
     summary = json.loads((tmp_path / "out/run/summary.json").read_text())
     assert summary["step"] == step + 3 and summary["final/val_loss"] > 0
@@ -155,31 +154,15 @@ def test_faults_of_a_list(tmp_path):
 def test_uptraining_is_a_sweep(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("".join(f"line {i} of {i * i % 91}\n" for i in range(900)))
     prepare.main([f"--input={tmp_path / 'text.txt'}", "--tokenizer=byte", f"--out_dir={tmp_path / 'set'}"])
-    shape = [
-        "--attention=mha",
-        "--n_layer=1",
-        "--n_head=2",
-        "--n_embd=16",
-        "--block_size=32",
-        "--qk_norm=False",
-    ]
-    recipe = [
-        f"--dataset={tmp_path / 'set'}",
-        "--batch_size=2",
-        "--max_iters=4",
-        "--eval_iters=2",
-        "--device=cpu",
-    ]
+    shape = ["--attention=mha", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32", "--qk_norm=False"]
+    recipe = [f"--dataset={tmp_path / 'set'}", "--batch_size=2", "--max_iters=4", "--eval_iters=2", "--device=cpu"]
     train([*shape, *recipe, "--sample_tokens=0", f"--out_dir={tmp_path / 'run'}"])
     options = ["--n_kv_heads=1", "--kv_lora_ranks=4", "--shares=25,50", "--eval_iters=2"]
     argv = [str(tmp_path / "run"), *options, f"--out_dir={tmp_path / 'out'}"]
     uptrain.main(argv)
     table = capsys.readouterr().out.splitlines()[-4:]
     assert table[0] == "| target | cached | before | converted | 25 % | 50 % | scratch |"
-    assert [row.split(" | ")[:2] for row in table[2:]] == [
-        ["| n_kv_head=1", "16"],
-        ["| kv_lora_rank=4", "12"],
-    ]
+    assert [row.split(" | ")[:2] for row in table[2:]] == [["| n_kv_head=1", "16"], ["| kv_lora_rank=4", "12"]]
     assert json.loads((tmp_path / "out/n_kv_head=1/50/config.json").read_text())["max_iters"] == 2
     uptrain.main(argv)
     again = capsys.readouterr().out.splitlines()

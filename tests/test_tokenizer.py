@@ -111,11 +111,7 @@ def test_save_and_load(tok, tmp_path):
 
 
 def test_each_tokenizer_has_its_own_hash():
-    others = [
-        tokenizer.train("bpe", CORPUS, 301),
-        tokenizer.CharTokenizer("ab"),
-        tokenizer.CharTokenizer("ba"),
-    ]
+    others = [tokenizer.train("bpe", CORPUS, 301), tokenizer.CharTokenizer("ab"), tokenizer.CharTokenizer("ba")]
     assert len({tokenizer.sha256(tok) for tok in [*every_kind(), *others]}) == 7
 
 

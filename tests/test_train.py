@@ -208,12 +208,7 @@ def test_init_from_a_run_takes_its_weights(run, tmp_path, capsys):
     assert events(second)[0]["val/loss"] == pytest.approx(loss, abs=1e-6)
     capsys.readouterr()
     dataset = read_knobs(folder)[1].dataset
-    knobs = [
-        f"--dataset={dataset}",
-        "--eval_only=True",
-        f"--init_from={folder}",
-        f"--out_dir={tmp_path / 'none'}",
-    ]
+    knobs = [f"--dataset={dataset}", "--eval_only=True", f"--init_from={folder}", f"--out_dir={tmp_path / 'none'}"]
     metrics = train.train([*TINY, *knobs])
     assert metrics["val/loss"] == pytest.approx(loss, abs=1e-6)
     assert not (tmp_path / "none").exists()

@@ -166,11 +166,7 @@ def train(argv: list[str]) -> None:
             if parallel.rank() == 0:
                 print_row(rows[-1], RANK_COLUMNS if ranks > 1 else TRAIN_COLUMNS, first=len(rows) == 1)
         if parallel.rank() == 0:
-            write(
-                out_dir / (f"train_{ranks}_ranks.json" if ranks > 1 else "train.json"),
-                options,
-                {"rows": rows},
-            )
+            write(out_dir / (f"train_{ranks}_ranks.json" if ranks > 1 else "train.json"), options, {"rows": rows})
     if ranks == 1:
         speed = rows, "context", "tokens_per_s", dict(xlabel="context, tokens", ylabel="training tokens/s")
         memory = rows, "context", "peak_bytes", dict(xlabel="context, tokens", ylabel="peak memory, bytes")

@@ -215,10 +215,7 @@ def decode(argv: list[str]) -> None:
             print(f"{name:12} tokens generated: {seconds}", flush=True)
     result = {"read_bytes_per_s": bandwidth, "rows": rows, "generate": lengths}
     write(out_dir / "decode.json", options, result)
-    rate, labels = (
-        "decode/tokens_per_s",
-        dict(yscale="log", xlabel="context, tokens", ylabel="decode, tokens/s"),
-    )
+    rate, labels = ("decode/tokens_per_s", dict(yscale="log", xlabel="context, tokens", ylabel="decode, tokens/s"))
     points = list(rows)
     for row in rows:
         if "ratio" in row:  # transformers with its faster cache
@@ -362,13 +359,7 @@ def machine() -> dict:
         cpu = next((line.split(":")[1].strip() for line in info.open() if line.startswith("model name")), cpu)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        **versions,
-        "date": time.strftime("%F"),
-    }
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu, **versions, "date": time.strftime("%F")}
 
 
 def write(path: Path, options, result: dict) -> None:

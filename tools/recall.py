@@ -31,11 +31,7 @@ RECIPE = [
 @dataclass
 class Options:
     list: str = "config/recall.txt"  # the models: a name and knobs a line
-    pairs: tuple[int, ...] = (
-        2,
-        4,
-        8,
-    )  # of an example, whose length is four tokens a pair; one sweep for each number
+    pairs: tuple[int, ...] = (2, 4, 8)  # of an example, whose length is four tokens a pair; one sweep for each number
     out_dir: str = "out/recall"  # the data sets and the runs
     picture: str = "out/recall/recall.png"  # where the picture goes
     into: str = ""  # a Markdown file, whose text from <!-- recall --> to <!-- /recall --> becomes the table

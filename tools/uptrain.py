@@ -35,12 +35,7 @@ class Options:
     run: str  # the run to convert, best of mha without QK-norm; may be given without its name
     n_kv_heads: tuple[int, ...] = (2, 1)  # key and value heads to pool to
     kv_lora_ranks: tuple[int, ...] = (64, 32)  # latents to factorize into
-    shares: tuple[float, ...] = (
-        1,
-        2,
-        5,
-        10,
-    )  # of the run's tokens, in percent, to train a converted model for
+    shares: tuple[float, ...] = (1, 2, 5, 10)  # of the run's tokens, in percent, to train a converted model for
     lr_scale: float = 0.3  # learning rates of uptraining, relative to those of the run
     eval_iters: int = 0  # val batches an evaluation; 0: the whole val split
     out_dir: str = "out/uptrain"  # where the runs and table.json go
