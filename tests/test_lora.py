@@ -34,7 +34,7 @@ def test_adapters_count_in_every_pass(knobs, only, before):
     full = pure(idx)[0]
     assert (full - plain(idx)[0]).abs().max() > 0.1
     for model in (pure, fast):
-        assert_close(model(idx)[0], full)
-        assert_close(cached_logits(model, idx, [5, *[1] * 7]), full)
+        assert_close(model(idx)[0], full, 5e-5)  # random adapters lose a digit: fp32 is 1e-5 from fp64
+        assert_close(cached_logits(model, idx, [5, *[1] * 7]), full, 5e-5)
     losses = [LanguageModelLoss(model.train())(idx, targets) for model in (pure, accelerate(fast))]
-    assert_close(losses[1], losses[0], 1e-6)
+    assert_close(losses[1], losses[0], 5e-6)
