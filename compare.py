@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeGuard
 
 from nanokv import checkpoint
 from nanokv.config import UserError, cli, parse
@@ -36,8 +36,6 @@ MARK = b'"train/loss"'  # in the lines of metrics.jsonl that are points of the c
 
 @dataclass
 class Options:
-    """Which runs, and what to make of them."""
-
     format: Literal["text", "markdown", "json"] = "text"  # of the table
     picture: str = "compare.png"  # where the picture goes; empty: nowhere
     into: str = ""  # a Markdown file, whose text from <!-- compare --> to <!-- /compare --> becomes the table
@@ -83,7 +81,7 @@ class Row:
         if len(names) > 1:  # what they have in common: mla-s1 and mla-s2 are mla
             self.name = re.sub(r"[-_.]*(seed|s)?[-_.]*$", "", os.path.commonprefix(names)) or names[0]
 
-    def __getitem__(self, key: str):
+    def __getitem__(self, key: str) -> Any:
         """The mean over seeds of what is MEASURED (None if no run has it), or a fact of the runs."""
         if key not in MEASURED:
             return self.runs[0].summary.get(key)
@@ -98,11 +96,8 @@ class Row:
         return statistics.stdev(values) if len(values := self.values(key)) > 1 else None
 
 
-def is_number(value) -> bool:
+def is_number(value) -> TypeGuard[float]:
     return type(value) in (int, float) and abs(value) < float("inf")
-
-
-# Reading: each source is a call that returns a Run or raises a UserError, one line
 
 
 def read_folder(path: Path) -> Run:
@@ -117,8 +112,7 @@ def read_folder(path: Path) -> Run:
 
 def read_curve(path: Path) -> list[dict]:
     """Training events of a metrics.jsonl: about CURVE_POINTS of them, the last included."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    lines = [line for line in lines if MARK in line]
+    lines = [line for line in path.read_bytes().splitlines() if MARK in line] if path.exists() else []
     events = []
     for line in reversed(lines[:: -max(len(lines) // CURVE_POINTS, 1)]):
         with suppress(ValueError):  # a line cut short when the run was killed
@@ -159,7 +153,7 @@ def one_line(error: Exception) -> str:
 
 
 def read_all(sources: list[Callable[[], Run]]) -> list[Run]:
-    """The runs that can be compared; a line on standard error for each of the others."""
+    """The runs that can be compared; a line on standard error for each source that raises a UserError instead."""
     runs = []
     for source in sources:
         try:
@@ -169,9 +163,6 @@ def read_all(sources: list[Callable[[], Run]]) -> list[Run]:
     if not runs:
         raise UserError("no finished run to compare; name run folders, such as out/*")
     return runs
-
-
-# Comparing
 
 
 def make_rows(runs: list[Run]) -> list[Row]:
@@ -207,15 +198,12 @@ def warnings(rows: list[Row]) -> list[str]:
     """Why rows are not comparable, a line for each reason; rows are held against what most of them have."""
     lines = []
     for key, what in (("corpus_sha256", "other data"), ("tokens", "another number of tokens")):
-        values = [row[key] for row in rows]
-        usual = statistics.mode(values)
-        odd = [f"{row.name} ({shorten(row[key])})" for row in rows if row[key] != usual]
-        if odd:
+        usual = statistics.mode(row[key] for row in rows)
+        if odd := [f"{row.name} ({shorten(row[key])})" for row in rows if row[key] != usual]:
             lines.append(f"not comparable, {what} than the rest ({shorten(usual)}): {', '.join(odd)}")
     middle = statistics.median_low(row["params/total"] for row in rows)
     off = {row.name: row["params/total"] - middle for row in rows}
-    odd = [f"{name} ({n / middle:+.1%})" for name, n in off.items() if abs(n) > 0.01 * middle]
-    if odd:
+    if odd := [f"{name} ({n / middle:+.1%})" for name, n in off.items() if abs(n) > 0.01 * middle]:
         lines.append(f"not comparable, parameters more than 1 % off the median {middle:,}: {', '.join(odd)}")
     return lines
 
@@ -224,17 +212,14 @@ def shorten(value) -> str:
     return f"{value:,}" if is_number(value) else str(value)[:8]
 
 
-# Showing
-
-
 def cells(row: Row) -> dict[str, str]:
     """A row of the table, by column."""
 
     def measured(key: str, digits: str, spread: bool = True) -> str:
         if row[key] is None:
             return "-"
-        spread = spread and row.spread(key) is not None
-        return f"{row[key]:{digits}}" + (f" ± {row.spread(key):{digits}}" if spread else "")
+        deviation = row.spread(key) if spread else None
+        return f"{row[key]:{digits}}" + ("" if deviation is None else f" ± {deviation:{digits}}")
 
     return {
         "run": row.name + (" *" if row.frontier else ""),
@@ -256,10 +241,9 @@ def table(rows: list[Row]) -> list[list[str]]:
 
 
 def as_text(rows: list[Row]) -> str:
-    columns = list(zip(*table(rows), strict=True))
+    columns = [list(column) for column in zip(*table(rows), strict=True)]
     for i, (title, *column) in enumerate(columns):
-        width = max(map(len, columns[i]))
-        pad = str.ljust if i < 2 else str.rjust
+        width, pad = max(map(len, columns[i])), str.ljust if i < 2 else str.rjust
         columns[i] = [pad(cell, width) for cell in (title, "-" * width, *column)]
     return "\n".join(map("  ".join, zip(*columns, strict=True)))
 
@@ -301,8 +285,8 @@ def save_workspace(project: str, runs: list[Run]) -> str:
     Raises UserError.
     """
     with wandb_errors(f"save a workspace in {project}"):
-        import wandb_workspaces.reports.v2 as panels
-        import wandb_workspaces.workspaces as workspaces
+        import wandb_workspaces.reports.v2 as panels  # pyright: ignore[reportMissingImports]
+        import wandb_workspaces.workspaces as workspaces  # pyright: ignore[reportMissingImports]
 
         styles = styles_of(run.summary["attention"] for run in runs)
         x, y = panels.SummaryMetric(CACHE), panels.SummaryMetric("best/val_bpb")
@@ -311,8 +295,8 @@ def save_workspace(project: str, runs: list[Run]) -> str:
         section = workspaces.Section(name="Comparison", panels=[scatter, *curves], is_open=True)
         colors = {run.id: workspaces.RunSettings(color=styles[run.summary["attention"]][0]) for run in runs}
         settings, names = workspaces.RunsetSettings(run_settings=colors), project.split("/")
-        title = "Quality against cache"
-        return workspaces.Workspace(*names, title, [section], runset_settings=settings).save().url
+        workspace = workspaces.Workspace(*names, "Quality against cache", [section], runset_settings=settings)
+        return workspace.save().url
 
 
 def main(argv: list[str]) -> None:
@@ -324,8 +308,7 @@ def main(argv: list[str]) -> None:
         raise UserError("name run folders, such as out/*, or else --wandb=ENTITY/PROJECT")
     if options.wandb and not re.fullmatch(r"[^/\s]+/[^/\s]+", options.wandb):
         raise UserError(f"--wandb should be ENTITY/PROJECT, not {options.wandb}")
-    sources = wandb_sources(options.wandb) if options.wandb else [partial(read_folder, f) for f in folders]
-    runs = read_all(sources)
+    runs = read_all(wandb_sources(options.wandb) if options.wandb else [partial(read_folder, f) for f in folders])
     rows = make_rows(runs)
     page = markdown(table(rows), words=2)
     print({"text": as_text(rows), "markdown": page, "json": as_json(rows)}[options.format])

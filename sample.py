@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
@@ -25,6 +25,7 @@ from nanokv.config import UserError, check_range, cli, only_fields, parse
 from nanokv.device import pick_device, pick_dtype
 from nanokv.generate import DraftModel, PromptLookup, Stats, check_sampling, generate
 from nanokv.text import TextStream, encode_prompt, stop_ids
+from nanokv.tokenizer import Tokenizer
 
 SEPARATOR = "---------------"
 USAGE = """python sample.py RUN [--key=value ...]
@@ -65,15 +66,13 @@ class Options:
             self.temperature = 0.0
 
 
-def load_run(
-    path: str | Path, device: str = "auto", dtype: str = "auto", which: str = "best"
-) -> tuple[GPT, tokenizers.Tokenizer]:
+def load_run(path: str | Path, device: str = "auto", dtype: str = "auto", which: str = "best") -> tuple[GPT, Tokenizer]:
     """Model, in eval mode on `device`, and tokenizer of a run.
 
     `path` is the run's folder, or the best/ or last/ in it; `which` counts for the former, and falls back to
     last where there is no best. Raises UserError if it is no run, or a damaged one.
     """
-    (run_dir, which), device = checkpoint.find(path, which), pick_device(device)
+    (run_dir, which), place = checkpoint.find(path, which), pick_device(device)
     config = only_fields(GPTConfig, checkpoint.read_config(run_dir), str(run_dir / "config.json"))
     weights = checkpoint.load_weights(run_dir, which)
     try:
@@ -85,7 +84,7 @@ def load_run(
     tokenizer = tokenizers.load(run_dir)
     if tokenizer.n_vocab > config.vocab_size:
         raise UserError(f"the tokenizer in {run_dir} is not this run's: it has more ids than the model")
-    return accelerate(model.to(device, pick_dtype(dtype, device))), tokenizer
+    return cast(GPT, accelerate(model.to(place, pick_dtype(dtype, place)))), tokenizer
 
 
 def read_prompts(start: str, split_lines: bool) -> list[str]:
@@ -93,12 +92,11 @@ def read_prompts(start: str, split_lines: bool) -> list[str]:
     where = start if start.startswith("FILE:") else "on standard input" if start == "-" else "--start"
     try:
         if start == "-":
-            raw = sys.stdin.buffer.read()
+            text = sys.stdin.buffer.read().decode()
         elif start.startswith("FILE:"):
-            raw = Path(start.removeprefix("FILE:")).read_bytes()
+            text = Path(start.removeprefix("FILE:")).read_bytes().decode()
         else:
-            raw = os.fsencode(start)
-        text = raw.decode()
+            text = os.fsencode(start).decode()
     except OSError as error:
         raise UserError(f"cannot read the prompt {where}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -139,20 +137,16 @@ def print_samples(steps: Iterator[list[int | None]], prompts: list[str], streams
 
 def report(stats: Stats, config: GPTConfig, dtype: torch.dtype, rows: int) -> str:
     """Lines on speed, on the cache (in dtype), and on the draft if there was one."""
-    prefill_rate = stats.prompt_tokens / stats.prefill_seconds
     decode_rate = stats.decode_tokens / stats.decode_seconds if stats.decode_seconds else 0.0
+    prefill = f"prefill {stats.prompt_tokens:,} tokens, {stats.prompt_tokens / stats.prefill_seconds:,.0f} tokens/s"
+    decode = f"decode {stats.decode_tokens:,} tokens, {decode_rate:,.0f} tokens/s; batch of {rows}"
     per_token, name = config.kv_bytes_per_token(dtype), str(dtype).removeprefix("torch.")
-    lines = [
-        f"prefill {stats.prompt_tokens:,} tokens, {prefill_rate:,.0f} tokens/s; "
-        f"decode {stats.decode_tokens:,} tokens, {decode_rate:,.0f} tokens/s; batch of {rows}",
-        f"kv cache ({config.attention}, {name}) {per_token:,} bytes a token, {stats.cache_bytes:,} bytes allocated",
-    ]
-    if stats.drafted:
-        lines.append(f"draft: {stats.accepted:,} of {stats.drafted:,} drafted tokens accepted")
-    return "\n".join(lines)
+    held = f"{per_token:,} bytes a token, {stats.cache_bytes:,} bytes allocated"
+    draft = f"\ndraft: {stats.accepted:,} of {stats.drafted:,} drafted tokens accepted" if stats.drafted else ""
+    return f"{prefill}; {decode}\nkv cache ({config.attention}, {name}) {held}{draft}"
 
 
-def print_all(options: Options, model: GPT, tokenizer: tokenizers.Tokenizer, prompts: list[list[int]]) -> str:
+def print_all(options: Options, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]) -> str:
     """Generate and print every sample; returns the report on what they cost. Ctrl-C ends it early."""
     # what is printed is what was encoded; an empty prompt's <|endoftext|> is not text
     shown = ["" if tuple(ids) == stop_ids(tokenizer) else tokenizer.decode(ids) for ids in prompts]
@@ -166,8 +160,7 @@ def print_all(options: Options, model: GPT, tokenizer: tokenizers.Tokenizer, pro
     stats, total = Stats(), len(prompts) * options.num_samples
     at_once = 1 if options.draft else options.batch_size
     knobs = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    knobs |= {"stop_ids": stop_ids(tokenizer), "n_vocab": tokenizer.n_vocab}
-    knobs |= {"cache_dtype": cache_dtype, "stats": stats}
+    knobs |= dict(stop_ids=stop_ids(tokenizer), n_vocab=tokenizer.n_vocab, cache_dtype=cache_dtype, stats=stats)
     try:
         for first in range(0, total, at_once):
             rows = [i // options.num_samples for i in range(first, min(first + at_once, total))]
@@ -184,7 +177,7 @@ def print_all(options: Options, model: GPT, tokenizer: tokenizers.Tokenizer, pro
 
 def main(argv: list[str]) -> None:
     options = parse(Options, argv, USAGE, bare=1)
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
+    sys.stdout.reconfigure(errors="replace")  # pyright: ignore (a terminal may lack a character)
     texts = read_prompts(options.start, options.split_lines)
     model, tokenizer = load_run(options.out_dir, options.device, options.dtype, options.which)
     prompts = [encode_prompt(tokenizer, text) for text in texts]

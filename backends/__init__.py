@@ -7,7 +7,7 @@ checkpoints stay what they were, and each class computes as model.py does wherev
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from backends import cpu_library
 from nanokv.config import UserError
 
+M = TypeVar("M", bound=nn.Module)
 CHOICES = ("auto", "none", "cpu", "cuda")
 _notes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # why nothing was taken
 
@@ -31,7 +32,8 @@ class Piece(NamedTuple):
 
 
 def pieces() -> list[Piece]:
-    from backends import cpu_decode, cpu_train, fingerprints
+    from backends import cpu_decode, cpu_train
+    from backends.fingerprints import edited
 
     loss = tuple(f"nanokv.loss.LanguageModelLoss.{method}" for method in ("cross_entropy", "head_loss"))
     table = {
@@ -41,13 +43,10 @@ def pieces() -> list[Piece]:
         "loss": (cpu_train.CpuLanguageModelLoss, (*loss, "model.GPT.head")),
         "decoding": (cpu_decode.CpuGPT, cpu_decode.STANDS_FOR),
     }
-    return [
-        Piece(name, fast.__base__, fast, names, edited=bool(fingerprints.edited(names)))
-        for name, (fast, names) in table.items()
-    ]
+    return [Piece(name, fast.__base__, fast, names, bool(edited(names))) for name, (fast, names) in table.items()]
 
 
-def accelerate(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def accelerate(module: M, dtype: torch.dtype | None = None) -> M:
     """Swap in the faster classes, in place, as NANOKV_BACKEND says: `auto` (the fastest), `none`, `cpu` or
     `cuda`. Returns the module. Only modules whose type is exactly one that a backend knows are swapped.
     dtype: of activations, where autocast makes it another than that of the weights.
@@ -62,12 +61,12 @@ def accelerate(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     return module if _notes[module] else swap(module, swaps)
 
 
-def pure(module: nn.Module) -> nn.Module:
+def pure(module: M) -> M:
     """Undo `accelerate`, in place. Returns the module."""
     return swap(module, {piece.fast: piece.pure for piece in pieces()})
 
 
-def swap(module: nn.Module, classes: dict[type, type]) -> nn.Module:
+def swap(module: M, classes: dict[type, type]) -> M:
     for part in module.modules():
         part.__class__ = classes.get(type(part), type(part))
     return module
@@ -94,7 +93,7 @@ def describe(module: nn.Module) -> str:
     types, known, n = {type(part) for part in module.modules()}, pieces(), torch.get_num_threads()
     from backends.cpu_decode import DECODES
 
-    foreign = {"decoding"} if not DECODES & types else set()  # an attention that is not of model.py
+    foreign = {"decoding"} if types.isdisjoint(DECODES) else set()  # an attention that is not of model.py
     taken = ", ".join(piece.name for piece in known if piece.fast in types and piece.name not in foreign)
     left = [f"{piece.name}: torch (its code was edited)" for piece in known if piece.pure in types and piece.edited]
     if not taken and (_notes.get(module) or not left):

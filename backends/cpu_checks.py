@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from operator import attrgetter
 from types import FunctionType
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,7 @@ PRIVATE = (
 TORCH_FUNCTIONS = attrgetter(
     *("functional.linear", "functional.rms_norm", "functional.silu", "functional.embedding"),
     *("functional.scaled_dot_product_attention", "functional.cross_entropy", "Linear.forward"),
-    *("Embedding.forward", "Module.__call__", "Module.__getattr__", "Module._call_impl"),
-    "Module._wrapped_call_impl",
+    *("Embedding.forward", "Module.__call__", "Module.__getattr__", "Module._call_impl", "Module._wrapped_call_impl"),
 )
 IMPORTED = TORCH_FUNCTIONS(nn)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -51,9 +51,8 @@ def plain_operators() -> bool:
     """Whether operators on the CPU run now, once and as they are: no autocast, tracing, compiling, function
     or dispatch modes, functorch transforms, forward-mode gradients, or hooks on all modules. A microsecond.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or STATES is None:
-        return False
-    if getattr(forward_ad, "_current_level", 0) >= 0:  # -1 outside of forward-mode differentiation
+    forward_mode = getattr(forward_ad, "_current_level", 0) >= 0  # -1 outside of it
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or STATES is None or forward_mode:  # pyright: ignore
         return False
     return not (torch.is_autocast_enabled("cpu") or any([state() for state in STATES]))
 
@@ -63,7 +62,7 @@ def unpatched() -> bool:
     return TORCH_FUNCTIONS(nn) == IMPORTED
 
 
-def readable(t: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
+def readable(t: Any, dtype: torch.dtype = torch.float32) -> TypeGuard[Tensor]:
     """Whether t's memory has numbers of this dtype, which C can read; not necessarily in a row."""
     if type(t) not in (Tensor, nn.Parameter) or t.is_neg():  # a subclass may have no memory of its own
         return False
@@ -94,7 +93,7 @@ def as_written(module: nn.Module, known: type) -> bool:
     return not changed and not (module.training and own.get("dropout"))
 
 
-def plain_weight(linear: nn.Module) -> Tensor | None:
+def plain_weight(linear: Any) -> Any:
     """The weight of a Linear that computes x weight^T, nothing else, and which C can read; else None."""
     plain = as_written(linear, Linear) and Linear.forward is nn.Linear.forward and linear.bias is None
     return linear.weight if plain and readable(linear.weight) else None

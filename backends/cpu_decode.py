@@ -34,14 +34,12 @@ STANDS_FOR = (
     *("model.MultiHeadLatentAttention.forward", "model.MultiHeadLatentAttention.absorbed"),
     *("model.MultiHeadLatentAttention.expanded", "model.rotate", "model.rope_angles", "model.visible"),
     *("model.GPTConfig.layer_windows", "nanokv.cache.KVCache.advance", "nanokv.cache.KVCache.reserve"),
-    *("nanokv.cache.LayerCache.append", "nanokv.cache.LayerCache.store", "nanokv.cache.LayerCache.read"),
-    *("nanokv.cache.LayerCache.held", "nanokv.cache.LayerCache.encode", "nanokv.cache.LayerCache.decode"),
+    *(f"nanokv.cache.LayerCache.{name}" for name in ("append", "store", "read", "held", "encode", "decode")),
     *("nanokv.cache.Plan.update", "nanokv.cache.Plan.positions_held", "nanokv.cache.Plan.slot_of"),
 )
 # What these define must not change while a Step is in use, nor what the others name.
-CLASSES = (GPT, pure.Block, pure.MLP, pure.GroupedQueryAttention, pure.MultiHeadLatentAttention, pure.Attend)
-DECODES = {pure.GroupedQueryAttention, pure.MultiHeadLatentAttention}
-CLASSES += (pure.RMSNorm, pure.Linear, GPTConfig, KVCache, LayerCache, Plan)
+DECODES = (pure.GroupedQueryAttention, pure.MultiHeadLatentAttention)
+CLASSES = (GPT, pure.Block, pure.MLP, pure.Attend, pure.RMSNorm, pure.Linear, GPTConfig, KVCache, LayerCache, Plan)
 FUNCTIONS = attrgetter("rotate", "rope_angles", "visible")
 CACHE = attrgetter("layers", "batch_size", "max_len", "endless")
 PLAN = attrgetter("window", "sinks", "slots", "ring")
@@ -79,7 +77,7 @@ def require(condition: bool, fault: str) -> None:
         raise ValueError(fault)
 
 
-def grouped_query(a: pure.GroupedQueryAttention, config: GPTConfig) -> tuple[dict[str, int], Weights]:
+def grouped_query(a: Any, config: Any) -> tuple[dict[str, int], Weights]:
     """Numbers for `model` of cpu_decode.c, and weights for a `layer`."""
     C, H, G, D = config.n_embd, config.n_head, config.n_kv_head, a.head_dim
     weights = {"q": (a.q_proj, H * D, C), "o": (a.o_proj, C, H * D)}
@@ -89,7 +87,7 @@ def grouped_query(a: pure.GroupedQueryAttention, config: GPTConfig) -> tuple[dic
     return {"heads": H, "groups": G, "head": D, "dv": D, "scale": a.attend.scale}, weights
 
 
-def latent(a: pure.MultiHeadLatentAttention, config: GPTConfig) -> tuple[dict[str, int], Weights]:
+def latent(a: Any, config: Any) -> tuple[dict[str, int], Weights]:
     C, H, r, A, dn, dr, dv = config.n_embd, a.n_head, a.rank, a.q_rank, a.dn, a.dr, a.dv
     if A is None:
         weights = {"q": (a.q_proj, H * (dn + dr), C)}
@@ -144,8 +142,8 @@ class Step:
         for name, number in self.numbers.items():
             setattr(c, name, number)
         require(c.heads % c.groups == 0 and c.rope <= c.head - c.nope, "heads do not fit")
-        width, repeat = c.rope // (config.qk_rope_repeat or 1), config.qk_rope_repeat or 1
-        exponent = torch.arange(0, width, 2, dtype=torch.float32) / -max(width, 1)
+        repeat = config.qk_rope_repeat or 1
+        exponent = torch.arange(0, c.rope // repeat, 2, dtype=torch.float32) / -max(c.rope // repeat, 1)
         # (rope / 2) in radians a token, as model.rope_angles has them
         self.frequency = (config.rope_theta**exponent).repeat(repeat).contiguous()
         c.frequency, c.lengths = self.frequency.data_ptr(), self.address(cache.lengths, cache.batch_size)
@@ -179,7 +177,7 @@ class Step:
             address = self.address(module.weight if norm else plain_weight(module), *shape)
             setattr(struct, field, CNorm(address, module.eps) if norm else address)
 
-    def address(self, t: Tensor | None, *shape: int) -> int:
+    def address(self, t: Any, *shape: int) -> int:
         """Of a tensor that C can read, contiguous and of this shape."""
         dtype = torch.int64 if t is self.lengths else torch.float32
         require(readable(t, dtype) and t.shape == shape and t.is_contiguous(), f"a tensor is not {shape}")
@@ -197,7 +195,7 @@ class Step:
             [list(map(part, self.tensors)) for part in TENSOR],
             [*CACHE(cache), *map(PLAN, plans)],
             list(map(len, map(vars, [cache, *plans]))),  # a patched method is an attribute more
-            list(map(vars, CLASSES)),
+            list(map(vars, CLASSES + DECODES)),
             [*FUNCTIONS(pure), unpatched()],
         ]
 
@@ -270,7 +268,7 @@ class CpuGPT(GPT):
         return super().head(hidden)
 
 
-def head_weight(model: nn.Module) -> Tensor | None:
+def head_weight(model: Any) -> Any:
     """The matrix (V, C) that makes logits of hidden states; None where the head is more than a matrix."""
     replaced = "head" in vars(model) or getattr(type(model), "head", None) not in (GPT.head, CpuGPT.head)
     if replaced or not can_replace(GPT, "head"):

@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -37,9 +38,9 @@ FUNCTIONS = {  # name: result, arguments
 }
 
 
-def library() -> ctypes.CDLL | None:
-    """The compiled C files; None where there is no compiler for them, and in a forked child, whose OpenMP has
-    lost its threads.
+def library() -> Any:
+    """The compiled C files, a ctypes.CDLL; None where there is no compiler for them, and in a forked child, whose
+    OpenMP has lost its threads.
     """
     lib, _, process = load()
     return lib if process == os.getpid() else None
@@ -70,8 +71,7 @@ def load() -> tuple[ctypes.CDLL | None, str, int]:
 def cache_folder() -> Path:
     """$XDG_CACHE_HOME/nanokv or ~/.cache/nanokv. Raises RuntimeError if there is no home."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = folder if folder.is_absolute() else Path.home() / ".cache"  # the standard says to ignore others
-    return folder / "nanokv"
+    return (folder if folder.is_absolute() else Path.home() / ".cache") / "nanokv"  # the standard ignores others
 
 
 def key() -> str:
@@ -96,9 +96,8 @@ def compile_to(path: Path) -> None:
         built = Path(folder, path.name)
         for flags in FOR_THIS_MACHINE:
             command = [*compiler, *FLAGS, *flags, "-o", str(built), *sources, "-lm"]
-            options = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": COMPILE_SECONDS}
             try:
-                done = subprocess.run(command, **options)
+                done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMPILE_SECONDS)
             except FileNotFoundError:
                 raise RuntimeError(f"no C compiler: {compiler[0]} is not installed") from None
             except subprocess.TimeoutExpired:

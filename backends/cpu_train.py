@@ -106,7 +106,7 @@ class CpuMLP(MLP):
     def forward(self, x: Tensor) -> Tensor:
         if can_replace(MLP, "forward", x):
             gate, up, down = map(plain_weight, (self.gate_proj, self.up_proj, self.down_proj))
-            known = gate is not None and up is not None and down is not None
+            known = all(isinstance(weight, Tensor) for weight in (gate, up, down))
             if known and gate.shape == up.shape == down.shape[::-1] == (len(gate), x.size(-1)):
                 return SwiGLU.apply(x, gate, up, down)
         return super().forward(x)
@@ -143,11 +143,10 @@ class CpuLanguageModelLoss(LanguageModelLoss):
         pure = LanguageModelLoss
         if can_replace(pure, "cross_entropy", hidden) and can_replace(pure, "head_loss"):
             own = "head_loss" not in vars(self) and type(self).head_loss is pure.head_loss
-            weight = head_weight(self.model) if own else None
-            fits = weight is not None and hidden.size(1) == weight.size(1)
-            if fits and are_tokens(targets, len(hidden), len(weight)):
-                weight = weight if torch.is_grad_enabled() else weight.detach()
-                return CrossEntropy.apply(hidden, weight, targets)
+            head = head_weight(self.model) if own else None
+            if head is not None and hidden.size(1) == head.size(1) and are_tokens(targets, len(hidden), len(head)):
+                head = head if torch.is_grad_enabled() else head.detach()
+                return CrossEntropy.apply(hidden, head, targets)
         return super().cross_entropy(hidden, targets)
 
 
@@ -175,9 +174,9 @@ class CrossEntropy(torch.autograd.Function):
         for i, (h, target, loss) in enumerate(parts):
             part = torch.mm(h, weight.mT, out=logits[: len(h)])
             call("cross_entropy", [part, target, loss], *part.shape)  # logits become their gradient
-            if needed[0]:
+            if grad_hidden is not None:
                 torch.mm(part, weight, out=grad_hidden[i * rows :][: len(h)])
-            if needed[1]:
+            if grad_weight is not None:
                 grad_weight.addmm_(part.mT, h)
         ctx.save_for_backward(hidden, weight, targets, grad_hidden, grad_weight, count)
         return losses.sum() / count

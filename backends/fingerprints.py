@@ -15,6 +15,7 @@ import pkgutil
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 TABLE = Path(__file__).with_name("fingerprints.json")
 
@@ -35,7 +36,7 @@ def table() -> dict[str, str]:
     return json.loads(TABLE.read_text())
 
 
-def resolve(name: str) -> object:
+def resolve(name: str) -> Any:
     """The object of this dotted name; None if there is nothing."""
     try:
         return pkgutil.resolve_name(name)
@@ -43,12 +44,11 @@ def resolve(name: str) -> object:
         return None
 
 
-def fingerprint(function: Callable) -> str:
+def fingerprint(function: Any) -> str:
     """Of a function's source; empty if it has none, as where a patch is no Python function."""
-    code = getattr(function, "__code__", None)  # not what functools.wraps makes of it
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
-    except (OSError, TypeError, SyntaxError):
+    try:  # __code__, not what functools.wraps makes of it
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
+    except (AttributeError, OSError, TypeError, SyntaxError):
         return ""
     return hashlib.sha256(repr(outline(tree)).encode()).hexdigest()[:16]
 

@@ -6,9 +6,9 @@ whole processes or medians of repeated steps; a peer is measured in the same ses
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import pickle
+import runpy
 import statistics
 import subprocess
 import sys
@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -92,7 +92,7 @@ def speedrun(argv: list[str]) -> None:
             seconds, _ = timed([*ours, f"--seed={i}"], ROOT)
             found = losses(run_dir, folder)
         else:
-            seconds, output = timed(theirs, Path(options.peer))
+            seconds, output = timed(theirs, Path(options.peer or ""))
             found = {"nanogpt_estimate": float(output.rsplit("val loss ", 1)[1].split()[0])}
         rows.append({"side": side, "seconds": seconds, **found})
         print_row(rows[-1], SPEEDRUN_COLUMNS, first=len(rows) == 1)
@@ -107,8 +107,7 @@ def speedrun(argv: list[str]) -> None:
         print(f"nanoGPT takes {ratio:.2f} times as long (median of pairs; {min(ratios):.2f} at least)")
     write(out_dir / "speedrun.json", options, result)
     settings = dict(xlabel="whole process, seconds", ylabel="val loss, nats a character", xscale="linear")
-    panel = rows, "seconds", "nanogpt_estimate", settings
-    draw_lines(out_dir / "speedrun.png", "side", [panel], linestyle="none")
+    draw_lines(out_dir / "speedrun.png", "side", [(rows, "seconds", "nanogpt_estimate", settings)], linestyle="none")
 
 
 def nanogpt_folder(text: Path, folder: Path) -> Path:
@@ -116,13 +115,12 @@ def nanogpt_folder(text: Path, folder: Path) -> Path:
     if not text.is_file():
         raise UserError(f"no text at {text}; put one there, or name another with --text")
     content = text.read_text(encoding="utf-8")
-    chars = sorted(set(content))
-    ids = {c: i for i, c in enumerate(chars)}
+    ids = {c: i for i, c in enumerate(sorted(set(content)))}
     folder.mkdir(parents=True, exist_ok=True)
     train, val = np.split(np.array([ids[c] for c in content], np.uint16), [int(len(content) * 0.9)])
     train.tofile(folder / "train.bin")
     val.tofile(folder / "val.bin")
-    meta = {"vocab_size": len(chars), "stoi": ids, "itos": dict(enumerate(chars))}
+    meta = {"vocab_size": len(ids), "stoi": ids, "itos": dict(enumerate(ids))}
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
     return folder.resolve()
 
@@ -131,11 +129,11 @@ def timed(command: list[str], cwd: Path) -> tuple[float, str]:
     """Wall time of a whole Python process, and what it printed."""
     begin = time.perf_counter()
     output = run_python(command, cwd=cwd, stdout=subprocess.PIPE)
-    return time.perf_counter() - begin, output
+    return time.perf_counter() - begin, output or ""
 
 
 @torch.no_grad()
-def losses(run_dir: Path, folder: Path) -> dict[str, float]:
+def losses(run_dir: Path, folder: Path) -> dict[str, float | None]:
     """Val loss of a run's last weights: in nanoGPT's way (20 batches of 12 random windows), and over all."""
     model, _ = load_run(run_dir, device="cpu", which="last")
     dataset, block_size = open_dataset(str(folder)), model.config.block_size
@@ -179,8 +177,8 @@ def train_row(options: TrainOptions, block_size: int, side: str) -> dict:
     dtype, config = pick_dtype(options.dtype, device), step_config(side, block_size, options)
     torch.manual_seed(0)
     if side == "nanoGPT":
-        model, optimizers = nanogpt_model(Path(options.peer), config, device)
-        clip, loss_model = nn.utils.clip_grad_norm_, NanoGPTLoss(model)
+        model, optimizers = nanogpt_model(Path(options.peer or ""), config, device)
+        clip, loss_model = nn.utils.clip_grad_norm_, lambda idx, targets: model(idx, targets)[1]
         loss_model = torch.compile(loss_model) if options.compile else loss_model
         matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - block_size * config.n_embd
         flops = 6 * (matrices + 2 * config.n_layer * config.n_embd * block_size)
@@ -201,7 +199,7 @@ def train_row(options: TrainOptions, block_size: int, side: str) -> dict:
         loss.backward()
         clip(params, max_norm=1.0)
         for optimizer in optimizers:
-            optimizer.step()
+            optimizer.step()  # pyright: ignore[reportAttributeAccessIssue]
             optimizer.zero_grad()
 
     seconds, ranks = median_seconds(train_step, device, options.steps), parallel.size()
@@ -243,24 +241,15 @@ def median_seconds(run: Callable[[], None], device: torch.device, steps: int) ->
 def step_config(side: str, block_size: int, options: TrainOptions) -> GPTConfig:
     """The model of one side, mha's for nanoGPT; the others' MLPs make parameters equal within 1 %."""
     shape = {name: getattr(options, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    mlp = options.intermediate_size
-    config = base = model_config("mha", block_size=block_size, intermediate_size=mlp, **shape)
-    if side not in ("mha", "nanoGPT"):
-        mlp = base.intermediate_size
-        config = model_config(side, block_size=block_size, intermediate_size=mlp, **shape)
-        sizes = [n_params(checkpoint.on_meta(partial(GPT, shape))) for shape in (base, config)]
-        columns = (sizes[0] - sizes[1]) / (3 * base.n_embd * base.n_layer)
-        whole = 8 * round(columns / 8)  # products of odd widths are slow
-        within = abs(whole - columns) < base.intermediate_size / 100
-        config.intermediate_size += whole if within else round(columns)
-    return config
-
-
-class NanoGPTLoss(LanguageModelLoss):
-    """The loss as nanoGPT's own model computes it."""
-
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.model(idx, targets)[1]
+    base = model_config("mha", block_size=block_size, intermediate_size=options.intermediate_size, **shape)
+    if side in ("mha", "nanoGPT"):
+        return base
+    mlp = base.intermediate_size or 0
+    config = model_config(side, block_size=block_size, intermediate_size=mlp, **shape)
+    sizes = [n_params(checkpoint.on_meta(partial(GPT, shape))) for shape in (base, config)]
+    columns = (sizes[0] - sizes[1]) / (3 * base.n_embd * base.n_layer)
+    whole = 8 * round(columns / 8)  # products of odd widths are slow
+    return replace(config, intermediate_size=mlp + (whole if abs(whole - columns) < mlp / 100 else round(columns)))
 
 
 def nanogpt_model(folder: Path, config, device: torch.device):
@@ -268,11 +257,10 @@ def nanogpt_model(folder: Path, config, device: torch.device):
     path = folder / "model.py"
     if not path.exists():
         raise UserError(f"{folder} is not a nanoGPT checkout: it has no model.py")
-    spec = importlib.util.spec_from_file_location("nanogpt", path)
-    peer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(peer)
+    peer = runpy.run_path(str(path), run_name="nanogpt")
     names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-    model = peer.GPT(peer.GPTConfig(**{name: getattr(config, name) for name in names}, bias=False)).to(device)
+    knobs = {name: getattr(config, name) for name in names}
+    model = peer["GPT"](peer["GPTConfig"](**knobs, bias=False)).to(device)
     return model, [model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)]
 
 
@@ -280,12 +268,10 @@ COMMANDS = {"speedrun": speedrun, "train": train, "decode": decode, "cache": cac
 
 
 def main(argv: list[str]) -> None:
+    if argv[:1] in (["--help"], ["-h"]):
+        return print(f"{__doc__}\ncommands: {', '.join(COMMANDS)}")
     if not argv or argv[0] not in COMMANDS:
-        names = ", ".join(COMMANDS)
-        if argv and argv[0] in ("--help", "-h"):
-            print(f"{__doc__}\ncommands: {names}")
-            return
-        raise UserError(f"which measurement? python -m tools.bench COMMAND, one of {names}")
+        raise UserError(f"which measurement? python -m tools.bench COMMAND, one of {', '.join(COMMANDS)}")
     COMMANDS[argv[0]](argv[1:])
 
 

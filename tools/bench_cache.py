@@ -51,12 +51,7 @@ class DecodeOptions:
     n: int = 16  # tokens of each of the 5 timings of which the median counts, after n to warm up
     generate: int = 0  # also the time to generate this many tokens and a half, a quarter, an eighth of them
     # the models, if neither out_dir nor config names them
-    attentions: tuple[str, ...] = (
-        "mha",
-        "mqa",
-        "gqa",
-        "mla",
-    )  # gqa with 2 groups, mla with a latent of a third of the width
+    attentions: tuple[str, ...] = ("mha", "mqa", "gqa", "mla")  # gqa has 2 groups, mla's latent a third of n_embd
     n_layer: int = 6  # blocks
     n_head: int = 6  # heads
     n_embd: int = 384  # width
@@ -110,11 +105,9 @@ def model_config(attention: str, qk_norm: bool = False, **knobs) -> GPTConfig:
 
 def cache(argv: list[str]) -> None:
     """Quality through the cache: bits per byte, bytes and speed of every format and window."""
-    usage = "python -m tools.bench cache --out_dir=RUN[,RUN...] [--key=value ...]"
-    options = parse(CacheOptions, argv, usage)
-    rows, out_dir = [], Path(options.out_dir[0])
-    for run in options.out_dir:
-        rows += cache_rows(Path(run), options)
+    options = parse(CacheOptions, argv, "python -m tools.bench cache --out_dir=RUN[,RUN...] [--key=value ...]")
+    rows = [row for run in options.out_dir for row in cache_rows(Path(run), options)]
+    out_dir = Path(options.out_dir[0])
     write(out_dir / "cache.json", options, {"rows": rows})
     quality, unit = ("val/bpb", "bits per byte") if rows[0]["val/bpb"] else ("val/loss", "loss, nats a token")
     formats, windows = [], []
@@ -142,25 +135,22 @@ def cache_rows(run: Path, options: CacheOptions) -> list[dict]:
     if tokenizers.sha256(dataset.tokenizer) != tokenizers.sha256(tokenizer):
         raise UserError(f"{knobs['dataset']} is not the data that {run} was trained on: another tokenizer")
     windows = [w for w in options.windows if w] or [config.block_size // 2, config.block_size // 4]
-    shapes = [(config.window, config.sink_tokens, config.window_pattern)]
-    shapes += [(w, s, "S") for w, s in product(windows, options.sinks or [0])]
+    shapes = [{name: getattr(config, name) for name in ("window", "sink_tokens", "window_pattern")}]
+    shapes += [dict(window=w, sink_tokens=s, window_pattern="S") for w, s in product(windows, options.sinks or [0])]
     variants = []  # (row, model, dtype of the cache)
-    for (window, sinks, pattern), name in product(shapes, options.formats):
+    for shape, name in product(shapes, options.formats):
         changed, dtype = copy.copy(model), CACHE_FORMATS[name]  # the same weights under another config
-        changed.config = replace(config, window=window, sink_tokens=sinks, window_pattern=pattern)
-        row = {"run": str(run), "attention": config.attention, "format": name}
-        row |= {"window": window, "sink_tokens": sinks, "window_pattern": pattern}
-        row["bytes_per_token"] = kv_bytes_in_context(changed.config, dtype)
-        variants.append((row, changed, dtype))
+        changed.config = replace(config, **shape)
+        row = {"run": str(run), "attention": config.attention, "format": name} | shape
+        variants.append((row | {"bytes_per_token": kv_bytes_in_context(changed.config, dtype)}, changed, dtype))
     weights = model.embed_tokens.weight.dtype
     measured = through_the_cache([(model, weights)] + [v[1:] for v in variants], dataset, options)
     base, bytes_per_token = measured.pop(0), dataset.val_bytes_per_token
     print(f"{run}: {config.attention}, cached in {weights}: val loss {base['loss']:.4f}")
     for (row, changed, dtype), result in zip(variants, measured, strict=True):
         probe = decode_probe(changed, config.block_size // 2, cache_dtype=dtype)
-        row["val/loss"], row["val/bpb"] = result["loss"], None
-        if bytes_per_token:
-            row["val/bpb"] = result["loss"] / math.log(2) / bytes_per_token
+        bpb = result["loss"] / math.log(2) / bytes_per_token if bytes_per_token else None
+        row |= {"val/loss": result["loss"], "val/bpb": bpb}
         row |= {"worse": result["loss"] / base["loss"] - 1, "kl": result["kl"], "top1": result["top1"]}
         row["decode/tokens_per_s"] = probe["decode/tokens_per_s"]
         print_row(row, CACHE_COLUMNS, first=row is variants[0][0])
@@ -168,9 +158,7 @@ def cache_rows(run: Path, options: CacheOptions) -> list[dict]:
 
 
 @torch.inference_mode()
-def through_the_cache(
-    variants: list[tuple[GPT, torch.dtype]], dataset: Dataset, options: CacheOptions
-) -> list[dict[str, float]]:
+def through_the_cache(variants: list[tuple[GPT, torch.dtype]], dataset: Dataset, options: CacheOptions) -> list[dict]:
     """Teacher-forced loss, in nats a token, of each (model, dtype of its cache); and how far each is from the
     first one: the mean KL divergence, and how often both find the same token the likeliest.
     """
@@ -213,17 +201,12 @@ def decode(argv: list[str]) -> None:
             lengths += [{"model": name, "n": n, "seconds": times[n] - times[0]} for n in marks]
             seconds = ", ".join(f"{row['n']} in {row['seconds']:.2f} s" for row in lengths[-len(marks) :])
             print(f"{name:12} tokens generated: {seconds}", flush=True)
-    result = {"read_bytes_per_s": bandwidth, "rows": rows, "generate": lengths}
-    write(out_dir / "decode.json", options, result)
-    rate, labels = ("decode/tokens_per_s", dict(yscale="log", xlabel="context, tokens", ylabel="decode, tokens/s"))
-    points = list(rows)
-    for row in rows:
-        if "ratio" in row:  # transformers with its faster cache
-            points.append(row | {"model": f"{row['model']}, transformers", rate: row[rate] / row["ratio"]})
-    panels = []
-    for batch in options.batches:
-        mine = [row for row in points if row["batch"] == batch]
-        panels.append((mine, "context", rate, labels | {"title": f"batch {batch}"}))
+    write(out_dir / "decode.json", options, {"read_bytes_per_s": bandwidth, "rows": rows, "generate": lengths})
+    rate, labels = "decode/tokens_per_s", dict(yscale="log", xlabel="context, tokens", ylabel="decode, tokens/s")
+    for row in [row for row in rows if "ratio" in row]:  # transformers with its faster cache
+        rows.append(row | {"model": f"{row['model']}, transformers", rate: row[rate] / row["ratio"]})
+    by_batch = {batch: [row for row in rows if row["batch"] == batch] for batch in options.batches}
+    panels = [(points, "context", rate, labels | {"title": f"batch {n}"}) for n, points in by_batch.items()]
     draw_lines(out_dir / "decode.png", "model", panels)
 
 
@@ -283,7 +266,7 @@ def decode_row(model: GPT, batch: int, context: int, bandwidth: float, options: 
             row[f"hf_{cache}/tokens_per_s"] = batch * median_rate(times)
             same.append(theirs == tokens)
         row["same_tokens"] = all(same)
-        row["ratio"] = row["decode/tokens_per_s"] / max(map(row.get, PEER_COLUMNS))
+        row["ratio"] = row["decode/tokens_per_s"] / max(row[name] for name in PEER_COLUMNS)
     return row
 
 
@@ -333,23 +316,19 @@ def hugging_face(model: GPT):
 
 def hf_steps(peer, idx: torch.Tensor, n: int, cache: str) -> tuple[list[float], list[list[int]]]:
     """Time stamps of n + 1 greedy tokens from transformers' own loop, and the tokens."""
-    import transformers
+    times = []
 
-    class Clock(transformers.LogitsProcessor):
-        times = []
+    def clock(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores.argmax(-1).tolist()  # waits for the device
+        times.append(time.perf_counter())
+        return scores
 
-        def __call__(self, input_ids, scores):
-            scores.argmax(-1).tolist()  # waits for the device
-            self.times.append(time.perf_counter())
-            return scores
-
-    clock = Clock()
     options = {"do_sample": False, "use_cache": True, "pad_token_id": 0, "max_new_tokens": n + 1}
     options |= {"attention_mask": torch.ones_like(idx), "logits_processor": [clock]}
     options |= {} if cache == "dynamic" else {"cache_implementation": cache}
     with torch.inference_mode():
         out = peer.generate(idx, **options)
-    return clock.times, out[:, idx.size(1) :].tolist()
+    return times, out[:, idx.size(1) :].tolist()
 
 
 def machine() -> dict:

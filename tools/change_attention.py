@@ -7,7 +7,7 @@ two dimensions of a head that RoPE turns together.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from model import ATTENTIONS, GPT, GPTConfig, GroupedQueryAttention
 from nanokv.config import UserError
 
 
-def grouped(config: GPTConfig) -> GPTConfig:
+def grouped(config: GPTConfig) -> Any:
     """The config itself. Raises UserError if its attention is not mha, mqa or gqa."""
     if ATTENTIONS[config.attention] is not GroupedQueryAttention:
         raise UserError(f"the run has attention {config.attention}; what is converted is mha, mqa or gqa")
@@ -41,8 +41,7 @@ def pool_heads(model: GPT, n_kv_head: int) -> tuple[GPTConfig, dict[str, Tensor]
         if name.endswith(("k_proj.weight", "v_proj.weight")):
             heads = weight.unflatten(0, (n_kv_head, -1, config.head_dim))  # (new heads, of each, D, C)
             weights[name] = heads.mean(1).flatten(0, 1)
-    name = group_name(config.n_head, n_kv_head)
-    return replace(config, attention=name, n_kv_head=n_kv_head), weights
+    return replace(config, attention=group_name(config.n_head, n_kv_head), n_kv_head=n_kv_head), weights
 
 
 @torch.no_grad()
@@ -72,10 +71,8 @@ def factorize(model: GPT, idx: Tensor, rank: int, rope_width: int) -> tuple[GPTC
     repeat = max(-(-rope_width // max(R, 1)), 1)
     width = rope_width // repeat  # of one RoPE among the `repeat`
     if rank < 1 or rope_width < 0 or rope_width % 2 or rope_width > G * R or (repeat > 1 and width != R):
-        raise UserError(
-            f"kv_lora_rank = {rank}, qk_rope_head_dim = {rope_width}: the former is at least 1, the latter "
-            f"even and at most {R}, or a multiple of {R} and at most {G * R}"
-        )
+        wanted = f"the former is at least 1, the latter even and at most {R}, or a multiple of {R} and at most {G * R}"
+        raise UserError(f"kv_lora_rank = {rank}, qk_rope_head_dim = {rope_width}: {wanted}")
     mean_turn = mean_turns(config)
     units = attention_inputs(model, idx)  # of each layer (N, C)
     layers = [key_combinations(config, layer, u) for layer, u in zip(model.layers, units, strict=True)]
@@ -90,23 +87,17 @@ def factorize(model: GPT, idx: Tensor, rank: int, rope_width: int) -> tuple[GPTC
         q_rope, k_rope, k_nope = split_keys(config, k, combinations, turned, repeat, mean_turn)
         basis, kv_b = factorize_latent(config, k_nope, v, u, rank)
         scale = ((D + rope_width) / D) ** 0.5  # MLA divides scores by the root of the wider key
-        new = {
-            "q_proj": torch.cat((q, q_rope), 1).flatten(0, 1) * scale,
-            "kv_a_proj_with_mqa": torch.cat((basis, k_rope)),
-            "kv_a_layernorm": torch.ones(rank),
-            "kv_b_proj": kv_b,
-        }
+        new = {"q_proj": torch.cat((q, q_rope), 1).flatten(0, 1) * scale, "kv_b_proj": kv_b}
+        new |= {"kv_a_proj_with_mqa": torch.cat((basis, k_rope)), "kv_a_layernorm": torch.ones(rank)}
         weights |= {f"{prefix}{name}.weight": w.float() for name, w in new.items()}
         weights[f"layers.{i}.input_layernorm.weight"] = torch.ones(config.n_embd)  # in the projections now
     widths = {"kv_lora_rank": rank, "qk_rope_head_dim": rope_width, "qk_rope_repeat": repeat}
-    widths |= {"qk_nope_head_dim": D, "v_head_dim": D, "rope_theta": config.rope_theta}
-    if width:
-        widths["rope_theta"] = config.rope_theta ** (stride * width / R)
-    gone = dict.fromkeys(GroupedQueryAttention.KNOBS)
-    return replace(config, attention="mla", **gone, **widths), weights
+    theta = config.rope_theta ** (stride * width / R) if width else config.rope_theta
+    widths |= {"qk_nope_head_dim": D, "v_head_dim": D, "rope_theta": theta}
+    return replace(config, attention="mla", **dict.fromkeys(GroupedQueryAttention.KNOBS), **widths), weights
 
 
-def mean_turns(config: GPTConfig) -> Tensor:
+def mean_turns(config: Any) -> Tensor:
     """Of each frequency, its mean turn (R/2,) over the distances of a context, near ones counting more."""
     R = config.rotary_dim
     frequency = config.rope_theta ** -(torch.arange(0, R, 2, dtype=torch.float64) / max(R, 1))  # (R/2,)
@@ -126,7 +117,7 @@ class Combinations(NamedTuple):
     vectors: Tensor  # the combinations (R/2, G, G), in the last dimension
 
 
-def key_combinations(config: GPTConfig, layer: nn.Module, u: Tensor) -> Combinations:
+def key_combinations(config: Any, layer: nn.Module, u: Tensor) -> Combinations:
     R, G = config.rotary_dim, config.n_kv_head
     q, k, _ = plain_projections(layer, u)
     second = (u.T @ u / len(u)) + 0j  # (C, C)
@@ -138,7 +129,7 @@ def key_combinations(config: GPTConfig, layer: nn.Module, u: Tensor) -> Combinat
     return Combinations(zq, zk, weigh, keys, values.flip(-1), vectors.flip(-1))
 
 
-def best_stride(config: GPTConfig, layers: list[Combinations], mean_turn: Tensor, width: int, repeat: int):
+def best_stride(config: Any, layers: list[Combinations], mean_turn: Tensor, width: int, repeat: int):
     """Every how many-th frequency to turn, so that what is turned has the most energy."""
     lost = 1 - mean_turn.abs().square()  # share of a frequency's energy that counts only if it is turned
     kept = dict.fromkeys(range(1, config.rotary_dim // width + 1 if width else 2), 0.0)
@@ -147,12 +138,10 @@ def best_stride(config: GPTConfig, layers: list[Combinations], mean_turn: Tensor
             of = torch.arange(width // 2) * stride
             share = (layer.energy[of, :repeat] * lost[of, None]).sum() / layer.energy.sum().clamp(min=1e-30)
             kept[stride] += float(share)
-    return max(kept, key=kept.get)
+    return max(kept, key=kept.__getitem__)
 
 
-def split_keys(
-    config: GPTConfig, k: Tensor, layer: Combinations, turned: Tensor, repeat: int, mean_turn: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def split_keys(config: Any, k: Tensor, layer: Combinations, turned: Tensor, repeat: int, mean_turn: Tensor):
     """The rotated query of each head (H, rope_width, C) and the rotated key that all heads share
     (rope_width, C), and what is left of each head's key (G, D, C).
     """
@@ -169,7 +158,7 @@ def split_keys(
     return q_rope, k_rope, torch.cat((rest.real, rest.imag, k[:, config.rotary_dim :]), 1)
 
 
-def factorize_latent(config: GPTConfig, k_nope: Tensor, v: Tensor, u: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def factorize_latent(config: Any, k_nope: Tensor, v: Tensor, u: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """An orthonormal basis (rank, C) of what of u (N, C) the latent keeps, and the matrix (H 2 D, rank) that
     makes keys and values of the latent.
     """
@@ -209,7 +198,7 @@ def attention_inputs(model: GPT, idx: Tensor) -> list[Tensor]:
     return [torch.cat(parts).double() for parts in inputs]
 
 
-def plain_projections(layer: nn.Module, u: Tensor) -> list[Tensor]:
+def plain_projections(layer: Any, u: Tensor) -> list[Tensor]:
     """The matrices (heads, D, C) that make queries, keys and values of unit vectors u (N, C), in float64.
 
     The weight of the norm in front is in them, and so is a QK-norm, as the one factor a head that comes
@@ -220,8 +209,7 @@ def plain_projections(layer: nn.Module, u: Tensor) -> list[Tensor]:
     for name in ("q", "k", "v"):
         w = getattr(attention, f"{name}_proj").weight.double() * layer.input_layernorm.weight
         w = w.unflatten(0, (-1, attention.head_dim))
-        norm = getattr(attention, f"{name}_norm", None)
-        if norm is not None:
+        if (norm := getattr(attention, f"{name}_norm", None)) is not None:
             square = torch.einsum("nc,hdc->nhd", u, w).square().mean(-1)  # (N, heads)
             factor = (square / (square + norm.eps).sqrt()).mean(0) / square.mean(0)
             w = w * factor[:, None, None] * norm.weight[:, None]

@@ -75,10 +75,7 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] not in COMMANDS:
         raise UserError(f"which conversion? python -m tools.convert COMMAND, one of {', '.join(COMMANDS)}")
     command, options = COMMANDS[argv[0]]
-    command(parse(options, argv[1:], __doc__, bare=2))
-
-
-# ---- to Hugging Face
+    command(parse(options, argv[1:], __doc__ or "", bare=2))
 
 
 def to_hf(options: ToHfOptions) -> None:
@@ -91,18 +88,14 @@ def to_hf(options: ToHfOptions) -> None:
         raise UserError(f"{out} already holds a model; choose another folder, or give --overwrite=True")
     # a document begins after another's end
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tok.eot_token)
-    eot = {} if tok.eot_token is None else dict.fromkeys(("bos_token", "eos_token"), tok.end_of_text)
+    eot = {} if tok.eot_token is None else dict.fromkeys(("bos_token", "eos_token"), getattr(tok, "end_of_text", None))
+    eot |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     files = {
-        # dtype is what torch_dtype was called before transformers 4.56
+        # torch_dtype is what dtype was called before transformers 4.56
         "config.json": content | ends | dict.fromkeys(("dtype", "torch_dtype"), options.dtype),
         "generation_config.json": ends,
         "tokenizer.json": to_json(tok),
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": model.config.block_size,
-            "clean_up_tokenization_spaces": False,
-            **eot,
-        },
+        "tokenizer_config.json": eot | {"model_max_length": model.config.block_size},
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -115,9 +108,6 @@ def to_hf(options: ToHfOptions) -> None:
         raise UserError(f"cannot write to {out}: {e.strerror or e}") from e
     checked = hugging_face.check(out, model, tok) if options.check else "not checked"
     print(f"wrote {content['architectures'][0]} to {out}; {checked}")
-
-
-# ---- from Hugging Face
 
 
 def from_hf(options: FromHfOptions) -> None:
@@ -154,15 +144,11 @@ def write_run(options, config: GPTConfig, knobs: TrainConfig, weights: dict[str,
     checkpoint.save(out, "last", checkpoint.Checkpoint(weights, {}, {}))
 
 
-# ---- from one attention to another
-
-
 def to_gqa(options: ToGqaOptions) -> None:
     """Mean-pool the key and value heads of a run."""
     model, tok = load_run(options.run, "cpu", "float32")
-    knobs = read_knobs(checkpoint.find(options.run)[0])[1]
     config, weights = pool_heads(model, options.n_kv_head)
-    write_run(options, config, knobs, weights, tok)
+    write_run(options, config, read_knobs(checkpoint.find(options.run)[0])[1], weights, tok)
     print(f"wrote {config.attention} to {options.out}; {cache_change(model.config, config)}")
 
 
@@ -187,8 +173,7 @@ def to_mla(options: ToMlaOptions) -> None:
 
 
 def cache_change(before: GPTConfig, after: GPTConfig) -> str:
-    numbers = map(kv_elements_per_token_layer, (before, after))
-    return "cache of {} -> {} numbers a token a layer".format(*numbers)
+    return "cache of {} -> {} numbers a token a layer".format(*map(kv_elements_per_token_layer, (before, after)))
 
 
 def calibration_tokens(config: GPTConfig, knobs: TrainConfig, tok, options: ToMlaOptions) -> Tensor:
@@ -208,16 +193,11 @@ def calibration_tokens(config: GPTConfig, knobs: TrainConfig, tok, options: ToMl
     if len(ids) < 2:
         raise UserError("there is no text to calibrate on")
     length = min(length, len(ids))
-    rows = min(rows, len(ids) // length)
-    return torch.tensor(ids[: rows * length]).view(rows, length)
+    return torch.tensor(ids[: min(rows, len(ids) // length) * length]).view(-1, length)
 
 
-COMMANDS = {
-    "to-hf": (to_hf, ToHfOptions),
-    "from-hf": (from_hf, FromHfOptions),
-    "to-gqa": (to_gqa, ToGqaOptions),
-    "to-mla": (to_mla, ToMlaOptions),
-}
+COMMANDS = {"to-hf": (to_hf, ToHfOptions), "from-hf": (from_hf, FromHfOptions)}
+COMMANDS |= {"to-gqa": (to_gqa, ToGqaOptions), "to-mla": (to_mla, ToMlaOptions)}
 
 if __name__ == "__main__":
     cli(main)

@@ -11,45 +11,34 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from model import ATTENTIONS, GPT, GPTConfig, GroupedQueryAttention, MultiHeadLatentAttention
+from model import ATTENTIONS, GPTConfig, GroupedQueryAttention, MultiHeadLatentAttention
 from nanokv import checkpoint
 from nanokv import tokenizer as tokenizers
 from nanokv.config import UserError, from_dict
 from nanokv.tokenizer_json import from_json
 from tools.change_attention import group_name
 
-KEYS = {  # ours: theirs, in config.json
-    "vocab_size": "vocab_size",
-    "n_embd": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "block_size": "max_position_embeddings",
-    "rope_theta": "rope_theta",
-    "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-}
+# ours: theirs, in config.json
+KEYS = {name: name for name in ("vocab_size", "intermediate_size", "rope_theta")}
+KEYS |= {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+KEYS |= {"block_size": "max_position_embeddings", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings"}
 MLA_WIDTHS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 TOLERANCE = 1e-4  # largest difference of logits from Hugging Face's, in fp32, relative above 1
 FAMILIES = {"llama": "mha", "qwen3": "mha", "deepseek_v3": "mla", "youtu": "mla"}
-ONLY = {  # what a config.json may not ask for but in this way
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-}
+# what a config.json may not ask for but in this way
+ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+ONLY |= {"partial_rotary_factor": 1.0, "quantization_config": None}
 
 
 @torch.no_grad()
-def check(folder: Path, model: GPT, tok: tokenizers.Tokenizer | None) -> str:
+def check(folder: Path, model: Any, tok: tokenizers.Tokenizer | None) -> str:
     """Compare model and tokenizer with what transformers loads from `folder`; says what came of it.
 
     Raises UserError if logits differ by more than TOLERANCE in fp32, or token ids at all.
@@ -92,10 +81,9 @@ def hf_config(config: GPTConfig) -> dict:
         faults[f"DeepSeek-V3 has qk_rope_repeat = 1, not {repeat}"] = repeat != 1
         faults[f"DeepSeek-V3's latent norms have norm_eps = 1e-6, not {eps}"] = eps != 1e-6
     else:
-        fault = f"partial RoPE has no exact Hugging Face class; train with rotary_dim = {config.head_dim}"
-        faults[fault] = config.rotary_dim != config.head_dim
-        fault = f"Llama wants n_embd = {config.n_embd} divisible by n_head = {config.n_head}"
-        faults[fault] = not config.qk_norm and config.n_embd % config.n_head
+        C, H, D = config.n_embd, config.n_head, config.head_dim
+        faults[f"partial RoPE has no exact Hugging Face class; train with rotary_dim = {D}"] = config.rotary_dim != D
+        faults[f"Llama wants n_embd = {C} divisible by n_head = {H}"] = not config.qk_norm and C % H
     for fault, found in faults.items():
         if found:
             raise UserError(fault)
@@ -135,7 +123,7 @@ def from_hf_state_dict(state: dict[str, Tensor], config: GPTConfig, interleaved:
     }
 
 
-def order_rope_rows(name: str, weight: Tensor, config: GPTConfig, to_hf: bool) -> Tensor:
+def order_rope_rows(name: str, weight: Tensor, config: Any, to_hf: bool) -> Tensor:
     """Reorder the rows that RoPE turns, the last dr of each head, if this is a weight that has them.
 
     Ours turns row j with row j + dr/2; DeepSeek's servers turn row 2j with row 2j + 1.

@@ -46,8 +46,7 @@ def data_set(n_pairs: int, folder: Path) -> Path:
     """The folder of examples of n_pairs pairs, made if it is not there."""
     if not (folder / "meta.json").exists():
         sizes = [f"--seq_len={4 * n_pairs}", "--vocab_size=64", "--n_train=80000", "--n_val=1000"]
-        prepare = str(ROOT / "data/mqar/prepare.py")
-        run_python([prepare, f"--n_pairs={n_pairs}", *sizes, f"--out_dir={folder}"])
+        run_python([str(ROOT / "data/mqar/prepare.py"), f"--n_pairs={n_pairs}", *sizes, f"--out_dir={folder}"])
     return folder
 
 

@@ -77,8 +77,7 @@ def run_all(runs: dict[str, list[str]], out_dir: Path, jobs: int = 0, threads: i
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 code = running.pop(name).returncode
                 done += 1
-                minutes = (time.monotonic() - began) / 60
-                left = timedelta(minutes=round(minutes / done * (total - done)))
+                left = timedelta(minutes=round((time.monotonic() - began) / 60 / done * (total - done)))
                 print(f"[{done}/{total}] {name} {outcome(out_dir / name, code)}; about {left} left", flush=True)
                 failed += [name] if code else []
     except KeyboardInterrupt:
@@ -91,8 +90,7 @@ def run_all(runs: dict[str, list[str]], out_dir: Path, jobs: int = 0, threads: i
     finally:
         signal.signal(signal.SIGTERM, before)
     if failed:
-        names = ", ".join(failed)
-        raise UserError(f"{len(failed)} of {total} runs failed: {names}; see log.txt in each folder")
+        raise UserError(f"{len(failed)} of {total} runs failed: {', '.join(failed)}; see log.txt in each folder")
 
 
 def is_done(folder: Path, argv: list[str]) -> bool:
@@ -102,8 +100,8 @@ def is_done(folder: Path, argv: list[str]) -> bool:
     wanted, held = (asdict(a) | asdict(b) for a, b in (configure(argv), read_knobs(folder)))
     for knob in wanted:
         if knob not in ANY_VALUE and wanted[knob] != held[knob]:
-            values = f"{knob} = {held[knob]}, now {wanted[knob]} is asked for"
-            raise UserError(f"{folder} was trained with {values}; remove it")
+            fault = f"was trained with {knob} = {held[knob]}, now {wanted[knob]} is asked for; remove it"
+            raise UserError(f"{folder} {fault}")
     return checkpoint.is_finished(folder)
 
 
@@ -113,9 +111,9 @@ def start(argv: list[str], folder: Path, threads: int) -> subprocess.Popen:
     mode = "--init_from=resume" if resume else "--overwrite=True"
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(TRAIN), *argv, f"--out_dir={folder}", mode]
-    options = {"env": os.environ | {"OMP_NUM_THREADS": str(threads)}, "start_new_session": True}
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(folder / "log.txt", "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
 
 
 def outcome(folder: Path, code: int) -> str:

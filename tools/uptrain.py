@@ -74,13 +74,12 @@ def main(argv: list[str]) -> None:
 def arguments(source: TrainConfig, share: float, options: Options, own: dict) -> list[str]:
     """Of train.py: the source's data and optimizer, a share (in percent) of its steps, and `own` knobs."""
     steps = max(round(source.max_iters * share / 100), 1)
-    knobs = {name: value for name, value in asdict(source).items() if name not in OF_A_RUN}
+    knobs = {k: v for k, v in asdict(source).items() if k not in OF_A_RUN} | {"eval_iters": options.eval_iters}
     knobs |= {"max_iters": steps, "eval_interval": steps, "warmup_iters": steps // 10, "sample_tokens": 0}
-    knobs |= {"eval_iters": options.eval_iters}
     return [f"--{name}={value}" for name, value in (knobs | own).items()]
 
 
-def val_loss(run_dir: Path, source: TrainConfig, options: Options) -> float:
+def val_loss(run_dir: Path, source: TrainConfig, options: Options) -> float | None:
     model, _ = load_run(run_dir, source.device, "float32")
     dataset = open_dataset(source.dataset, source.tokenizer)
     windows = model.config.block_size, source.batch_size, options.eval_iters
@@ -88,7 +87,6 @@ def val_loss(run_dir: Path, source: TrainConfig, options: Options) -> float:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as Markdown."""
     lines = [[f"{value:.3f}" if type(value) is float else str(value) for value in row.values()] for row in rows]
     return markdown([list(rows[0]), *lines])
 
