@@ -11,6 +11,7 @@ import ast
 import difflib
 import inspect
 import itertools
+import json
 import operator
 import os
 import re
@@ -47,13 +48,11 @@ def load(argv: list[str], *classes: type, usage: str = "", fill_in: Callable[[di
     if len(files) > 1:
         raise UserError(f"unexpected argument {files[1]!r}; write --key=value, after one config file at most")
     settings, hints = [setting for file in files for setting in read_file(file)], _hints(classes)
-    for arg in argv:
-        if arg.startswith("-"):
-            key, equals, text = arg.removeprefix("--").partition("=")
-            if not equals and bool not in _members(hints.get(key, bool)):
-                raise UserError(f"--{key} needs a value: --{key}=...")
-            readings = (_literal(text), text) if equals else (True,)
-            settings.append((key, readings, "command line"))
+    for arg in (arg for arg in argv if arg.startswith("-")):
+        key, equals, text = arg.removeprefix("--").partition("=")
+        if not equals and bool not in _members(hints.get(key, bool)):
+            raise UserError(f"--{key} needs a value: --{key}=...")
+        settings.append((key, (_literal(text), text) if equals else (True,), "command line"))
     return _build(classes, fill_in(_check(settings, hints)))
 
 
@@ -89,9 +88,7 @@ def check_range(config, names: str, **bounds: float) -> None:
 
 
 def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
-    """Run a command, main(arguments): faults of the user's become one line on stderr and exit code 2. ranks:
-    whether it can be one of several processes that torchrun started.
-    """
+    """Run main(arguments); a UserError is one line on stderr and exit code 2. ranks: whether torchrun may start it."""
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not ranks:
             raise UserError(f"{sys.argv[0]} is one process; run it without torchrun")
@@ -108,11 +105,9 @@ def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
 
 
 def run_python(command: list[str], **options) -> str | None:
-    """`python COMMAND` in a process of its own, as none of several ranks; options as for subprocess.run.
-    Returns what it printed, if `stdout` is a pipe. Raises UserError, with its last line, if it fails.
-    """
+    """`python COMMAND` in a process of its own, as no rank: its stdout, if a pipe. UserError of its last line."""
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
-    options = {"text": True, "stderr": subprocess.PIPE, "env": environment} | options
+    options = {"text": True, "stderr": subprocess.PIPE, "env": environment} | options  # of subprocess.run
     done = subprocess.run([sys.executable, *command], **options)
     if done.returncode:
         lines = (done.stderr or done.stdout or "").strip().splitlines() or [f"exit code {done.returncode}"]
@@ -121,8 +116,17 @@ def run_python(command: list[str], **options) -> str | None:
     return done.stdout
 
 
+def replace_json(path: Path, content: Any) -> None:
+    """Writes aside and swaps in, so that a reader finds the old file or the new one, never a part."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as f:
+        f.write(json.dumps(content, indent=2) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+
+
 def _hints(classes: Iterable[type]) -> dict[str, Any]:
-    """The type hint of each field."""
     return {field.name: get_type_hints(cls)[field.name] for cls in classes for field in fields(cls)}
 
 
@@ -131,8 +135,7 @@ def _check(settings: Iterable[tuple[str, tuple, str]], hints: dict[str, Any]) ->
     values = {}
     for key, readings, where in settings:
         if key not in hints:
-            hint = _did_you_mean(key, list(hints)) or "; see --help"
-            raise UserError(f"{where}: unknown key {key!r}{hint}")
+            raise UserError(f"{where}: unknown key {key!r}{_did_you_mean(key, list(hints)) or '; see --help'}")
         fitting = [value for reading in readings for value in _fit(reading, hints[key])]
         if not fitting:
             choices = [choice for choice in _members(hints[key]) if isinstance(choice, str)]
@@ -147,10 +150,9 @@ def _build(classes: Iterable[type], values: dict[str, Any]) -> tuple:
     for field in (field for cls in classes for field in fields(cls)):
         if field.name not in values and field.default is MISSING:
             raise UserError(f"--{field.name}=... is required")
+    own = [{field.name: values[field.name] for field in fields(cls) if field.name in values} for cls in classes]
     try:
-        return tuple(
-            cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values}) for cls in classes
-        )
+        return tuple(cls(**knobs) for cls, knobs in zip(classes, own, strict=True))
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -159,11 +161,10 @@ def _fit(value: Any, hint: Any) -> Iterator[Any]:
     """Yields value as each type that the hint admits, never guessing: 1e3 fits int, 1 fits float and bool."""
     if get_origin(hint) is tuple:  # tuple[int, ...]: words with commas between, or a list
         words, kind = value.split(",") if value and isinstance(value, str) else value or (), get_args(hint)[0]
-        if not isinstance(words, list | tuple):
-            return
-        fitting = [[fit for reading in (_literal(str(word)), word) for fit in _fit(reading, kind)] for word in words]
-        if all(fitting):
-            yield tuple(fits[0] for fits in fitting)
+        if isinstance(words, list | tuple):
+            fitting = [[fit for read in (_literal(str(word)), word) for fit in _fit(read, kind)] for word in words]
+            if all(fitting):
+                yield tuple(fits[0] for fits in fitting)
         return
     for member in _members(hint):
         if member in (int, float):  # in 64 bits, which also excludes inf and nan
@@ -195,12 +196,9 @@ def _did_you_mean(word: Any, choices: list[str]) -> str:
 
 def _literal(text: str) -> Any:
     """The constant that a command line's text spells; the text itself if none."""
-    names = {"None": None, "True": True, "true": True, "False": False, "false": False}
-    if text in names:
-        return names[text]
-    for number in (int, float):
-        with suppress(ValueError):
-            return number(text)
+    for read in ({"None": None, "True": True, "true": True, "False": False, "false": False}.__getitem__, int, float):
+        with suppress(ValueError, LookupError):
+            return read(text)
     return text
 
 

@@ -30,12 +30,10 @@ def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
 
 
 def muon_update(g: Tensor, row_groups: tuple[int, ...] = ()) -> Tensor:
-    """Momenta (N, m, n) of like matrices -> their updates: orthogonalized, and scaled by sqrt(max(1, m / n)),
-    so that their effect on activations does not depend on the shape.
-
-    row_groups: sizes of the groups of rows that alternate in a fused matrix, such as (16, 48) for a key and
-    a value. Each group is orthogonalized on its own: together, the one with the largest gradient would set
-    the direction for all. The m of its scale is then the rows of one head.
+    """Momenta (N, m, n) of like matrices -> their updates: orthogonalized, and scaled by sqrt(max(1, m / n)), so that
+    their effect on activations does not depend on the shape. row_groups: sizes of the groups of rows that alternate in
+    a fused matrix, such as (16, 48) for a key and a value. Each group is orthogonalized on its own: together, the one
+    with the largest gradient would set the direction for all. The m of its scale is then the rows of one head.
     """
     updates = []
     for group in g.unflatten(1, (-1, sum(row_groups) or g.size(1))).split(row_groups or g.size(1), 2):
@@ -58,7 +56,7 @@ class Optimizer:
                 p.grad = None
 
 
-def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+def local(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     """What this rank holds of each tensor."""
     return [parallel.to_local(tensor) for tensor in tensors]
 
@@ -112,12 +110,8 @@ class Muon(Optimizer):
                 torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
-def make_optimizers(
-    model, optimizer, learning_rate=1e-3, muon_lr=0.02, momentum=0.95, weight_decay=0.1, betas=(0.9, 0.95)
-) -> list[Optimizer]:
-    """The optimizers of a run: "adamw" for all parameters, or "muon" for the matrices in the blocks and AdamW
-    for the rest. Only matrices and embeddings decay.
-    """
+def make_optimizers(model, optimizer, lr=1e-3, muon_lr=0.02, momentum=0.95, weight_decay=0.1, betas=(0.9, 0.95)):
+    """A list: "adamw" for all, or "muon" for the blocks' matrices and AdamW for the rest. Vectors do not decay."""
     embedding, heads, matrices, vectors = [], [], defaultdict(list), []
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     row_groups = {module.weight: getattr(module, "row_groups", ()) for module in linears}
@@ -133,8 +127,8 @@ def make_optimizers(
             matrices[row_groups.get(p, ())].append(p)
     groups = [{"params": heads}, {"params": vectors, "weight_decay": 0.0}]
     # entries of size 1, each touched by few tokens: they can take, and need, larger steps
-    groups.append({"params": embedding, "lr": learning_rate * EMBEDDING_LR})
-    adamw = AdamW(groups, lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    groups.append({"params": embedding, "lr": lr * EMBEDDING_LR})
+    adamw = AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay)
     if optimizer == "adamw":
         return [adamw]
     groups = [{"params": alike, "row_groups": rows} for rows, alike in matrices.items()]
@@ -150,7 +144,8 @@ def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Te
 
 def load_state_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, Tensor]):
     """Inverse of `state_tensors`. Raises UserError if they are not those of these optimizers."""
-    by_name, shapes = defaultdict(dict), {name: p.shape for name, p in model.named_parameters()}
+    by_name, names = defaultdict(dict), {p: name for name, p in model.named_parameters()}
+    shapes = {name: p.shape for p, name in names.items()}
     for name, value in tensors.items():
         parameter, _, key = name.rpartition(".")
         if parameter == "rng":  # earlier versions kept the random-number state
@@ -158,7 +153,6 @@ def load_state_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: d
         if value.shape not in (shapes.get(parameter), torch.Size()):
             raise UserError(f"the optimizer's state does not fit its model: {name} is {list(value.shape)}")
         by_name[parameter][key] = value
-    names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for p in [p for group in optimizer.param_groups for p in group["params"] if names[p] in by_name]:
             state = by_name[names[p]]
