@@ -115,7 +115,7 @@ class Dataset:
                 raise UserError(f"the {split} split of {self.dir} {fault}: lower --block_size or prepare a larger set")
 
     def fit(self, block_size: int, vocab_size: int) -> int:
-        """The vocabulary of a model: this set's, or `vocab_size` if not 0. Raises UserError if one knob does not fit."""
+        """The vocabulary of a model: this set's, or `vocab_size` if not 0. Raises UserError if one does not fit."""
         self.check_block_size(block_size)
         if 0 < vocab_size < self.vocab_size:
             ids = f"the {self.vocab_size} token ids of {self.dir}"
