@@ -186,11 +186,11 @@ def new_model(model_config: GPTConfig, seed: int, device: torch.device) -> GPT:
 
 def load_start(config: TrainConfig, model: GPT, dataset: Dataset) -> tuple[dict, dict[str, Tensor]]:
     """Load the weights that init_from asks for into `model`; returns the states of the run and of its optimizers."""
-    state = dict(step=0, samples=0, time=0.0, evaluated=None, best={}, skipped_steps=0, scaler={})
+    state: dict[str, Any] = dict(step=0, samples=0, time=0.0, evaluated=None, best={}, skipped_steps=0, scaler={})
     if config.init_from == "scratch":
         return state, {}
     resume = config.init_from == "resume"
-    source = Path(config.out_dir if resume else config.init_from)
+    source = Path(str(config.out_dir) if resume else config.init_from)
     check_fits(config, model.config, dataset, source)
     if resume:
         saved = checkpoint.load_newest(source)
@@ -225,7 +225,7 @@ def check_fits(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, s
 
 def claim(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, step: int) -> None:
     """Make the run folder this run's."""
-    run_dir, newest = Path(config.out_dir), parallel.all_reduce_max(step)
+    run_dir, newest = Path(str(config.out_dir)), parallel.all_reduce_max(step)
     with parallel.collective_errors():
         if step != newest:
             raise UserError(f"{run_dir} is not the same on all nodes: it must be on storage that they share")
@@ -244,7 +244,7 @@ def start_log(config: TrainConfig, model: GPT, data: Dataset, hardware: Hardware
     facts |= {"tokenizer_sha256": tokenizers.sha256(data.tokenizer)} | measure.describe_model(model)
     knobs = asdict(model.config) | asdict(config) | facts
     wandb = {"project": config.wandb_project, "name": config.wandb_run_name, "config": knobs}
-    folder = Path(config.out_dir) if parallel.rank() == 0 else None
+    folder = Path(str(config.out_dir)) if parallel.rank() == 0 else None
     resumed_at = step if config.init_from == "resume" else None
     log = RunLogger(folder, facts, resumed_at, wandb if config.wandb_log else None)
     ranks = f"{parallel.size()} ranks of " if parallel.size() > 1 else ""
@@ -351,8 +351,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """The factor on every learning rate at `step`: linear warm-up, then cosine decay, or stable and a linear
     decay over the last `cooldown` share of the steps (warm-up/stable/decay); down to min_lr / learning_rate.
     """
-    last, linear = config.lr_decay_iters, config.schedule == "wsd"
-    floor = config.min_lr / config.learning_rate if config.learning_rate else 0.0
+    last, linear = config.lr_decay_iters or config.max_iters, config.schedule == "wsd"
+    floor = (config.min_lr or 0.0) / config.learning_rate if config.learning_rate else 0.0
     if step < config.warmup_iters:
         return (step + 1) / (config.warmup_iters + 1)
     if not config.decay_lr:

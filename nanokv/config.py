@@ -22,12 +22,12 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Any)
 
 
 class UserError(ValueError):
@@ -224,8 +224,8 @@ def read_file(path: str) -> Iterator[tuple[str, tuple, str]]:
                     value = _evaluate(expression, names)
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{where}: {error}") from error
-                names |= {target.id: value for target in targets}
-                yield from ((target.id, (value,), where) for target in targets if target.id[0] != "_")
+                names |= dict.fromkeys(map(ast.unparse, targets), value)
+                yield from ((key, (value,), where) for key in map(ast.unparse, targets) if key[0] != "_")
             case _:
                 raise UserError(f"{where}: {_not_allowed(node)}")
 
@@ -272,7 +272,7 @@ def _number(value: Any) -> int | float:
     return value
 
 
-def _not_allowed(node: ast.AST) -> str:
+def _not_allowed(node: Any) -> str:
     match node:  # name what is within a bare expression, a target that is no name, a constant, an operation
         case ast.Expr(node) | ast.Assign([node]) | ast.Constant(node) | ast.BinOp(_, node) | ast.UnaryOp(node):
             pass
@@ -305,7 +305,7 @@ def _comments(cls: type) -> dict[str, tuple[str, str]]:
     beside it, or else the lines right above it. Any other comment is the title of a section.
     """
     result = {}
-    for base in filter(is_dataclass, reversed(cls.__mro__)):
+    for base in (base for base in reversed(cls.__mro__) if hasattr(base, "__dataclass_fields__")):
         section, blocks = "", [""]  # blocks of comment lines since the last line of code
         for line in textwrap.dedent(inspect.getsource(base)).splitlines():
             code, _, comment = line.partition("# ")

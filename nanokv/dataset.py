@@ -44,7 +44,7 @@ def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) 
     if name in ours:
         folder = ROOT / name
         if tokenizer is not None and (_read_meta(folder) or {}).get(key) != value:
-            folder = folder / value[:16]
+            folder = folder / str(value)[:16]
         if _read_meta(folder) is None:
             flags = [f"--out_dir={folder}", f"--tokenizer={tokenizer}"] if tokenizer else []
             if not (prepare and name in PREPARED_ON_FIRST_USE):

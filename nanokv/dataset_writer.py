@@ -63,7 +63,7 @@ class Writer:
             tokenizer.save(tok, self.aside)
         self._open_shard()
 
-    def add_all(self, pieces: Iterable[Piece], shard_tokens=SHARD_TOKENS, max_tokens=0, state=dict) -> None:
+    def add_all(self, pieces: Iterable[Piece], shard_tokens=SHARD_TOKENS, max_tokens=0, state: Any = dict) -> None:
         """Appends pieces, in batches and shards, until there are max_tokens train tokens (0: all). Reads no
         further than it writes, so that state(), kept with each shard, is where `pieces` stands.
         """
@@ -81,7 +81,7 @@ class Writer:
         self.add(batch)
 
     def add(self, pieces: list[Piece]) -> None:
-        rows = self.tok.encode_ordinary_batch([p.text for p in pieces], num_threads=os.cpu_count())
+        rows = self.tok.encode_ordinary_batch([p.text for p in pieces], num_threads=os.cpu_count() or 1)
         ids, contents = ({split: [] for split in SPLITS} for _ in range(2))
         for piece, row in zip(pieces, rows, strict=True):
             if piece.starts_document and self.tok.eot_token is not None:

@@ -4,7 +4,7 @@ import ctypes
 import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -53,7 +53,7 @@ class Hardware(NamedTuple):
         return nullcontext() if exact else torch.autocast(self.device.type, self.dtype)
 
 
-def pick_hardware(device: str, dtype: str, compile: bool | str) -> Hardware:
+def pick_hardware(device: str, dtype: str, compile: bool | Literal["auto"]) -> Hardware:
     """What the knobs `device`, `dtype` and `compile` stand for on this rank of this machine."""
     own = parallel.own_device(pick_device(device))
     # on a CPU compiling takes longer than it saves in a run of minutes

@@ -43,12 +43,13 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def rendezvous() -> tuple[dist.Store, int, int]:
+def rendezvous() -> tuple[Any, int, int]:
     """A store for the ranks that are alive now, this rank and their number. torchrun's own store outlives a
     restart, and in it the addresses of the dead. So each rank writes a token, the first one lists those it
     reads, and a list that all of its ranks have signed names their part of the store.
     """
-    store, rank, size = next(dist.rendezvous("env://"))
+    c10d: Any = dist  # whose stores are not typed as public
+    store, rank, size = next(c10d.rendezvous("env://"))
     token = secrets.token_hex(8)
     store.set(f"token/{rank}", token)
     while True:
@@ -58,7 +59,7 @@ def rendezvous() -> tuple[dist.Store, int, int]:
         if token in tokens:
             store.set(f"{tokens}/{rank}", "signed")
             if store.check([f"{tokens}/{r}" for r in range(size)]):
-                return dist.PrefixStore(tokens, store), rank, size
+                return c10d.PrefixStore(tokens, store), rank, size
         time.sleep(0.02)
 
 

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from nanokv import distributed as parallel
 from nanokv.config import UserError
 
+kernels: Any = torch  # some of which its types leave out
 EMBEDDING_LR = 10  # learning rate of an embedding that is not the head too, in units of learning_rate
 
 
@@ -76,12 +78,12 @@ class AdamW(Optimizer):
                     self.state[p]["step"] = torch.zeros((), device=p.device)
             states = [self.state[p] for p in params]
             means, squares, steps = (local(state[key] for state in states) for key in ("exp_avg", "exp_avg_sq", "step"))
-            torch._foreach_add_(steps, 1)
+            kernels._foreach_add_(steps, 1)
             beta1, beta2 = group["betas"]
             knobs = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}
             knobs |= {"eps": 1e-8, "amsgrad": False, "maximize": False}
             grads = local(p.grad for p in params)
-            torch._fused_adamw_(local(params), grads, means, squares, [], steps, **knobs)
+            kernels._fused_adamw_(local(params), grads, means, squares, [], steps, **knobs)
 
 
 class Muon(Optimizer):
@@ -102,12 +104,12 @@ class Muon(Optimizer):
                         self.state[p]["momentum"] = torch.zeros_like(p)
                 grads = local(p.grad for p in params)
                 momenta = local(self.state[p]["momentum"] for p in params)
-                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
+                kernels._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                nesterov = kernels._foreach_lerp(grads, momenta, group["momentum"])
                 updates = parallel.each_matrix_once(update, nesterov, params)
                 weights = local(params)
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, updates, alpha=-group["lr"])
+                kernels._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                kernels._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
 def make_optimizers(model, optimizer, lr=1e-3, muon_lr=0.02, momentum=0.95, weight_decay=0.1, betas=(0.9, 0.95)):
@@ -135,14 +137,14 @@ def make_optimizers(model, optimizer, lr=1e-3, muon_lr=0.02, momentum=0.95, weig
     return [Muon(groups, lr=muon_lr, momentum=momentum, weight_decay=weight_decay), adamw]
 
 
-def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+def state_tensors(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
     """The optimizers' state, by the name of parameter and state."""
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     states = [item for optimizer in optimizers for item in optimizer.state.items()]
     return {f"{names[p]}.{key}": value for p, state in states for key, value in state.items()}
 
 
-def load_state_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, Tensor]):
+def load_state_tensors(model: nn.Module, optimizers: Iterable[Optimizer], tensors: dict[str, Tensor]):
     """Inverse of `state_tensors`. Raises UserError if they are not those of these optimizers."""
     by_name, names = defaultdict(dict), {p: name for name, p in model.named_parameters()}
     shapes = {name: p.shape for p, name in names.items()}

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from nanokv.config import UserError
 
@@ -17,7 +18,7 @@ STYLES |= {"mqa": ("#e69f00", "s", ":"), "mla": ("#d55e00", "D", "-.")}
 MORE_STYLES = (("#009e73", "v", (0, (5, 1))), ("#cc79a7", "P", (0, (1, 1))), ("#56b4e9", "X", (0, (8, 2))))
 
 
-def pyplot():
+def pyplot() -> Any:
     """matplotlib.pyplot, with our settings. Raises UserError if it is not installed."""
     try:
         import adjustText  # noqa: F401 (for name_points)

@@ -78,7 +78,7 @@ def _step_of(line: str) -> float:
 def start_wandb(run_dir: Path, **options):
     """A W&B run, the same again on resume; offline where there is no key or no network; None without W&B."""
     try:
-        import wandb
+        import wandb.errors
     except ImportError:
         print("wandb is not installed: metrics.jsonl only (pip install wandb)", file=sys.stderr)
         return None

@@ -34,13 +34,13 @@ class _PlainTokenizer:
 
     eot_token = None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self: Any, text: str) -> list[int]:
         return self.encode_ordinary(text)
 
-    def encode_ordinary_batch(self, texts: list[str], num_threads: int = 1) -> list[list[int]]:
+    def encode_ordinary_batch(self: Any, texts: list[str], num_threads: int = 1) -> list[list[int]]:
         return [self.encode_ordinary(text) for text in texts]
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self: Any, ids: Iterable[int]) -> bytes:
         return b"".join(self.decode_single_token_bytes(i) for i in ids)
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
@@ -90,7 +90,7 @@ class IdsTokenizer(_PlainTokenizer):
 class BpeTokenizer(tiktoken.Encoding):
     """tiktoken's byte-pair encoding, with any name for the token that ends a document, or none."""
 
-    def __init__(self, name: str, pattern: str, ranks, specials, end_of_text=END_OF_TEXT, nfc: bool = False):
+    def __init__(self, name: str, pattern: str, ranks, specials, end_of_text: str | None = END_OF_TEXT, nfc=False):
         """ranks: dict, id of each token (bytes), which is also its priority in merging. specials: dict, id of
         each special token (str). end_of_text: the one that ends a document, or None. nfc: whether text is put
         into Unicode's normal form C first. Raises ValueError if the ids are not 0, 1, ... or a byte has none.
@@ -217,7 +217,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
             seen += len(text)
             yield text
 
-    trainer = rustbpe.Tokenizer()
+    trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue] (it has no types)
     trainer.train_from_iterator(sample(), vocab_size - 1, pattern=BPE_PATTERN)
     if not seen:
         raise UserError("empty corpus: there is no text to train a bpe tokenizer on")
