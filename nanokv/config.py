@@ -35,11 +35,9 @@ class UserError(ValueError):
 
 
 def load(argv: list[str], *classes: type, usage: str = "", fill_in: Callable[[dict], dict] = dict) -> tuple:
-    """`[config.py] [--key=value ...]` as an instance of each dataclass, typed by their annotations.
-
-    A bare `--key` sets a bool. The command line overrides the file, and the last of two equal keys counts.
-    `fill_in` is told the values that were given and returns those to use; defaults are for the rest. `--help`
-    prints `usage` and every field, and exits. Raises UserError.
+    """`[config.py] [--key=value ...]` as an instance of each dataclass, typed by their annotations. A bare `--key` sets
+    a bool. The command line overrides the file, and the last of two equal keys counts. `fill_in` is told the values
+    that were given and returns those to use. `--help` prints `usage` and every field, and exits. Raises UserError.
     """
     if "--help" in argv or "-h" in argv:
         print(describe(classes, usage))

@@ -142,11 +142,10 @@ def share(micro_steps: int, rows: int) -> tuple[int, int]:
 
 
 def parallelize(loss_model: Any, device, dtype, compile=False, strategy="ddp", activation_checkpointing=False) -> Any:
-    """`loss_model` (a LanguageModelLoss) as the ranks train it, to be called in its place.
-
-    "ddp": each rank holds all of the model and gradients are averaged. "fsdp": each holds its share of every
-    parameter (a DTensor, cut along the first dimension) and gathers a block's when it runs it, in `dtype`;
-    what is outside of blocks stays fp32. Gradients are reduced in fp32. Parameters keep their names.
+    """`loss_model` (a LanguageModelLoss) as the ranks train it, to be called in its place. "ddp": each holds all of
+    the model and gradients are averaged. "fsdp": each holds its share of every parameter (a DTensor, cut along the
+    first dimension) and gathers a block's when it runs it, in `dtype`; what is outside of blocks stays fp32. Gradients
+    are reduced in fp32. Parameters keep their names.
     """
     blocks = loss_model.model.layers
     if activation_checkpointing:

@@ -121,9 +121,7 @@ def evaluate(loss_model: Any, dataset: Dataset, windows: tuple[int, int, int], a
 
 
 def decode_probe(model: Any, context: int, n=32, repeats=5, cache_dtype: torch.dtype | None = None) -> dict[str, float]:
-    """Decoding speed at batch 1 over a cache of `context` random tokens, of a model in eval mode: the median
-    of `repeats` timings of n tokens each; the keys are those of metrics.jsonl.
-    """
+    """Median speed of `repeats` decodings of n tokens at batch 1 after `context` random ones, as in metrics.jsonl."""
     random = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (context,), generator=random).tolist()
     cache = model.new_cache(1, context + n, cache_dtype)
