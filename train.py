@@ -107,11 +107,9 @@ def main(argv: list[str]) -> None:
 
 
 def train(argv: list[str]) -> dict:
-    """Train as the command line says; returns the run's summary.
-
-    Raises UserError for whatever is wrong with the configuration, the data or the run folder, before anything
-    in the folder is changed; later, with the last checkpoint in place, for faults of disk and data and for
-    training that has come apart. A signal ends the run with a checkpoint and SystemExit (128 + signal).
+    """Train as the command line says; returns the run's summary. Raises UserError for whatever is wrong with knobs,
+    data or run folder, before anything in the folder is changed; later, with the last checkpoint in place, for faults
+    of disk and data and for training that has come apart. A signal ends it with a checkpoint and SystemExit.
     """
     restarted = parallel.restarted()
     with parallel.collective_errors():
@@ -140,14 +138,11 @@ def train(argv: list[str]) -> dict:
     claim(config, model_config, dataset, state["step"])
     stop, log = StopSignal(), start_log(config, model, dataset, hardware, backend, state["step"])
     run = Run(config, dataset, model, loss_model, optimizers, hardware, share, log, stop, state)
-    stopped = training_loop(run)
-    return report(run, stopped)
+    return report(run, training_loop(run))
 
 
 def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, TrainConfig]:
-    """The knobs that a command line asks for, or if `restarted`, those to go on from the last checkpoint.
-    What it does not give is as in the run that init_from names, if there is one.
-    """
+    """The knobs of a command line, the rest as in the run that init_from names; `restarted`: of a launch to resume."""
     files = [Path(arg).stem for arg in argv if not arg.startswith("-")]
 
     def fill_in(given: dict[str, Any]) -> dict[str, Any]:
@@ -190,14 +185,12 @@ def new_model(model_config: GPTConfig, seed: int, device: torch.device) -> GPT:
 
 
 def load_start(config: TrainConfig, model: GPT, dataset: Dataset) -> tuple[dict, dict[str, Tensor]]:
-    """Load the weights that init_from asks for into `model`. Returns the state of the run and that of its
-    optimizers: those of the last checkpoint, or new ones.
-    """
-    state = dict(step=0, samples=0, time=0.0, evaluated=None, best={}, skipped_steps=0, scaler={})
+    """Load the weights that init_from asks for into `model`; returns the states of the run and of its optimizers."""
+    state: dict[str, Any] = dict(step=0, samples=0, time=0.0, evaluated=None, best={}, skipped_steps=0, scaler={})
     if config.init_from == "scratch":
         return state, {}
     resume = config.init_from == "resume"
-    source = Path(config.out_dir if resume else config.init_from)
+    source = Path(str(config.out_dir) if resume else config.init_from)
     check_fits(config, model.config, dataset, source)
     if resume:
         saved = checkpoint.load_newest(source)
@@ -225,15 +218,14 @@ def check_fits(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, s
     for knob in sorted(knobs.keys() - free):
         if knobs[knob] != saved[knob]:
             fault = f"does not fit the checkpoint in {source}, which has {knob} = {saved[knob]}"
-            remedy = "remove it, or train from scratch in another --out_dir"
-            raise UserError(f"{knob} = {knobs[knob]} {fault}; {remedy}")
+            raise UserError(f"{knob} = {knobs[knob]} {fault}; remove it, or train from scratch in another --out_dir")
     if tokenizers.sha256(tokenizers.load(source)) != tokenizers.sha256(dataset.tokenizer):
         raise UserError(f"{source} was trained with another tokenizer than that of {config.dataset}")
 
 
 def claim(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, step: int) -> None:
     """Make the run folder this run's."""
-    run_dir, newest = Path(config.out_dir), parallel.all_reduce_max(step)
+    run_dir, newest = Path(str(config.out_dir)), parallel.all_reduce_max(step)
     with parallel.collective_errors():
         if step != newest:
             raise UserError(f"{run_dir} is not the same on all nodes: it must be on storage that they share")
@@ -245,23 +237,21 @@ def claim(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, step: 
                 tokenizers.save(tokenizer, run_dir)
 
 
-def start_log(
-    config: TrainConfig, model: GPT, dataset: Dataset, hardware: Hardware, backend: str, step: int
-) -> RunLogger:
+def start_log(config: TrainConfig, model: GPT, data: Dataset, hardware: Hardware, backend: str, step: int) -> RunLogger:
     """The run's log, begun with what is true of the whole run: which model on which data."""
     facts = {"attention": model.config.attention, "dataset": config.dataset, "seed": config.seed}
-    facts |= {"git_sha": measure.git_sha(), "corpus_sha256": dataset.meta["corpus_sha256"]}
-    facts |= {"tokenizer_sha256": tokenizers.sha256(dataset.tokenizer)} | measure.describe_model(model)
-    wandb = {"project": config.wandb_project, "name": config.wandb_run_name}
-    wandb["config"] = asdict(model.config) | asdict(config) | facts
-    folder = Path(config.out_dir) if parallel.rank() == 0 else None
+    facts |= {"git_sha": measure.git_sha(), "corpus_sha256": data.meta["corpus_sha256"]}
+    facts |= {"tokenizer_sha256": tokenizers.sha256(data.tokenizer)} | measure.describe_model(model)
+    knobs = asdict(model.config) | asdict(config) | facts
+    wandb = {"project": config.wandb_project, "name": config.wandb_run_name, "config": knobs}
+    folder = Path(str(config.out_dir)) if parallel.rank() == 0 else None
     resumed_at = step if config.init_from == "resume" else None
     log = RunLogger(folder, facts, resumed_at, wandb if config.wandb_log else None)
     ranks = f"{parallel.size()} ranks of " if parallel.size() > 1 else ""
     machine = f"{ranks}{hardware.device.type}, {str(hardware.dtype).removeprefix('torch.')}"
     parameters, cache = facts["params/total"], facts["kv_cache/bytes_per_token"]
     log.say(f"{facts['attention']}: {parameters:,} parameters, {cache:,} bytes of cache a token (bf16)")
-    log.say(f"{config.dataset}: {len(dataset.train):,} tokens; {machine}; run folder {config.out_dir}")
+    log.say(f"{config.dataset}: {len(data.train):,} tokens; {machine}; run folder {config.out_dir}")
     log.say(backend)
     if hardware.compile:
         log.say("compiling: the first step and the first evaluation take a minute or so")
@@ -333,8 +323,7 @@ def training_loop(run: Run) -> bool:
 
 def batch(run: Run, micro_step: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets (rows, block_size) of this rank; dropout draws from a state that they name."""
-    first = run.samples + (micro_step * parallel.size() + parallel.rank()) * run.rows
-    seed = run.config.seed
+    first, seed = run.samples + (micro_step * parallel.size() + parallel.rank()) * run.rows, run.config.seed
     with run.watchdog:
         x, y = run.dataset.train_batch(first, run.rows, run.block_size, seed)
     torch.manual_seed((seed * 0x9E3779B1 + first) % 2**63)  # so that no random state need be kept
@@ -342,9 +331,7 @@ def batch(run: Run, micro_step: int) -> tuple[Tensor, Tensor]:
 
 
 def optimizer_step(run: Run, factor: float) -> tuple[Tensor, bool]:
-    """Step with all learning rates times `factor`, unless the gradient is not finite. Returns the gradient's
-    norm () before clipping, and whether it was finite.
-    """
+    """Step at all rates times `factor` if the gradient is finite. Returns its norm () before clipping, and if it is."""
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     max_norm = run.config.grad_clip if run.config.grad_clip > 0 else math.inf
@@ -364,8 +351,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """The factor on every learning rate at `step`: linear warm-up, then cosine decay, or stable and a linear
     decay over the last `cooldown` share of the steps (warm-up/stable/decay); down to min_lr / learning_rate.
     """
-    last, linear = config.lr_decay_iters, config.schedule == "wsd"
-    floor = config.min_lr / config.learning_rate if config.learning_rate else 0.0
+    last, linear = config.lr_decay_iters or config.max_iters, config.schedule == "wsd"
+    floor = (config.min_lr or 0.0) / config.learning_rate if config.learning_rate else 0.0
     if step < config.warmup_iters:
         return (step + 1) / (config.warmup_iters + 1)
     if not config.decay_lr:
@@ -394,8 +381,7 @@ def evaluate_and_log(run: Run) -> tuple[bool, bool]:
 def record(run: Run, metrics: dict) -> None:
     """Log metrics, with what they are plotted against."""
     tokens, seconds = run.samples * run.block_size, time.perf_counter() - run.started
-    against = {"step": run.step, "tokens": tokens, "time": seconds, "flops": tokens * run.flops_per_token}
-    run.log(against | metrics)
+    run.log({"step": run.step, "tokens": tokens, "time": seconds, "flops": tokens * run.flops_per_token} | metrics)
 
 
 def log_progress(run: Run, losses: list[Tensor], grad_norm: Tensor, lr: float) -> None:

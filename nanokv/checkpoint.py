@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nanokv.config import UserError
+from nanokv.config import UserError, replace_json
 
 CHECKPOINTS = ("last", "last.new", "last.old", "best", "best.new", "best.old")
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json", "wandb_id", "launch_id", *CHECKPOINTS)
@@ -59,14 +59,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value) -> None:
-    """Replace a JSON file in one step: a reader sees the old one or the new one. Raises UserError."""
-    aside = path.with_name(path.name + ".new")
-    with writing(path), open(aside, "w") as f:
-        json.dump(value, f, indent=2)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-        os.replace(aside, path)
+    """Replace a JSON file in one step. Raises UserError."""
+    with writing(path):
+        replace_json(path, value)
 
 
 def read_json(path: Path):
@@ -80,9 +75,7 @@ def read_json(path: Path):
 
 
 def claim(run_dir: Path, resume: bool, overwrite: bool, launch: str | None = None) -> None:
-    """Make `run_dir` ready to be written by the command that `launch` names. Raises UserError if there is no
-    way to write there, or if a run is there, one with a checkpoint, which only `overwrite` gives up.
-    """
+    """Make `run_dir` that of `launch`. Raises UserError if it cannot be written, or holds a run not to `overwrite`."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / ".writable"
@@ -137,9 +130,7 @@ def read_config(run_dir: Path) -> dict:
 
 
 class Saver:
-    """Writes a run's checkpoints in a thread, while training goes on. What goes wrong there is raised by the
-    next call of a method: a UserError, and the checkpoints before are as they were.
-    """
+    """Writes checkpoints in a thread, as training goes on. The next call raises its UserError; the last ones stay."""
 
     def __init__(self, run_dir: Path):
         self.run_dir = run_dir
@@ -151,10 +142,12 @@ class Saver:
     def save(self, names: Sequence[str], checkpoint: Checkpoint) -> None:
         """Copy the tensors to CPU memory and return; later they are on the disk, under each of `names`."""
         self.wait()
-        parts = checkpoint.model, checkpoint.optimizer
-        parts = ({key: t.detach().to("cpu", copy=True) for key, t in tensors.items()} for tensors in parts)
-        copy = Checkpoint(*parts, deepcopy(checkpoint.state))
-        self.pending = self.thread.submit(lambda: [save(self.run_dir, name, copy) for name in names])
+
+        def copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+        copies = Checkpoint(copy(checkpoint.model), copy(checkpoint.optimizer), deepcopy(checkpoint.state))
+        self.pending = self.thread.submit(lambda: [save(self.run_dir, name, copies) for name in names])
 
     def check(self) -> None:
         """Raise what a save that is over may have left to raise. Never waits."""
@@ -169,15 +162,12 @@ class Saver:
 
 
 def save(run_dir: Path, name: str, checkpoint: Checkpoint) -> None:
-    """Write `run_dir/name`. Raises UserError, with the one before still in place, if it cannot be written or
-    if a weight is not finite: from that no run could go on.
-    """
+    """Write `run_dir/name`. Raises UserError, the one before still in place, if it cannot or a weight is not finite."""
     target, new = run_dir / name, run_dir / f"{name}.new"
     for key, tensor in checkpoint.model.items():
-        if not torch.isfinite(tensor).all():
-            remedy = f"{target} is kept; go on from it with --init_from=resume and a lower learning rate"
-            step = checkpoint.state["step"]
-            raise UserError(f"step {step} is not saved: {key} holds nan or inf; {remedy}")
+        if not torch.isfinite(tensor).all():  # from that no run could go on
+            fault = f"step {checkpoint.state['step']} is not saved: {key} holds nan or inf; {target} is kept"
+            raise UserError(f"{fault}; go on from it with --init_from=resume and a lower learning rate")
     with writing(target):
         if (new / "manifest.json").exists():
             _swap_in(run_dir, name)  # the process before was stopped just short of this
@@ -224,12 +214,11 @@ def load_newest(run_dir: Path) -> Checkpoint:
         except (UserError, LookupError, TypeError, ValueError, ArithmeticError):
             steps[name] = math.inf if name == "last" else -1
     faults = []
-    for name in sorted(steps, key=steps.get, reverse=True):  # of equals last/ comes first
+    for name in sorted(steps, key=steps.__getitem__, reverse=True):  # of equals last/ comes first
         try:
             checkpoint = load(run_dir, name)
-            step = checkpoint.state["step"]
             for fault in faults:
-                print(f"going on from {run_dir / name}, step {step}: {fault}", file=sys.stderr)
+                print(f"going on from {run_dir / name}, step {checkpoint.state['step']}: {fault}", file=sys.stderr)
             return checkpoint
         except UserError as fault:
             faults.append(fault)
@@ -249,9 +238,7 @@ def load(run_dir: Path, name: str) -> Checkpoint:
 
 
 def find(path: str | Path, which: str = "best") -> tuple[Path, str]:
-    """Run folder and name of the checkpoint that `path` means: best/ or last/ of a run, or a run folder and
-    `which`, or last where there is no best.
-    """
+    """Run folder and checkpoint that `path` means: best/ or last/ itself, else `which` of a run, last if no best."""
     path, whole = Path(path), Path(path).absolute()
     if whole.name in ("best", "last") and not (path / "config.json").exists():
         return whole.parent, whole.name
@@ -277,9 +264,7 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def build(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
-    """The module that `make` makes, in eval mode, with `weights` themselves, not copies, as parameters.
-    Raises RuntimeError if their names or shapes do not fit.
-    """
+    """make() in eval mode, with `weights` themselves as parameters. Raises RuntimeError if names or shapes differ."""
     model = on_meta(make)
     model.load_state_dict(weights, assign=True)
     return model.eval()
@@ -297,18 +282,15 @@ def _verified(run_dir: Path, name: str, parts: tuple[str, ...]) -> Path:
         raise UserError(f"checkpoint {folder} is damaged: it has no manifest.json; use another one")
     manifest = read_json(folder / "manifest.json")
     for part in parts:
-        sound = False
         with suppress(OSError, KeyError, TypeError):
-            sound = manifest[part] == _fingerprint(folder / part)
-        if not sound:
-            fault = f"{part} does not match its manifest; use another one"
-            raise UserError(f"checkpoint {folder} is damaged: {fault}")
+            if manifest[part] == _fingerprint(folder / part):
+                continue
+        raise UserError(f"checkpoint {folder} is damaged: {part} does not match its manifest; use another one")
     return folder
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Copies: load_file maps the file, and one that is cut short later would kill the process."""
-    try:
+    try:  # copies, since load_file maps the file: one that is cut short later would kill the process
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except SafetensorError as e:
         raise UserError(f"{path} is damaged: not a safetensors file; use another checkpoint") from e

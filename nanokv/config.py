@@ -11,6 +11,7 @@ import ast
 import difflib
 import inspect
 import itertools
+import json
 import operator
 import os
 import re
@@ -21,12 +22,12 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Any)
 
 
 class UserError(ValueError):
@@ -34,11 +35,9 @@ class UserError(ValueError):
 
 
 def load(argv: list[str], *classes: type, usage: str = "", fill_in: Callable[[dict], dict] = dict) -> tuple:
-    """`[config.py] [--key=value ...]` as an instance of each dataclass, typed by their annotations.
-
-    A bare `--key` sets a bool. The command line overrides the file, and the last of two equal keys counts.
-    `fill_in` is told the values that were given and returns those to use; defaults are for the rest. `--help`
-    prints `usage` and every field, and exits. Raises UserError.
+    """`[config.py] [--key=value ...]` as an instance of each dataclass, typed by their annotations. A bare `--key` sets
+    a bool. The command line overrides the file, and the last of two equal keys counts. `fill_in` is told the values
+    that were given and returns those to use. `--help` prints `usage` and every field, and exits. Raises UserError.
     """
     if "--help" in argv or "-h" in argv:
         print(describe(classes, usage))
@@ -47,13 +46,11 @@ def load(argv: list[str], *classes: type, usage: str = "", fill_in: Callable[[di
     if len(files) > 1:
         raise UserError(f"unexpected argument {files[1]!r}; write --key=value, after one config file at most")
     settings, hints = [setting for file in files for setting in read_file(file)], _hints(classes)
-    for arg in argv:
-        if arg.startswith("-"):
-            key, equals, text = arg.removeprefix("--").partition("=")
-            if not equals and bool not in _members(hints.get(key, bool)):
-                raise UserError(f"--{key} needs a value: --{key}=...")
-            readings = (_literal(text), text) if equals else (True,)
-            settings.append((key, readings, "command line"))
+    for arg in (arg for arg in argv if arg.startswith("-")):
+        key, equals, text = arg.removeprefix("--").partition("=")
+        if not equals and bool not in _members(hints.get(key, bool)):
+            raise UserError(f"--{key} needs a value: --{key}=...")
+        settings.append((key, (_literal(text), text) if equals else (True,), "command line"))
     return _build(classes, fill_in(_check(settings, hints)))
 
 
@@ -89,9 +86,7 @@ def check_range(config, names: str, **bounds: float) -> None:
 
 
 def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
-    """Run a command, main(arguments): faults of the user's become one line on stderr and exit code 2. ranks:
-    whether it can be one of several processes that torchrun started.
-    """
+    """Run main(arguments); a UserError is one line on stderr and exit code 2. ranks: whether torchrun may start it."""
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not ranks:
             raise UserError(f"{sys.argv[0]} is one process; run it without torchrun")
@@ -108,11 +103,9 @@ def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
 
 
 def run_python(command: list[str], **options) -> str | None:
-    """`python COMMAND` in a process of its own, as none of several ranks; options as for subprocess.run.
-    Returns what it printed, if `stdout` is a pipe. Raises UserError, with its last line, if it fails.
-    """
+    """`python COMMAND` in a process of its own, as no rank: its stdout, if a pipe. UserError of its last line."""
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
-    options = {"text": True, "stderr": subprocess.PIPE, "env": environment} | options
+    options = {"text": True, "stderr": subprocess.PIPE, "env": environment} | options  # of subprocess.run
     done = subprocess.run([sys.executable, *command], **options)
     if done.returncode:
         lines = (done.stderr or done.stdout or "").strip().splitlines() or [f"exit code {done.returncode}"]
@@ -121,8 +114,17 @@ def run_python(command: list[str], **options) -> str | None:
     return done.stdout
 
 
+def replace_json(path: Path, content: Any) -> None:
+    """Writes aside and swaps in, so that a reader finds the old file or the new one, never a part."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as f:
+        f.write(json.dumps(content, indent=2) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+
+
 def _hints(classes: Iterable[type]) -> dict[str, Any]:
-    """The type hint of each field."""
     return {field.name: get_type_hints(cls)[field.name] for cls in classes for field in fields(cls)}
 
 
@@ -131,8 +133,7 @@ def _check(settings: Iterable[tuple[str, tuple, str]], hints: dict[str, Any]) ->
     values = {}
     for key, readings, where in settings:
         if key not in hints:
-            hint = _did_you_mean(key, list(hints)) or "; see --help"
-            raise UserError(f"{where}: unknown key {key!r}{hint}")
+            raise UserError(f"{where}: unknown key {key!r}{_did_you_mean(key, list(hints)) or '; see --help'}")
         fitting = [value for reading in readings for value in _fit(reading, hints[key])]
         if not fitting:
             choices = [choice for choice in _members(hints[key]) if isinstance(choice, str)]
@@ -147,10 +148,9 @@ def _build(classes: Iterable[type], values: dict[str, Any]) -> tuple:
     for field in (field for cls in classes for field in fields(cls)):
         if field.name not in values and field.default is MISSING:
             raise UserError(f"--{field.name}=... is required")
+    own = [{field.name: values[field.name] for field in fields(cls) if field.name in values} for cls in classes]
     try:
-        return tuple(
-            cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values}) for cls in classes
-        )
+        return tuple(cls(**knobs) for cls, knobs in zip(classes, own, strict=True))
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -159,11 +159,10 @@ def _fit(value: Any, hint: Any) -> Iterator[Any]:
     """Yields value as each type that the hint admits, never guessing: 1e3 fits int, 1 fits float and bool."""
     if get_origin(hint) is tuple:  # tuple[int, ...]: words with commas between, or a list
         words, kind = value.split(",") if value and isinstance(value, str) else value or (), get_args(hint)[0]
-        if not isinstance(words, list | tuple):
-            return
-        fitting = [[fit for reading in (_literal(str(word)), word) for fit in _fit(reading, kind)] for word in words]
-        if all(fitting):
-            yield tuple(fits[0] for fits in fitting)
+        if isinstance(words, list | tuple):
+            fitting = [[fit for read in (_literal(str(word)), word) for fit in _fit(read, kind)] for word in words]
+            if all(fitting):
+                yield tuple(fits[0] for fits in fitting)
         return
     for member in _members(hint):
         if member in (int, float):  # in 64 bits, which also excludes inf and nan
@@ -195,12 +194,9 @@ def _did_you_mean(word: Any, choices: list[str]) -> str:
 
 def _literal(text: str) -> Any:
     """The constant that a command line's text spells; the text itself if none."""
-    names = {"None": None, "True": True, "true": True, "False": False, "false": False}
-    if text in names:
-        return names[text]
-    for number in (int, float):
-        with suppress(ValueError):
-            return number(text)
+    for read in ({"None": None, "True": True, "true": True, "False": False, "false": False}.__getitem__, int, float):
+        with suppress(ValueError, LookupError):
+            return read(text)
     return text
 
 
@@ -226,8 +222,8 @@ def read_file(path: str) -> Iterator[tuple[str, tuple, str]]:
                     value = _evaluate(expression, names)
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{where}: {error}") from error
-                names |= {target.id: value for target in targets}
-                yield from ((target.id, (value,), where) for target in targets if target.id[0] != "_")
+                names |= dict.fromkeys(map(ast.unparse, targets), value)
+                yield from ((key, (value,), where) for key in map(ast.unparse, targets) if key[0] != "_")
             case _:
                 raise UserError(f"{where}: {_not_allowed(node)}")
 
@@ -274,7 +270,7 @@ def _number(value: Any) -> int | float:
     return value
 
 
-def _not_allowed(node: ast.AST) -> str:
+def _not_allowed(node: Any) -> str:
     match node:  # name what is within a bare expression, a target that is no name, a constant, an operation
         case ast.Expr(node) | ast.Assign([node]) | ast.Constant(node) | ast.BinOp(_, node) | ast.UnaryOp(node):
             pass
@@ -307,7 +303,7 @@ def _comments(cls: type) -> dict[str, tuple[str, str]]:
     beside it, or else the lines right above it. Any other comment is the title of a section.
     """
     result = {}
-    for base in filter(is_dataclass, reversed(cls.__mro__)):
+    for base in (base for base in reversed(cls.__mro__) if hasattr(base, "__dataclass_fields__")):
         section, blocks = "", [""]  # blocks of comment lines since the last line of code
         for line in textwrap.dedent(inspect.getsource(base)).splitlines():
             code, _, comment = line.partition("# ")

@@ -32,11 +32,9 @@ CHECK_ALL_BELOW = 100_000_000  # a split of more tokens is checked in this many 
 
 
 def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) -> "Dataset":
-    """Opens a set by its folder or by its name in data/, preparing it if it is missing and small.
-
-    `tokenizer`, a kind or a folder that has one, asks for a named set under another than its own (kept in
-    data/NAME/TOKENIZER), or tells that of a folder that does not. Raises UserError: unknown set or tokenizer,
-    missing, unfinished or damaged set.
+    """Opens a set by its folder or by its name in data/, preparing it if it is missing and small. `tokenizer`, a kind
+    or a folder that has one, asks for a named set under another than its own (kept in data/NAME/TOKENIZER), or tells
+    that of a folder that does not. Raises UserError: unknown set or tokenizer, missing, unfinished or damaged set.
     """
     key, value, kind = "tokenizer", tokenizer, tokenizer
     if tokenizer not in (None, *tokenizers.KINDS):
@@ -46,7 +44,7 @@ def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) 
     if name in ours:
         folder = ROOT / name
         if tokenizer is not None and (_read_meta(folder) or {}).get(key) != value:
-            folder = folder / value[:16]
+            folder = folder / str(value)[:16]
         if _read_meta(folder) is None:
             flags = [f"--out_dir={folder}", f"--tokenizer={tokenizer}"] if tokenizer else []
             if not (prepare and name in PREPARED_ON_FIRST_USE):
@@ -67,15 +65,13 @@ class Dataset:
     """Two splits of token ids (train, val: Shards) and what is known about them (meta: dict)."""
 
     def __init__(self, folder: Path, tokenizer: str | None = None):
-        self.dir = folder
-        self.meta = _read_meta(folder)
-        if self.meta is None:
-            lacks = "no meta.json, no train.bin and val.bin, no llm.c shards"
-            raise UserError(f"{folder} holds no complete data set: {lacks}")
-        kind = self.meta.setdefault("tokenizer", tokenizer or "gpt2")
+        self.dir, meta = folder, _read_meta(folder)
+        if meta is None:
+            fault = f"{folder} holds no complete data set"
+            raise UserError(f"{fault}: no meta.json, no train.bin and val.bin, no llm.c shards")
+        self.meta, kind = meta, meta.setdefault("tokenizer", tokenizer or "gpt2")
         if tokenizer not in (None, kind):
-            remedy = "prepare it again, or leave --tokenizer out"
-            raise UserError(f"{folder} was tokenised with {kind}, not {tokenizer}: {remedy}")
+            raise UserError(f"{folder} was tokenised with {kind}, not {tokenizer}: prepare it so or omit --tokenizer")
         if kind == "gpt2":  # known without loading it, which may need the network
             self.meta.setdefault("vocab_size", tokenizers.GPT2_N_VOCAB)
         self.vocab_size = self.meta.get("vocab_size") or self.tokenizer.n_vocab
@@ -90,16 +86,13 @@ class Dataset:
         from an offset of its own. No state: a rank or a resumed run just asks for the samples it needs.
         """
         self.check_block_size(block_size)
-        aligned = "example_len" in self.meta
-        starts = sample_starts(first, count, len(self.train), block_size, seed, aligned)
+        starts = sample_starts(first, count, len(self.train), block_size, seed, "example_len" in self.meta)
         return self._inputs_and_targets(self.train.windows(starts, block_size + 1))
 
     def val_batches(self, block_size: int, batch_size: int, max_batches=0, rank=0, ranks=1) -> Iterator:
-        """Yields x, y (B, T) int64: each token of the val split but the first is a target once, in order.
-
-        The last window is padded with y = -1, the last batch may have fewer rows: weigh losses by targets.
-        max_batches: so many, spread evenly over the split; 0: all. The ranks take turns at batches, equally
-        many each, if need be one of padding alone.
+        """Yields x, y (B, T) int64: each token of the val split but the first is a target once, in order. The last
+        window is padded with y = -1, the last batch may have fewer rows: weigh losses by targets. max_batches: spread
+        evenly over the split; 0: all. The ranks take turns at batches, equally many each, one of padding if need be.
         """
         self.check_block_size(block_size)
         stride = self.meta.get("example_len", block_size)
@@ -119,13 +112,10 @@ class Dataset:
         for split, shards in (("train", self.train), ("val", self.val)):
             if len(shards) < block_size + 1:
                 fault = f"has {len(shards)} tokens, fewer than block_size + 1 = {block_size + 1}"
-                remedy = "lower --block_size or prepare a larger set"
-                raise UserError(f"the {split} split of {self.dir} {fault}: {remedy}")
+                raise UserError(f"the {split} split of {self.dir} {fault}: lower --block_size or prepare a larger set")
 
     def fit(self, block_size: int, vocab_size: int) -> int:
-        """The vocabulary of a model trained on this set: its own size, or `vocab_size` if not 0. Raises
-        UserError if that is less than there are token ids, or windows of `block_size` do not fit.
-        """
+        """The vocabulary of a model: this set's, or `vocab_size` if not 0. Raises UserError if one does not fit."""
         self.check_block_size(block_size)
         if 0 < vocab_size < self.vocab_size:
             ids = f"the {self.vocab_size} token ids of {self.dir}"
@@ -185,16 +175,13 @@ class Dataset:
 
 
 class Shards:
-    """Token files read as if they were one array: by pread, not mapped, so that a file which is cut short
-    under a running job is an error with a name, not a bus error.
-    """
+    """Token files as one array, read by pread, not mapped: one cut short is then an error with a name, no bus error."""
 
     def __init__(self, paths: list[Path], dtype: np.dtype):
         """Raises UserError for a file whose size does not fit its header or `dtype`."""
         self.dtype = dtype
         self.files = [open(path, "rb", buffering=0) for path in paths]  # noqa: SIM115 (they stay open)
-        self.data_starts = []  # byte at which the tokens of each file start
-        self.ends = []  # number of tokens up to the end of each file
+        self.data_starts, self.ends = [], []  # of each file: byte of its first token, tokens up to its end
         for file in self.files:
             header = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4")  # magic, version, tokens
             size = os.fstat(file.fileno()).st_size
@@ -228,8 +215,7 @@ class Shards:
         """(len(starts), length) int64, -1 beyond the end."""
         out = np.full((len(starts), length), -1, np.int64)
         for row, start in zip(out, starts.tolist(), strict=True):
-            ids = self.read(start, length)
-            row[: len(ids)] = ids
+            row[: max(len(self) - start, 0)] = self.read(start, length)
         return out
 
     def chunks(self, limit: int) -> Iterator[np.ndarray]:
@@ -246,9 +232,9 @@ class Shards:
 
 
 def sample_starts(first: int, count: int, n_tokens: int, block_size: int, seed: int, aligned=False) -> np.ndarray:
-    """(count,): where samples first .. first + count - 1 begin.
-    An epoch lays windows of block_size side by side from a random offset below block_size (targets reach one
-    token further) and takes them in random order. aligned: examples of block_size + 1 tokens, so no offset.
+    """(count,): where samples first .. first + count - 1 begin. An epoch lays windows of block_size side by side from a
+    random offset below block_size (targets reach one token further) and takes them in random order. aligned: examples
+    of block_size + 1 tokens, so no offset.
     """
     stride = block_size + 1 if aligned else block_size
     n = n_tokens // stride if aligned else max(1, n_tokens // stride - 1)
@@ -260,10 +246,8 @@ def sample_starts(first: int, count: int, n_tokens: int, block_size: int, seed: 
 
 
 def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Where `key`'s permutation of 0 .. n-1 takes each `index`; all (B,) uint64, no memory of size n.
-
-    A Feistel network permutes a x b pairs, a b just above n, and what lands at n or above goes round again
-    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """Where `key`'s permutation of 0 .. n-1 takes each `index`; all (B,) uint64, no memory of size n. A Feistel network
+    permutes a x b pairs, a b just above n, and what lands at n or above goes round again (Black and Rogaway 2002).
     """
     a, one, half = np.uint64(math.isqrt(n - 1) + 1), np.uint64(1), np.uint64(32)
     b = np.uint64(-(-n // int(a)))

@@ -6,19 +6,18 @@ A set is `train_NNNNNN.bin`, `val_NNNNNN.bin`, the tokenizer and `meta.json`. It
 
 import glob
 import hashlib
-import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanokv import tokenizer
-from nanokv.config import UserError, check_range
+from nanokv.config import UserError, check_range, replace_json
 
 SPLITS = ("train", "val")
 SHARD_TOKENS = 100_000_000
@@ -48,14 +47,14 @@ class Piece(NamedTuple):
 class Writer:
     """Appends tokens to shards and counts them. `state` is what a killed writer needs to go on."""
 
-    def __init__(self, out_dir: Path, tok: tokenizer.Tokenizer, dtype=None, state: dict | None = None):
+    def __init__(self, out_dir: Path, tok: tokenizer.Tokenizer, dtype=None, state: dict[str, Any] | None = None):
         """Without `state` it starts over: what an earlier writer left unfinished in `out_dir` goes."""
         self.out_dir, self.aside, self.tok = out_dir, out_dir / UNFINISHED, tok
         self.dtype = np.dtype(dtype or (np.uint16 if tok.n_vocab <= 1 << 16 else np.uint32))
-        self.state = state or {"shard": 0, "corpus_sha256": "", "tokens": {}, "bytes": {}}
+        counts = {what: dict.fromkeys(SPLITS, 0) for what in ("tokens", "bytes")}
+        self.state = state or {"shard": 0, "corpus_sha256": ""} | counts
         self.last_print = self.started = time.monotonic()
         if state is None:
-            self.state |= {"tokens": dict.fromkeys(SPLITS, 0), "bytes": dict.fromkeys(SPLITS, 0)}
             shutil.rmtree(self.aside, ignore_errors=True)
             try:
                 self.aside.mkdir(parents=True)
@@ -64,7 +63,7 @@ class Writer:
             tokenizer.save(tok, self.aside)
         self._open_shard()
 
-    def add_all(self, pieces: Iterable[Piece], shard_tokens=SHARD_TOKENS, max_tokens=0, state=dict) -> None:
+    def add_all(self, pieces: Iterable[Piece], shard_tokens=SHARD_TOKENS, max_tokens=0, state: Any = dict) -> None:
         """Appends pieces, in batches and shards, until there are max_tokens train tokens (0: all). Reads no
         further than it writes, so that state(), kept with each shard, is where `pieces` stands.
         """
@@ -82,8 +81,8 @@ class Writer:
         self.add(batch)
 
     def add(self, pieces: list[Piece]) -> None:
-        rows = self.tok.encode_ordinary_batch([p.text for p in pieces], num_threads=os.cpu_count())
-        ids, contents = {split: [] for split in SPLITS}, {split: [] for split in SPLITS}
+        rows = self.tok.encode_ordinary_batch([p.text for p in pieces], num_threads=os.cpu_count() or 1)
+        ids, contents = ({split: [] for split in SPLITS} for _ in range(2))
         for piece, row in zip(pieces, rows, strict=True):
             if piece.starts_document and self.tok.eot_token is not None:
                 ids[piece.split].append(self.tok.eot_token)
@@ -114,18 +113,16 @@ class Writer:
         """Moves the set into place. Raises UserError if a split is empty."""
         for split, count in self.state["tokens"].items():
             if not count:
-                remedy = "give more text, or another --val_fraction"
-                raise UserError(f"empty corpus: no text was found for the {split} split; {remedy}")
+                fault = f"empty corpus: no text was found for the {split} split"
+                raise UserError(f"{fault}; give more text, or another --val_fraction")
         self._close_shard()
         self._print_progress()
         meta = {"dtype": self.dtype.name, "vocab_size": self.tok.n_vocab, "tokenizer": self.tok.name}
         meta |= {f"{split}_{what}": self.state[what][split] for what in ("tokens", "bytes") for split in SPLITS}
-        meta["tokenizer_sha256"] = tokenizer.sha256(self.tok)
-        meta["corpus_sha256"] = self.state["corpus_sha256"]
-        (self.out_dir / "meta.json").unlink(missing_ok=True)
-        (self.aside / "progress.json").unlink(missing_ok=True)
-        for path in [path for split in SPLITS for path in self.out_dir.glob(f"{split}_[0-9]*.bin")]:
-            path.unlink()
+        meta |= {"tokenizer_sha256": tokenizer.sha256(self.tok), "corpus_sha256": self.state["corpus_sha256"]}
+        shards = [path for split in SPLITS for path in self.out_dir.glob(f"{split}_[0-9]*.bin")]
+        for path in (self.out_dir / "meta.json", self.aside / "progress.json", *shards):
+            path.unlink(missing_ok=True)
         for path in self.aside.iterdir():
             path.replace(self.out_dir / path.name)
         replace_json(self.out_dir / "meta.json", meta | more_meta)
@@ -175,16 +172,5 @@ def find_files(patterns: str, suffixes: tuple[str, ...]) -> list[Path]:
             inside = (p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
             found.update(inside if path.is_dir() else [path])
     if not found:
-        kinds = ", ".join(suffixes)
-        raise UserError(f"--input={patterns} names no {kinds} file: give files, folders or globs")
+        raise UserError(f"--input={patterns} names no {', '.join(suffixes)} file: give files, folders or globs")
     return sorted(found)
-
-
-def replace_json(path: Path, content: dict) -> None:
-    """Writes aside and swaps in, so that a reader finds the old file or the new one, never a part."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as f:
-        json.dump(content, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)

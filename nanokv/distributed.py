@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,12 +43,13 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def rendezvous() -> tuple[dist.Store, int, int]:
+def rendezvous() -> tuple[Any, int, int]:
     """A store for the ranks that are alive now, this rank and their number. torchrun's own store outlives a
     restart, and in it the addresses of the dead. So each rank writes a token, the first one lists those it
     reads, and a list that all of its ranks have signed names their part of the store.
     """
-    store, rank, size = next(dist.rendezvous("env://"))
+    c10d: Any = dist  # whose stores are not typed as public
+    store, rank, size = next(c10d.rendezvous("env://"))
     token = secrets.token_hex(8)
     store.set(f"token/{rank}", token)
     while True:
@@ -57,7 +59,7 @@ def rendezvous() -> tuple[dist.Store, int, int]:
         if token in tokens:
             store.set(f"{tokens}/{rank}", "signed")
             if store.check([f"{tokens}/{r}" for r in range(size)]):
-                return dist.PrefixStore(tokens, store), rank, size
+                return c10d.PrefixStore(tokens, store), rank, size
         time.sleep(0.02)
 
 
@@ -130,26 +132,20 @@ def all_reduce_sum(*values: float) -> list[float]:
 
 
 def share(micro_steps: int, rows: int) -> tuple[int, int]:
-    """How many micro-batches of how many rows each rank takes of a step of `micro_steps` batches of `rows`.
-    As few as keep them within `rows`. Raises UserError if the ranks cannot share evenly.
-    """
+    """The (micro-batches, rows in each at most `rows`) of each rank's even share of a step, or raises UserError."""
     mine, sequences = -(-micro_steps // size()), micro_steps * rows
     rows, rest = divmod(sequences, mine * size())
     if rest:
         fault = f"{size()} ranks of {mine} micro-batches cannot share a step of {sequences} sequences evenly"
-        remedy = f"make gradient_accumulation_steps x batch_size a multiple of {mine * size()}"
-        raise UserError(f"{fault}; {remedy}")
+        raise UserError(f"{fault}; make gradient_accumulation_steps x batch_size a multiple of {mine * size()}")
     return mine, rows
 
 
-def parallelize(
-    loss_model: nn.Module, device, dtype, compile=False, strategy="ddp", activation_checkpointing=False
-) -> nn.Module:
-    """`loss_model` (a LanguageModelLoss) as the ranks train it, to be called in its place.
-
-    "ddp": each rank holds all of the model and gradients are averaged. "fsdp": each holds its share of every
-    parameter (a DTensor, cut along the first dimension) and gathers a block's when it runs it, in `dtype`;
-    what is outside of blocks stays fp32. Gradients are reduced in fp32. Parameters keep their names.
+def parallelize(loss_model: Any, device, dtype, compile=False, strategy="ddp", activation_checkpointing=False) -> Any:
+    """`loss_model` (a LanguageModelLoss) as the ranks train it, to be called in its place. "ddp": each holds all of
+    the model and gradients are averaged. "fsdp": each holds its share of every parameter (a DTensor, cut along the
+    first dimension) and gathers a block's when it runs it, in `dtype`; what is outside of blocks stays fp32. Gradients
+    are reduced in fp32. Parameters keep their names.
     """
     blocks = loss_model.model.layers
     if activation_checkpointing:
@@ -176,7 +172,7 @@ def parallelize(
 
 def sync_gradients(loss_model: nn.Module, now: bool) -> None:
     """Whether the next backward pass of a parallelized model averages gradients over ranks: a step's last."""
-    module = getattr(loss_model, "_orig_mod", loss_model)  # what torch.compile wraps
+    module: Any = getattr(loss_model, "_orig_mod", loss_model)  # what torch.compile wraps
     if hasattr(module, "set_requires_gradient_sync"):  # FSDP's
         module.set_requires_gradient_sync(now)
     elif isinstance(module, DistributedDataParallel):
@@ -185,7 +181,7 @@ def sync_gradients(loss_model: nn.Module, now: bool) -> None:
 
 def clip_grad_norm(params: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients down to a norm of `max_norm` over all parameters; returns what it was, ()."""
-    norm = nn.utils.get_total_norm([p.grad for p in params])
+    norm: Any = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     norm = norm.full_tensor() if is_dtensor(norm) else norm
     if not norm <= max_norm:  # waits for the device
         nn.utils.clip_grads_with_norm_(params, max_norm, norm)
@@ -197,12 +193,12 @@ def is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def to_local(tensor: Tensor) -> Tensor:
+def to_local(tensor: Any) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def full_state_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def full_state_dict(tensors: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors, put together from all ranks, on rank 0; nothing on the others. All must call it."""
     gathered = {}
     for name, tensor in tensors.items():
@@ -212,7 +208,7 @@ def full_state_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return gathered
 
 
-def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
+def placed_like(value: Tensor, parameter: Any) -> Tensor:
     """`value`, whole and the same on all ranks: on the device of `parameter`, and if of its shape cut so."""
     value = value.to(parameter.device)
     if is_dtensor(parameter) and value.shape == parameter.shape:

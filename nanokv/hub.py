@@ -4,10 +4,11 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from nanokv import dataset_writer, tokenizer
 from nanokv.config import UserError, parse
-from nanokv.dataset_writer import SHARD_TOKENS, UNFINISHED, Piece, Writer
+from nanokv.dataset_writer import SHARD_TOKENS, UNFINISHED, Piece, Writer, split_of
 
 
 @dataclass
@@ -22,9 +23,7 @@ class HubFlags(dataset_writer.Flags):
 
 
 def prepare_streamed(argv: list[str], here: str, repo: str, **source: str) -> None:
-    """Writes the set of the prepare.py `here` from the hub's `repo` (source: its subset and revision); called
-    again after a kill, goes on after the last whole shard.
-    """
+    """Writes the set of the prepare.py `here` from the hub's `repo`; after a kill, goes on from the last shard."""
     own = Path(here).parent
     flags = parse(HubFlags, argv, f"python data/{own.name}/prepare.py [--key=value ...]")
     folder = Path(flags.out_dir or own)
@@ -44,15 +43,14 @@ def prepare_streamed(argv: list[str], here: str, repo: str, **source: str) -> No
     else:
         tok = tokenizer.train(flags.tokenizer, texts(stream, flags.text_key), flags.vocab_size)
         stream = open_stream(flags, repo, **source)
-    writer = Writer(folder, tok, state=state)
-    split_of, rows = dataset_writer.split_of, texts(stream, flags.text_key)
+    writer, rows = Writer(folder, tok, state=state), texts(stream, flags.text_key)
     pieces = (Piece(split_of(text.encode(), flags.val_fraction), text) for text in rows)
     sizes = flags.shard_tokens, flags.max_tokens
     writer.add_all(pieces, *sizes, lambda: {"stream": stream.state_dict(), "flags": made_with})
     writer.finish(source=flags.input or repo)
 
 
-def open_stream(flags: HubFlags, repo: str, subset: str | None = None, revision: str | None = None):
+def open_stream(flags: HubFlags, repo: str, subset: str | None = None, revision: str | None = None) -> Any:
     """A streamed datasets.IterableDataset. Raises UserError, at once if there is no network."""
     try:
         import datasets
@@ -61,7 +59,7 @@ def open_stream(flags: HubFlags, repo: str, subset: str | None = None, revision:
         raise UserError("this data set is read by datasets: `pip install datasets`") from None
     if flags.input:
         files = [str(path) for path in dataset_writer.find_files(flags.input, (".parquet",))]
-        stream = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+        stream: Any = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
     else:
         try:  # asked first, since load_dataset tries for half a minute
             huggingface_hub.HfApi().dataset_info(repo, timeout=10)

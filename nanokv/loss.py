@@ -13,9 +13,8 @@ MAX_LOGITS = 1 << 24  # elements at a time; 64 MiB in fp32
 
 
 class LanguageModelLoss(nn.Module):
-    """Token ids and targets -> loss; what training, DDP, FSDP and compile wrap instead of the model.
-
-    The model has `hidden(idx) -> (B, T, C)` and `head(hidden) -> (..., V)`.
+    """Token ids and targets -> loss; what training, DDP, FSDP and compile wrap instead of the model, which has
+    `hidden(idx) -> (B, T, C)` and `head(hidden) -> (..., V)`.
     """
 
     def __init__(self, model: nn.Module):
@@ -27,18 +26,15 @@ class LanguageModelLoss(nn.Module):
         return self.cross_entropy(self.model.hidden(idx).flatten(0, 1), targets.flatten())
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The loss of final hidden states (N, C) and targets (N,).
-
-        Many logits are computed in chunks, and recomputed in the backward pass: at a vocabulary of 50,304 they
-        and their gradient would be most of a training step's memory.
+        """The loss of final hidden states (N, C) and targets (N,). Many logits are computed in chunks and again in the
+        backward pass: at a vocabulary of 50,304 they and their gradient would be most of a step's memory.
         """
         rows = max(MAX_LOGITS // self.model.config.vocab_size, 1)
         if len(hidden) <= rows:
             return self.head_loss(hidden, targets, "mean")
         total = hidden.new_zeros((), dtype=torch.float32)
         for chunk in zip(hidden.split(rows), targets.split(rows), strict=True):
-            chunk_loss = checkpoint(self.head_loss, *chunk, "sum", use_reentrant=False, preserve_rng_state=False)
-            total = total + chunk_loss
+            total = total + checkpoint(self.head_loss, *chunk, "sum", use_reentrant=False, preserve_rng_state=False)
         return total / (targets >= 0).sum()
 
     def head_loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:

@@ -8,6 +8,7 @@ import sys
 import time
 import timeit
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ def n_params(model: nn.Module, embedding: bool = True) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if name not in names)
 
 
-def flops_per_token(model: nn.Module, context: int) -> int:
+def flops_per_token(model: Any, context: int) -> int:
     """FLOPs to train on one token at a context length, forward and backward, as in PaLM (arXiv 2204.02311,
     appendix B): 6 a parameter that multiplies, 6 a multiply-add with each position, masked ones included.
     """
@@ -57,7 +58,7 @@ def kv_ratio_to_mha(config) -> float:
     return held * kv_elements_per_token_layer(config) / (2 * config.n_embd)
 
 
-def describe_model(model: nn.Module) -> dict[str, int | float]:
+def describe_model(model: Any) -> dict[str, int | float]:
     """The size of a model and of its cache, under the keys of metrics.jsonl."""
     config = model.config
     cache = {"elements_per_token_layer": kv_elements_per_token_layer(config)}
@@ -84,24 +85,20 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes held at once so far: on a GPU by torch's allocator, elsewhere by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def git_sha() -> str | None:
     """The commit of this code, with a + if files differ from it; None outside a git checkout."""
-    describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    command = ["git", "-C", str(Path(__file__).parent), *describe]
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 @torch.no_grad()
-def evaluate(
-    loss_model: nn.Module, dataset: Dataset, windows: tuple[int, int, int], autocast, until=lambda: False
-) -> dict[str, float | None]:
+def evaluate(loss_model: Any, dataset: Dataset, windows: tuple[int, int, int], autocast, until=lambda: False) -> dict:
     """Mean loss in nats a token and bits per byte, over the same validation tokens on any number of ranks.
     windows: block_size, batch_size and how many batches of all ranks, evenly spaced; 0: the whole split.
     Draws nothing from any random state. Ends early, with what it has, when `until()` says so.
@@ -114,8 +111,7 @@ def evaluate(
         with autocast:
             mean = loss_model(x.to(device), y.to(device))
         if n:  # the mean over none is not a number
-            loss += mean * n
-            count += n
+            loss, count = loss + mean * n, count + n
         if until():
             break
     loss_model.train()
@@ -124,12 +120,8 @@ def evaluate(
     return {"val/loss": loss, "val/bpb": loss / math.log(2) / bytes_per_token if bytes_per_token else None}
 
 
-def decode_probe(
-    model: nn.Module, context: int, n: int = 32, repeats: int = 5, cache_dtype: torch.dtype | None = None
-) -> dict[str, float | int]:
-    """Decoding speed at batch 1 over a cache of `context` random tokens, of a model in eval mode: the median
-    of `repeats` timings of n tokens each; the keys are those of metrics.jsonl.
-    """
+def decode_probe(model: Any, context: int, n=32, repeats=5, cache_dtype: torch.dtype | None = None) -> dict[str, float]:
+    """Median speed of `repeats` decodings of n tokens at batch 1 after `context` random ones, as in metrics.jsonl."""
     random = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (context,), generator=random).tolist()
     cache = model.new_cache(1, context + n, cache_dtype)

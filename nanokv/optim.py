@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from nanokv import distributed as parallel
 from nanokv.config import UserError
 
+kernels: Any = torch  # some of which its types leave out
 EMBEDDING_LR = 10  # learning rate of an embedding that is not the head too, in units of learning_rate
 
 
@@ -30,12 +32,10 @@ def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
 
 
 def muon_update(g: Tensor, row_groups: tuple[int, ...] = ()) -> Tensor:
-    """Momenta (N, m, n) of like matrices -> their updates: orthogonalized, and scaled by sqrt(max(1, m / n)),
-    so that their effect on activations does not depend on the shape.
-
-    row_groups: sizes of the groups of rows that alternate in a fused matrix, such as (16, 48) for a key and
-    a value. Each group is orthogonalized on its own: together, the one with the largest gradient would set
-    the direction for all. The m of its scale is then the rows of one head.
+    """Momenta (N, m, n) of like matrices -> their updates: orthogonalized, and scaled by sqrt(max(1, m / n)), so that
+    their effect on activations does not depend on the shape. row_groups: sizes of the groups of rows that alternate in
+    a fused matrix, such as (16, 48) for a key and a value. Each group is orthogonalized on its own: together, the one
+    with the largest gradient would set the direction for all. The m of its scale is then the rows of one head.
     """
     updates = []
     for group in g.unflatten(1, (-1, sum(row_groups) or g.size(1))).split(row_groups or g.size(1), 2):
@@ -58,7 +58,7 @@ class Optimizer:
                 p.grad = None
 
 
-def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+def local(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     """What this rank holds of each tensor."""
     return [parallel.to_local(tensor) for tensor in tensors]
 
@@ -78,12 +78,12 @@ class AdamW(Optimizer):
                     self.state[p]["step"] = torch.zeros((), device=p.device)
             states = [self.state[p] for p in params]
             means, squares, steps = (local(state[key] for state in states) for key in ("exp_avg", "exp_avg_sq", "step"))
-            torch._foreach_add_(steps, 1)
+            kernels._foreach_add_(steps, 1)
             beta1, beta2 = group["betas"]
             knobs = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}
             knobs |= {"eps": 1e-8, "amsgrad": False, "maximize": False}
             grads = local(p.grad for p in params)
-            torch._fused_adamw_(local(params), grads, means, squares, [], steps, **knobs)
+            kernels._fused_adamw_(local(params), grads, means, squares, [], steps, **knobs)
 
 
 class Muon(Optimizer):
@@ -104,20 +104,16 @@ class Muon(Optimizer):
                         self.state[p]["momentum"] = torch.zeros_like(p)
                 grads = local(p.grad for p in params)
                 momenta = local(self.state[p]["momentum"] for p in params)
-                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
+                kernels._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                nesterov = kernels._foreach_lerp(grads, momenta, group["momentum"])
                 updates = parallel.each_matrix_once(update, nesterov, params)
                 weights = local(params)
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, updates, alpha=-group["lr"])
+                kernels._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                kernels._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
-def make_optimizers(
-    model, optimizer, learning_rate=1e-3, muon_lr=0.02, momentum=0.95, weight_decay=0.1, betas=(0.9, 0.95)
-) -> list[Optimizer]:
-    """The optimizers of a run: "adamw" for all parameters, or "muon" for the matrices in the blocks and AdamW
-    for the rest. Only matrices and embeddings decay.
-    """
+def make_optimizers(model, optimizer, lr=1e-3, muon_lr=0.02, momentum=0.95, weight_decay=0.1, betas=(0.9, 0.95)):
+    """A list: "adamw" for all, or "muon" for the blocks' matrices and AdamW for the rest. Vectors do not decay."""
     embedding, heads, matrices, vectors = [], [], defaultdict(list), []
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     row_groups = {module.weight: getattr(module, "row_groups", ()) for module in linears}
@@ -133,24 +129,25 @@ def make_optimizers(
             matrices[row_groups.get(p, ())].append(p)
     groups = [{"params": heads}, {"params": vectors, "weight_decay": 0.0}]
     # entries of size 1, each touched by few tokens: they can take, and need, larger steps
-    groups.append({"params": embedding, "lr": learning_rate * EMBEDDING_LR})
-    adamw = AdamW(groups, lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    groups.append({"params": embedding, "lr": lr * EMBEDDING_LR})
+    adamw = AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay)
     if optimizer == "adamw":
         return [adamw]
     groups = [{"params": alike, "row_groups": rows} for rows, alike in matrices.items()]
     return [Muon(groups, lr=muon_lr, momentum=momentum, weight_decay=weight_decay), adamw]
 
 
-def state_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+def state_tensors(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
     """The optimizers' state, by the name of parameter and state."""
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     states = [item for optimizer in optimizers for item in optimizer.state.items()]
     return {f"{names[p]}.{key}": value for p, state in states for key, value in state.items()}
 
 
-def load_state_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, Tensor]):
+def load_state_tensors(model: nn.Module, optimizers: Iterable[Optimizer], tensors: dict[str, Tensor]):
     """Inverse of `state_tensors`. Raises UserError if they are not those of these optimizers."""
-    by_name, shapes = defaultdict(dict), {name: p.shape for name, p in model.named_parameters()}
+    by_name, names = defaultdict(dict), {p: name for name, p in model.named_parameters()}
+    shapes = {name: p.shape for p, name in names.items()}
     for name, value in tensors.items():
         parameter, _, key = name.rpartition(".")
         if parameter == "rng":  # earlier versions kept the random-number state
@@ -158,7 +155,6 @@ def load_state_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: d
         if value.shape not in (shapes.get(parameter), torch.Size()):
             raise UserError(f"the optimizer's state does not fit its model: {name} is {list(value.shape)}")
         by_name[parameter][key] = value
-    names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for p in [p for group in optimizer.param_groups for p in group["params"] if names[p] in by_name]:
             state = by_name[names[p]]

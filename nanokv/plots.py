@@ -6,21 +6,19 @@ import sys
 from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from nanokv.config import UserError
 
 CACHE = "kv_cache/bytes_per_token"
 MOST_NAMES = 30  # rows that are named in the picture of compare.py
-STYLES = {  # of an attention: color, marker and line, any of which tells it apart
-    "mha": ("#000000", "o", "-"),
-    "gqa": ("#0072b2", "^", "--"),
-    "mqa": ("#e69f00", "s", ":"),
-    "mla": ("#d55e00", "D", "-."),
-}
+# of an attention: color, marker and line, any of which tells it apart
+STYLES = {"mha": ("#000000", "o", "-"), "gqa": ("#0072b2", "^", "--")}
+STYLES |= {"mqa": ("#e69f00", "s", ":"), "mla": ("#d55e00", "D", "-.")}
 MORE_STYLES = (("#009e73", "v", (0, (5, 1))), ("#cc79a7", "P", (0, (1, 1))), ("#56b4e9", "X", (0, (8, 2))))
 
 
-def pyplot():
+def pyplot() -> Any:
     """matplotlib.pyplot, with our settings. Raises UserError if it is not installed."""
     try:
         import adjustText  # noqa: F401 (for name_points)
@@ -48,13 +46,10 @@ def styles_of(attentions: Iterable[str]) -> dict[str, tuple]:
 
 
 def draw_lines(path: Path, by: str, panels: list[tuple], **look) -> None:
-    """A picture with a line for each value of rows[by] in each panel.
-
-    A panel is rows (dicts), their keys for x and y, and what Axes.set takes. An x axis is in powers of two
-    unless that says otherwise. A row's "name" stands beside its point. `look` goes to every line.
+    """A picture with a line for each value of rows[by] in each panel: rows (dicts), their keys for x and y, and what
+    Axes.set takes. An x axis is in powers of two unless that says otherwise. A row's "name" stands beside its point.
     """
-    size = (1 + 4 * len(panels), 3.5)
-    figure, axes = pyplot().subplots(1, len(panels), figsize=size, squeeze=False)
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(1 + 4 * len(panels), 3.5), squeeze=False)
     for axis, (rows, x, y, settings) in zip(axes[0], panels, strict=True):
         for i, (name, (color, marker, line)) in enumerate(styles_of(row[by] for row in rows).items()):
             points = sorted((row[x], row[y]) for row in rows if row[by] == name)
@@ -76,10 +71,7 @@ def powers_of_two(axis) -> None:
 
 
 def draw_compare(rows: list, key: str, path: Path) -> None:
-    """Quality against cache, the frontier as a staircase, seeds as bars; the loss curve of each attention.
-
-    rows: those of compare.py; key: the figure that stands for quality.
-    """
+    """Rows of compare.py: quality (`key`) against cache, the frontier as a staircase, seeds as bars; loss curves."""
     mosaic = [["quality", "tokens"], ["quality", "time"]]
     figure, panels = pyplot().subplot_mosaic(mosaic, figsize=(9, 4.6), width_ratios=(3, 2))
     axes = panels["quality"]

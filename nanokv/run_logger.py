@@ -12,13 +12,12 @@ from nanokv import checkpoint
 
 
 class RunLogger:
-    """Without a run folder, on all ranks but the first, it only keeps the summary."""
+    """Without a run folder, on all ranks but the first, it only keeps the summary, which begins with `facts`."""
 
     def __init__(self, run_dir: Path | None, facts: dict, resume_step=None, wandb: dict | None = None):
-        """facts: what the summary begins with. resume_step: where an earlier run is gone on with. wandb:
-        arguments of wandb.init (project, name, config) to log to W&B too.
-        """
+        """resume_step: where an earlier run is gone on with. wandb: arguments of wandb.init, to log to W&B too."""
         self.run_dir, self.summary, self.bar = run_dir, dict(facts), sys.stdout.isatty()
+        self.wandb = start_wandb(run_dir, **wandb) if run_dir and wandb else None
         if run_dir is None:
             return
         path = run_dir / "metrics.jsonl"
@@ -33,18 +32,16 @@ class RunLogger:
                 values = json.loads(line).items()
                 self.summary |= {k: v for k, v in values if not k.startswith(("final/", "decode/"))}
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
-        self.wandb = start_wandb(run_dir, **wandb) if wandb else None
 
     def __call__(self, metrics: dict) -> None:
         infinite = [k for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]
         metrics = metrics | dict.fromkeys(infinite)  # JSON has no nan
         self.summary |= metrics
-        if self.run_dir is None:
-            return
-        with checkpoint.writing(Path(self.file.name)):
-            self.file.write((json.dumps(metrics) + "\n").encode())
-        if self.wandb:
-            self.wandb.log({k: v for k, v in metrics.items() if v is not None})
+        if self.run_dir is not None:
+            with checkpoint.writing(self.run_dir / "metrics.jsonl"):
+                self.file.write((json.dumps(metrics) + "\n").encode())
+            if self.wandb:
+                self.wandb.log({k: v for k, v in metrics.items() if v is not None})
 
     def say(self, line: str, end: str = "\n") -> None:
         if self.run_dir is not None:
@@ -63,9 +60,8 @@ class RunLogger:
             checkpoint.write_json(self.run_dir / "summary.json", self.summary)
 
     def close(self) -> None:
-        if self.run_dir is None:
-            return
-        self.file.close()
+        if self.run_dir is not None:
+            self.file.close()
         if self.wandb:
             self.wandb.summary.update({k: v for k, v in self.summary.items() if v is not None})
             self.wandb.finish()
@@ -82,7 +78,7 @@ def _step_of(line: str) -> float:
 def start_wandb(run_dir: Path, **options):
     """A W&B run, the same again on resume; offline where there is no key or no network; None without W&B."""
     try:
-        import wandb
+        import wandb.errors
     except ImportError:
         print("wandb is not installed: metrics.jsonl only (pip install wandb)", file=sys.stderr)
         return None

@@ -18,9 +18,8 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, stop: Collection[str] = ()):
-        self.tokenizer, self.stop, self.ended = tokenizer, stop, False
+        self.tokenizer, self.stop, self.ended, self.held = tokenizer, stop, False, ""
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.held = ""
 
     def push(self, token: int) -> str:
         """The text that this token makes certain; nothing once the stream has ended."""
@@ -36,14 +35,11 @@ class TextStream:
         self.held += self.decoder.decode(new, last)
         found = [at for stop in self.stop if (at := self.held.find(stop)) >= 0]
         self.ended = last or bool(found)
-        maybe = 0 if last else max((self._overlap(stop) for stop in self.stop), default=0)
-        cut = min(found, default=len(self.held) - maybe)
+        # the longest end of the held text that begins a stop string
+        begun = (n for stop in self.stop for n in range(len(stop)) if self.held.endswith(stop[:n]))
+        cut = min(found, default=len(self.held) - (0 if last else max(begun, default=0)))
         text, self.held = self.held[:cut], self.held[cut:]
         return text
-
-    def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that begins `stop`."""
-        return next((n for n in range(len(stop) - 1, 0, -1) if self.held.endswith(stop[:n])), 0)
 
 
 def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:

@@ -11,11 +11,12 @@ import threading
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
 
-from nanokv.config import UserError
+from nanokv.config import UserError, replace_json
 
 KINDS = ("byte", "char", "bpe", "gpt2")
 END_OF_TEXT = "<|endoftext|>"
@@ -33,13 +34,13 @@ class _PlainTokenizer:
 
     eot_token = None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self: Any, text: str) -> list[int]:
         return self.encode_ordinary(text)
 
-    def encode_ordinary_batch(self, texts: list[str], num_threads: int = 1) -> list[list[int]]:
+    def encode_ordinary_batch(self: Any, texts: list[str], num_threads: int = 1) -> list[list[int]]:
         return [self.encode_ordinary(text) for text in texts]
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self: Any, ids: Iterable[int]) -> bytes:
         return b"".join(self.decode_single_token_bytes(i) for i in ids)
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
@@ -60,8 +61,8 @@ class CharTokenizer(_PlainTokenizer):
         try:
             return [self._ids[c] for c in text]
         except KeyError as e:
-            remedy = "leave it out, or train with another tokenizer (byte or bpe)"
-            raise UserError(f"the char tokenizer does not know the character {e.args[0]!r}: {remedy}") from e
+            fault = f"the char tokenizer does not know the character {e.args[0]!r}"
+            raise UserError(f"{fault}: leave it out, or train with another tokenizer (byte or bpe)") from e
 
     def decode_single_token_bytes(self, token: int) -> bytes:
         return self.chars[token].encode()
@@ -77,11 +78,10 @@ class IdsTokenizer(_PlainTokenizer):
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Raises UserError if `text` is anything but ids below n_vocab."""
-        words = text.split()
-        for word in words:
+        for word in text.split():
             if not (word.isascii() and word.isdigit() and int(word) < self.n_vocab):
                 raise UserError(f"{word!r} is no token id: give numbers below {self.n_vocab}, between spaces")
-        return [int(word) for word in words]
+        return [int(word) for word in text.split()]
 
     def decode_single_token_bytes(self, token: int) -> bytes:
         return b"%d " % token
@@ -90,7 +90,7 @@ class IdsTokenizer(_PlainTokenizer):
 class BpeTokenizer(tiktoken.Encoding):
     """tiktoken's byte-pair encoding, with any name for the token that ends a document, or none."""
 
-    def __init__(self, name: str, pattern: str, ranks, specials, end_of_text=END_OF_TEXT, nfc: bool = False):
+    def __init__(self, name: str, pattern: str, ranks, specials, end_of_text: str | None = END_OF_TEXT, nfc=False):
         """ranks: dict, id of each token (bytes), which is also its priority in merging. specials: dict, id of
         each special token (str). end_of_text: the one that ends a document, or None. nfc: whether text is put
         into Unicode's normal form C first. Raises ValueError if the ids are not 0, 1, ... or a byte has none.
@@ -127,8 +127,7 @@ def train(kind: str, texts: Iterable[str], vocab_size: int = 0) -> Tokenizer:
     if kind == "bpe":
         return _train_bpe(texts, vocab_size)
     if kind != "char":
-        choices = f"choose one of {', '.join(KINDS)}, or a run folder"
-        raise UserError(f"unknown tokenizer {kind!r}: {choices}")
+        raise UserError(f"unknown tokenizer {kind!r}: choose one of {', '.join(KINDS)}, or a run folder")
     chars = "".join(sorted(set().union(*texts)))
     if not chars:
         raise UserError("empty corpus: there is no text to make a char tokenizer from")
@@ -140,8 +139,7 @@ def save(tok: Tokenizer, folder: str | Path) -> None:
     spec, ranks = _describe(tok)
     if ranks:
         (Path(folder) / "tokenizer.tiktoken").write_bytes(ranks)
-    content = json.dumps(spec | {"sha256": sha256(tok)}, indent=1) + "\n"
-    (Path(folder) / "tokenizer_spec.json").write_text(content, encoding="utf-8")
+    replace_json(Path(folder) / "tokenizer_spec.json", spec | {"sha256": sha256(tok)})
 
 
 def load(folder: str | Path) -> Tokenizer:
@@ -157,8 +155,7 @@ def load(folder: str | Path) -> Tokenizer:
             ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
             more = {name: spec[name] for name in ("end_of_text", "nfc") if name in spec}
             specials = spec.get("special_tokens", {END_OF_TEXT: len(ranks)})
-            ids = [*ranks.values(), *specials.values()]
-            if len(set(ids)) < len(ids):
+            if len({*ranks.values(), *specials.values()}) < len(ranks) + len(specials):
                 raise ValueError("two tokens share an id")  # on which tiktoken would panic
             tok = BpeTokenizer(spec["kind"], spec["pattern"], ranks, specials, **more)
         if sha256(tok) != spec["sha256"]:
@@ -185,7 +182,6 @@ def byte_lengths(tok: Tokenizer) -> np.ndarray:
 
 
 def _encoding(name: str, pattern: str, tokens: list[bytes]) -> BpeTokenizer:
-    """Ids in the order of `tokens`, then <|endoftext|>."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return BpeTokenizer(name, pattern, ranks, {END_OF_TEXT: len(tokens)})
 
@@ -221,7 +217,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
             seen += len(text)
             yield text
 
-    trainer = rustbpe.Tokenizer()
+    trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue] (it has no types)
     trainer.train_from_iterator(sample(), vocab_size - 1, pattern=BPE_PATTERN)
     if not seen:
         raise UserError("empty corpus: there is no text to train a bpe tokenizer on")
@@ -233,7 +229,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
 
 def _gpt2() -> BpeTokenizer:
     """GPT-2's tokenizer. tiktoken downloads it with no timeout; waiting in a thread bounds that."""
-    outcome = [f"no answer in {DOWNLOAD_SECONDS} s"]
+    outcome: list[Any] = [f"no answer in {DOWNLOAD_SECONDS} s"]
 
     def fetch():
         try:
@@ -245,7 +241,7 @@ def _gpt2() -> BpeTokenizer:
     thread.start()
     thread.join(DOWNLOAD_SECONDS)
     if isinstance(outcome[0], str):
-        remedy = "connect to the network, or set TIKTOKEN_CACHE_DIR to a folder that holds it"
-        raise UserError(f"cannot download the gpt2 tokenizer ({outcome[0]}): {remedy}")
+        fault = f"cannot download the gpt2 tokenizer ({outcome[0]})"
+        raise UserError(f"{fault}: connect to the network, or set TIKTOKEN_CACHE_DIR to a folder that holds it")
     tokens = [outcome[0].decode_single_token_bytes(i) for i in range(GPT2_N_VOCAB - 1)]
     return _encoding("gpt2", GPT2_PATTERN, tokens)  # tiktoken's wording of the pattern varies by version

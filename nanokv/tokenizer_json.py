@@ -26,9 +26,8 @@ def to_json(tok: Tokenizer) -> dict:
         # Oniguruma, their engine, writes (?m: where ours writes (?s:; bytes without merges need no split
         split = {"type": "Split", "pattern": {"Regex": tok.pattern}, "behavior": "Isolated", "invert": False}
         to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        merges = _merges(tok.ranks)
-        model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
-        model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False}
+        merges, unused = _merges(tok.ranks), ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+        model = {"type": "BPE", **dict.fromkeys(unused), "fuse_unk": False, "byte_fallback": False}
         model |= {"ignore_merges": True, "vocab": {_name(token): i for token, i in tok.ranks.items()}}
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         specials = [{"id": i, "content": token, **plain} for token, i in tok.specials.items()]

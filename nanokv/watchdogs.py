@@ -25,9 +25,8 @@ class SkippedSteps:
             return True
         self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
         if self.in_a_row >= self.limit:
-            fault = f"step {number}: the gradient was not finite for {self.in_a_row} steps in a row"
-            remedy = "go on from it with --init_from=resume and a lower learning rate"
-            raise UserError(f"{fault}, which were skipped; the last checkpoint stays; {remedy}")
+            fault = f"step {number}: the gradient was not finite for {self.in_a_row} steps in a row, which were skipped"
+            raise UserError(f"{fault}; go on from the last checkpoint: --init_from=resume and a lower learning rate")
         self.say(f"step {number} is skipped: its gradient norm is {grad_norm}")
         return False
 
@@ -44,8 +43,7 @@ class LossSpikes:
         """Says so if the loss at step `number` is 6 deviations and 10 % above the mean of those before."""
         if not math.isfinite(loss):
             return
-        above = loss - self.mean
-        far = max(self.DEVIATIONS * math.sqrt(self.variance), self.SHARE * self.mean)
+        above, far = loss - self.mean, max(self.DEVIATIONS * math.sqrt(self.variance), self.SHARE * self.mean)
         if self.seen >= self.WARM_UP and above > far:
             self.say(f"step {number}: the loss has jumped to {loss:.4f}, from {self.mean:.4f} on the average")
         keep = min(self.DECAY, self.seen / (self.seen + 1))  # the first ones as a plain mean
