@@ -97,7 +97,7 @@ def test_sizes():
     ]
     model = (ROOT / "model.py").read_text()
     assert code_lines(model) <= 350 and len(model.splitlines()) <= 470
-    assert sum(len(source.splitlines()) for source in sources.values()) <= 8500
+    assert sum(len(source.splitlines()) for file, source in sources.items() if file.suffix != ".h") <= 8500
     for file, source in sources.items():
         limit = LONGEST.get(file.name, 500 if file.suffix in (".c", ".h") else 450)
         assert len(source.splitlines()) <= limit, file
