@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+import model
 from backends.cpu_library import library
 from backends.fingerprints import is_known
 from model import Linear
+from nanokv import loss
 
 # Functions of `torch` that return something falsy in plain eager mode.
 PRIVATE = (
@@ -26,13 +28,16 @@ PRIVATE = (
     "_C._len_torch_dispatch_stack",  # TorchDispatchMode: fake tensors, FLOP counters
     "_C._functorch.maybe_current_level",  # vmap, grad, jvp
 )
-# What model.py calls of torch.nn, which a patch may replace.
+# What model.py and nanokv/loss.py use of torch, which a patch may replace.
 TORCH_FUNCTIONS = attrgetter(
-    *("functional.linear", "functional.rms_norm", "functional.silu", "functional.embedding"),
-    *("functional.scaled_dot_product_attention", "functional.cross_entropy", "Linear.forward"),
-    *("Embedding.forward", "Module.__call__", "Module.__getattr__", "Module._call_impl", "Module._wrapped_call_impl"),
+    *(f"nn.functional.{name}" for name in ("linear", "rms_norm", "silu", "embedding", "dropout", "cross_entropy")),
+    *("nn.functional.scaled_dot_product_attention", "cat", "einsum", "arange", "where", "minimum"),
+    *("nn.Linear.forward", "nn.Embedding.forward", "nn.Linear.__call__", "nn.Embedding.__call__"),
+    *(f"nn.Module.{name}" for name in ("__call__", "__getattr__", "_call_impl", "_wrapped_call_impl")),
+    "nn.ModuleList.__iter__",
 )
-IMPORTED = TORCH_FUNCTIONS(nn)
+MODULES = attrgetter("F", "torch", "nn")  # of model.py and nanokv/loss.py
+IMPORTED = [TORCH_FUNCTIONS(torch), MODULES(model), MODULES(loss)]
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -48,7 +53,7 @@ STATES = find(PRIVATE)
 
 
 def plain_operators() -> bool:
-    """Whether operators on the CPU run now, once and as they are: no autocast, tracing, compiling, function
+    """Whether operators on the CPU run eagerly and unchanged: no autocast, tracing, compiling, function
     or dispatch modes, functorch transforms, forward-mode gradients, or hooks on all modules. A microsecond.
     """
     forward_mode = getattr(forward_ad, "_current_level", 0) >= 0  # -1 outside of it
@@ -58,8 +63,8 @@ def plain_operators() -> bool:
 
 
 def unpatched() -> bool:
-    """Whether torch's functions are those that were imported."""
-    return TORCH_FUNCTIONS(nn) == IMPORTED
+    """Whether the functions of torch listed above, and the modules, are those that were imported."""
+    return [TORCH_FUNCTIONS(torch), MODULES(model), MODULES(loss)] == IMPORTED
 
 
 def readable(t: Any, dtype: torch.dtype = torch.float32) -> TypeGuard[Tensor]:
@@ -86,7 +91,8 @@ def as_written(module: nn.Module, known: type) -> bool:
     cls, own = type(module), vars(module)
     methods = [f for f in vars(cls).values() if isinstance(f, FunctionType)]
     ours = cls.__module__.startswith("backends.") and cls.__base__ is known
-    if cls is not known and not (ours and all(f.__module__ == cls.__module__ for f in methods)):
+    ours = ours and all(f.__module__ == cls.__module__ for f in methods)
+    if cls.__call__ is not nn.Module.__call__ or not (cls is known or ours):
         return False
     children = module._parameters.keys() | module._modules.keys() | module._buffers.keys()
     changed = own.keys() & children or any(own[name] for name in HOOKS) or any(hasattr(known, k) for k in own)
@@ -94,6 +100,6 @@ def as_written(module: nn.Module, known: type) -> bool:
 
 
 def plain_weight(linear: Any) -> Any:
-    """The weight of a Linear that computes x weight^T, nothing else, and which C can read; else None."""
+    """The weight of a Linear; None if it computes more than x weight^T, or C cannot read the weight."""
     plain = as_written(linear, Linear) and Linear.forward is nn.Linear.forward and linear.bias is None
     return linear.weight if plain and readable(linear.weight) else None

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import model as pure
-from backends import cpu_library, fingerprints
+from backends import cpu_library
 from backends.cpu_checks import as_written, can_replace, plain_operators, plain_weight, readable, unpatched
 from backends.cpu_library import N, P, R
+from backends.fingerprints import edited, resolve
 from model import GPT, GPTConfig
 from nanokv.cache import KVCache, LayerCache, Plan
 
@@ -37,13 +38,13 @@ STANDS_FOR = (
     *(f"nanokv.cache.LayerCache.{name}" for name in ("append", "store", "read", "held", "encode", "decode")),
     *("nanokv.cache.Plan.update", "nanokv.cache.Plan.positions_held", "nanokv.cache.Plan.slot_of"),
 )
-# What these define must not change while a Step is in use, nor what the others name.
+# Classes whose attributes must stay what they are while a Step is in use; FUNCTIONS of model.py likewise.
 DECODES = (pure.GroupedQueryAttention, pure.MultiHeadLatentAttention)
 CLASSES = (GPT, pure.Block, pure.MLP, pure.Attend, pure.RMSNorm, pure.Linear, GPTConfig, KVCache, LayerCache, Plan)
 FUNCTIONS = attrgetter("rotate", "rope_angles", "visible")
 CACHE = attrgetter("layers", "batch_size", "max_len", "endless")
 PLAN = attrgetter("window", "sinks", "slots", "ring")
-TENSOR = (Tensor.data_ptr, Tensor.size, Tensor.is_contiguous, attrgetter("dtype"))
+TENSOR = (type, Tensor.data_ptr, Tensor.size, Tensor.is_contiguous, Tensor.is_neg, attrgetter("dtype"))
 
 Weights = dict[str, tuple]  # field of a C struct -> a module, and the shape of its weight
 
@@ -115,7 +116,7 @@ class Step:
     """
 
     def __init__(self, model: GPT, cache: KVCache):
-        require(unpatched() and not fingerprints.edited(STANDS_FOR), "a function was replaced")
+        require(unpatched() and not edited(STANDS_FOR), "a function was replaced")
         self.model, self.lengths, self.threads = model, cache.lengths, 0
         self.tensors: list[Tensor] = []  # whose addresses are in the structs
         self.c, self.layers = CModel(), (CLayer * len(model.layers))()
@@ -124,6 +125,9 @@ class Step:
             self.fill_layer(block, layer, model.config)
             self.fill_cache(own, layer, model.config)
         self.objects = [*model.modules(), model.config, *cache.layers]
+        patchable = [cache, *cache.layers, *(own.plan for own in cache.layers)]
+        require(not any(callable(getattr(type(x), name, None)) for x in patchable for name in vars(x)), "a patch")
+        self.functions = [resolve(name) for name in STANDS_FOR]
         self.was = frozen(self.state(cache))
 
     def fill_model(self, model: GPT, config: GPTConfig, cache: KVCache) -> None:
@@ -141,11 +145,13 @@ class Step:
         self.numbers, _ = self.parts(attention, config)
         for name, number in self.numbers.items():
             setattr(c, name, number)
+        require(type(config.rope_theta) in (int, float), "theta is no number")
         require(c.heads % c.groups == 0 and c.rope <= c.head - c.nope, "heads do not fit")
         repeat = config.qk_rope_repeat or 1
         exponent = torch.arange(0, c.rope // repeat, 2, dtype=torch.float32) / -max(c.rope // repeat, 1)
         # (rope / 2) in radians a token, as model.rope_angles has them
         self.frequency = (config.rope_theta**exponent).repeat(repeat).contiguous()
+        require(2 * len(self.frequency) == c.rope, "RoPE's width")
         c.frequency, c.lengths = self.frequency.data_ptr(), self.address(cache.lengths, cache.batch_size)
         c.batch, c.max_len, c.endless = cache.batch_size, cache.max_len, cache.endless
         require([own.plan.window for own in cache.layers] == config.layer_windows(), "other windows")
@@ -156,6 +162,7 @@ class Step:
         require(all(map(as_written, (block, mlp, attention, attention.attend), kinds)), "a block")
         numbers, weights = self.parts(attention, config)
         require(numbers == self.numbers, "attention differs between layers")
+        require(type(attention.attend.scale) in (int, float), "the scale is no number")
         I = layer.inner = mlp.gate_proj.weight.size(0)  # noqa: E741
         weights |= {"gate": (mlp.gate_proj, I, C), "up": (mlp.up_proj, I, C), "down": (mlp.down_proj, C, I)}
         weights |= {"attention_norm": (block.input_layernorm, C)}
@@ -174,6 +181,8 @@ class Step:
     def fill(self, struct: CModel | CLayer, weights: Weights) -> None:
         for field, (module, *shape) in weights.items():
             norm = as_written(module, pure.RMSNorm)
+            require(module.weight is module._parameters.get("weight"), "a weight is computed")
+            require(not norm or type(module.eps) in (int, float), "eps is no number")
             address = self.address(module.weight if norm else plain_weight(module), *shape)
             setattr(struct, field, CNorm(address, module.eps) if norm else address)
 
@@ -181,7 +190,7 @@ class Step:
         """Of a tensor that C can read, contiguous and of this shape."""
         dtype = torch.int64 if t is self.lengths else torch.float32
         require(readable(t, dtype) and t.shape == shape and t.is_contiguous(), f"a tensor is not {shape}")
-        # another of one number may compare equal, so that `holds` would not see that it was replaced
+        # `==` of two tensors of one number is a truth value, so `holds` would miss that one was replaced
         require(t is self.lengths or t.numel() > 1, "a tensor is one number")
         self.tensors.append(t)
         return t.data_ptr()
@@ -196,6 +205,8 @@ class Step:
             [*CACHE(cache), *map(PLAN, plans)],
             list(map(len, map(vars, [cache, *plans]))),  # a patched method is an attribute more
             list(map(vars, CLASSES + DECODES)),
+            [function.__code__ for function in self.functions],
+            list(self.model.layers._modules.values()),  # dictionaries compare without their order
             [*FUNCTIONS(pure), unpatched()],
         ]
 
@@ -256,7 +267,8 @@ class CpuGPT(GPT):
         return super().hidden(idx, cache)
 
     def head(self, hidden: Tensor) -> Tensor:
-        few = 0 < hidden.numel() <= FEW_ROWS * hidden.size(-1) and not torch.is_grad_enabled()
+        eager = type(hidden) is Tensor and not torch.is_grad_enabled()
+        few = eager and 0 < hidden.numel() <= FEW_ROWS * hidden.size(-1)
         if few and can_replace(GPT, "head", hidden) and hidden.is_contiguous():
             weight = head_weight(self)
             if weight is not None and weight.is_contiguous() and weight.size(1) == hidden.size(-1):

@@ -12,6 +12,7 @@ import ctypes
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.func import vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -27,7 +28,8 @@ LOGITS = 1 << 20  # at a time, to stay in the cache; but at least 256 rows
 
 class CpuRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        if can_replace(RMSNorm, "forward", x, self.weight) and self.weight.shape == x.shape[-1:]:
+        known = type(self.eps) is float and can_replace(RMSNorm, "forward", x, self.weight)
+        if known and self.weight.shape == x.shape[-1:]:
             return Norm.apply(x, self.weight, self.eps)
         return super().forward(x)
 
@@ -36,6 +38,7 @@ class Norm(torch.autograd.Function):
     """x (..., C), weight (C,) -> x / rms(x) * weight."""
 
     @staticmethod
+    @custom_fwd(device_type="cpu")
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
@@ -44,6 +47,7 @@ class Norm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @custom_bwd(device_type="cpu")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -56,6 +60,7 @@ class Norm(torch.autograd.Function):
 class CpuAttend(Attend):
     def forward(self, q: Tensor, k, v, mask=None, cache=None, key_factor=None) -> Tensor:
         plain = mask is None and key_factor is None and not (self.training and self.dropout)
+        plain = plain and type(self.scale) is float
         if plain and can_replace(Attend, "forward", q, k, v):
             (B, H, T, D), G = q.shape, k.size(1)
             fits = k.shape == (B, G, T, D) and v.shape[:3] == (B, G, T) and H % G == 0 and self.scale > 0
@@ -69,6 +74,7 @@ class CausalAttention(torch.autograd.Function):
     """softmax(scale q k^T) v over keys up to a query's own: q (B, H, T, D), k and v (B, G, T, D or Dv)."""
 
     @staticmethod
+    @custom_fwd(device_type="cpu")
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         (B, H, T, D), G, Dv = q.shape, k.size(1), v.size(-1)
         y, logs = q.new_empty(B, T, H, Dv).transpose(1, 2), q.new_empty(B, H, T)
@@ -78,8 +84,10 @@ class CausalAttention(torch.autograd.Function):
         return y
 
     @staticmethod
+    @custom_bwd(device_type="cpu")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, logs = ctx.saved_tensors
+        logs = logs.contiguous()  # hooks on saved tensors may return other strides
         (B, H, T, D), G, Dv = q.shape, k.size(1), v.size(-1)
         if torch.is_grad_enabled():
             options = dict(is_causal=True, scale=ctx.scale, enable_gqa=G < H)
@@ -104,7 +112,7 @@ def call_strided(name: str, tensors: tuple[Tensor, ...], logs: Tensor, *numbers:
 
 class CpuMLP(MLP):
     def forward(self, x: Tensor) -> Tensor:
-        if can_replace(MLP, "forward", x):
+        if can_replace(MLP, "forward", x) and x.ndim > 1:
             gate, up, down = map(plain_weight, (self.gate_proj, self.up_proj, self.down_proj))
             known = all(isinstance(weight, Tensor) for weight in (gate, up, down))
             if known and gate.shape == up.shape == down.shape[::-1] == (len(gate), x.size(-1)):
@@ -116,6 +124,7 @@ class SwiGLU(torch.autograd.Function):
     """x (..., C), gate and up (I, C), down (C, I) -> down (silu(gate x) * up x). One product for both."""
 
     @staticmethod
+    @custom_fwd(device_type="cpu")
     def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         both = torch.cat((gate, up))  # (2 I, C)
         wide = F.linear(x, both).flatten(0, -2)  # (N, 2 I)
@@ -125,12 +134,13 @@ class SwiGLU(torch.autograd.Function):
         return F.linear(y, down).view(*x.shape[:-1], -1)
 
     @staticmethod
+    @custom_bwd(device_type="cpu")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, up, down, both, wide = ctx.saved_tensors
         if torch.is_grad_enabled():
             pure = lambda x, g, u, d: F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d)  # noqa: E731
             return vjp(pure, x, gate, up, down)[1](grad)
-        grad = grad.reshape(-1, grad.size(-1))  # (N, C)
+        grad, wide = grad.reshape(-1, grad.size(-1)), wide.contiguous()  # (N, C), (N, 2 I)
         inner = grad @ down  # (N, I)
         y, dwide, I = torch.empty_like(inner), torch.empty_like(wide), len(gate)  # noqa: E741
         call("swiglu", [*wide.split(I, 1), inner, y, *dwide.split(I, 1)], *inner.shape, wide.size(1))
@@ -164,6 +174,7 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
+    @custom_fwd(device_type="cpu")
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         rows, needed = max(LOGITS // len(weight), 256), ctx.needs_input_grad
         count, losses = (targets >= 0).sum(), hidden.new_empty(len(hidden))
@@ -182,9 +193,10 @@ class CrossEntropy(torch.autograd.Function):
         return losses.sum() / count
 
     @staticmethod
+    @custom_bwd(device_type="cpu")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, *grads, count = ctx.saved_tensors
         if torch.is_grad_enabled():
             pure = lambda h, w: F.cross_entropy(F.linear(h, w), targets, ignore_index=-1)  # noqa: E731
             return *vjp(pure, hidden, weight)[1](grad), None
-        return *(None if g is None else g * (grad / count) for g in grads), None
+        return *(None if g is None else g * (grad / count.clamp(min=1)) for g in grads), None

@@ -13,8 +13,9 @@ import inspect
 import json
 import pkgutil
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 TABLE = Path(__file__).with_name("fingerprints.json")
@@ -25,10 +26,16 @@ def edited(names: Iterable[str]) -> list[str]:
     return [name for name in names if not is_known(name, resolve(name))]
 
 
+def is_known(name: str, function: Any) -> bool:
+    """Whether the function has the source that the table knows by this name. Its code, not the function, is
+    looked at, since a reload may replace the one in the other.
+    """
+    return has_known_source(name, getattr(function, "__code__", None))
+
+
 @functools.cache
-def is_known(name: str, function: Callable) -> bool:
-    """Whether the function has the source that the table knows by this name."""
-    return fingerprint(function) == table().get(name, "unknown")
+def has_known_source(name: str, code: CodeType | None) -> bool:
+    return fingerprint(code) == table().get(name, "unknown")
 
 
 @functools.cache
@@ -44,13 +51,22 @@ def resolve(name: str) -> Any:
         return None
 
 
-def fingerprint(function: Any) -> str:
-    """Of a function's source; empty if it has none, as where a patch is no Python function."""
-    try:  # __code__, not what functools.wraps makes of it
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
+def fingerprint(code: Any) -> str:
+    """Of a function's source; empty if it has none, or if the file has changed since it was imported."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+        compiled = compile(tree, "", "exec", dont_inherit=True).co_consts
     except (AttributeError, OSError, TypeError, SyntaxError):
         return ""
+    if not any(isinstance(const, CodeType) and words(const) == words(code) for const in compiled):
+        return ""
     return hashlib.sha256(repr(outline(tree)).encode()).hexdigest()[:16]
+
+
+def words(code: CodeType) -> tuple:
+    """The names that a function's code uses, those of the functions in it too."""
+    inner = [words(const) for const in code.co_consts if isinstance(const, CodeType)]
+    return code.co_name, code.co_names, code.co_varnames, inner
 
 
 def outline(node: object) -> object:
@@ -70,4 +86,4 @@ if __name__ == "__main__":
     from backends import pieces
 
     names = sorted({name for piece in pieces() for name in piece.stands_for})
-    TABLE.write_text(json.dumps({name: fingerprint(resolve(name)) for name in names}, indent=1) + "\n")
+    TABLE.write_text(json.dumps({name: fingerprint(resolve(name).__code__) for name in names}, indent=1) + "\n")
