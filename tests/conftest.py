@@ -19,6 +19,12 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
+@pytest.fixture
+def c_backend(monkeypatch):
+    """For tests of the C backend itself, whatever NANOKV_BACKEND says of the others."""
+    monkeypatch.delenv("NANOKV_BACKEND", raising=False)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -19,7 +19,10 @@ from backends import accelerate, cpu_checks, cpu_decode, cpu_library, pure
 from model import MLP, RMSNorm
 from nanokv.cache import KVCache
 
-pytestmark = pytest.mark.skipif(cpu_library.library() is None, reason="no C compiler")
+pytestmark = [
+    pytest.mark.usefixtures("c_backend"),
+    pytest.mark.skipif(cpu_library.library() is None, reason="no C compiler"),
+]
 
 ODD = {
     "odd-gqa": dict(attention="gqa", n_embd=33, n_head=3, n_kv_head=1, head_dim=18, rotary_dim=6),

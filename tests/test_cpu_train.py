@@ -19,7 +19,10 @@ from nanokv.loss import LanguageModelLoss
 
 CC = shlex.split(os.environ.get("CC", "cc"))[0]
 # where there is a compiler, C that it does not take fails here
-pytestmark = pytest.mark.skipif(shutil.which(CC) is None, reason="no C compiler")
+pytestmark = [
+    pytest.mark.usefixtures("c_backend"),
+    pytest.mark.skipif(shutil.which(CC) is None, reason="no C compiler"),
+]
 WIDE = {"n_embd": 64, "n_head": 4}  # heads as wide as the C attention wants them
 
 

@@ -79,7 +79,7 @@ def test_targets_that_do_not_count_leave_gradients_of_zero():
 
 
 @pytest.mark.parametrize("how", ["autocast", "saved-tensors"])
-def test_backward_passes_under_other_rules(how):
+def test_backward_passes_under_other_rules(how, c_backend):
     mlp, grads = accelerate(small_model()).layers[0].mlp, []
     transposed = torch.autograd.graph.saved_tensors_hooks(
         lambda t: t.mT.contiguous() if t.ndim > 1 else t, lambda t: t.mT if t.ndim > 1 else t
