@@ -70,7 +70,9 @@ def test_cache_measures_quality_through_every_format_and_window(tmp_path, capsys
     tokenizers.save(dataset.tokenizer, run)
     ((x, y),) = dataset.val_batches(32, 100)
     loss = model(x, y)[1].item()
-    bench.main(["cache", f"--out_dir={run}", "--windows=8", "--sinks=2", "--chunk=4", "--batch_size=3"])
+    bench.main(
+        ["cache", "--dtype=float32", f"--out_dir={run}", "--windows=8", "--sinks=2", "--chunk=4", "--batch_size=3"]
+    )
     rows = json.loads((run / "cache.json").read_text())["rows"]
     assert [row["format"] for row in rows] == ["fp32", "bf16", "fp16", "int8", "fp8"] * 2
     assert (run / "cache.png").stat().st_size > 1000
@@ -92,7 +94,7 @@ def test_decode_measures_every_context_and_batch_beside_transformers(tmp_path, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tools.bench_cache.read_bandwidth", lambda device: 1e9)
     small = ["--n_layer=2", "--n_embd=96", "--vocab_size=64", "--n=2", "--contexts=8,40", "--batches=1,2"]
-    bench.main(["decode", "--hf", *small, "--prefill=40", "--attentions=gqa,mla", "--generate=24"])
+    bench.main(["decode", "--hf", "--dtype=float32", *small, "--prefill=40", "--attentions=gqa,mla", "--generate=24"])
     result = json.loads((tmp_path / "out/bench/decode.json").read_text())
     rows, out = result["rows"], capsys.readouterr().out
     points = [(row["model"], row["batch"], row["context"]) for row in rows]

@@ -345,7 +345,9 @@ def test_a_range_names_the_knob_and_its_bounds(value):
 
 def test_the_loader_does_not_import_torch():
     code = "import sys, nanokv.config, nanokv.dataset_writer; print('torch' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "False\n"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True, env=environment)
+    assert done == "False\n"
 
 
 def test_devices_and_dtypes(monkeypatch):

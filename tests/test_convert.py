@@ -97,7 +97,7 @@ def exported(tmp_path_factory):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_fresh_process_computes_the_same(exported, name):
     root, results = exported
-    model, tok = load_run(root / "runs" / name, "cpu")
+    model, tok = load_run(root / "runs" / name, "cpu", "float32")
     theirs = results[name]
     with torch.no_grad():
         assert_close(model(tokens(2, 40))[0], theirs["logits"], 1e-4)
@@ -181,7 +181,7 @@ def test_a_foreign_model_becomes_a_run(cls, fields, tmp_path, capsys):
     convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run")])
     said = capsys.readouterr().out
     assert "logits as in transformers" in said and "prompts and samples are token ids" in said
-    model, tok = load_run(tmp_path / "run", "cpu")
+    model, tok = load_run(tmp_path / "run", "cpu", "float32")
     idx = tokens(2, 40)
     with torch.no_grad():
         assert_close(model(idx)[0], theirs(idx).logits, 1e-4)
@@ -479,11 +479,11 @@ def test_changed_runs_by_the_command(tmp_path, capsys):
     assert "wrote gqa" in (said := capsys.readouterr().out) and "64 -> 32 numbers" in said
     convert.main(["to-mla", run, str(tmp_path / "mla"), text, "--kv_lora_rank=12"])
     assert "64 -> 20 numbers" in (said := capsys.readouterr().out) and "QK-norm became a fixed scale" in said
-    model, tok = load_run(tmp_path / "mla")
+    model, tok = load_run(tmp_path / "mla", "cpu", "float32")
     assert (model.config.kv_lora_rank, model.config.qk_rope_head_dim) == (12, 8)
     assert tokenizer.sha256(tok) == tokenizer.sha256(BPE)
     convert.main(["to-mla", str(tmp_path / "gqa"), str(tmp_path / "full"), text])
-    model, _ = load_run(tmp_path / "full")
+    model, _ = load_run(tmp_path / "full", "cpu", "float32")
     assert (model.config.kv_lora_rank, model.config.qk_rope_head_dim, model.config.qk_rope_repeat) == (32, 16, 2)
     for command, fault in {
         ("to-mla", "mla", "again", text): "attention mla",
