@@ -70,7 +70,8 @@ def test_cache_measures_quality_through_every_format_and_window(tmp_path, capsys
     tokenizers.save(dataset.tokenizer, run)
     ((x, y),) = dataset.val_batches(32, 100)
     loss = model(x, y)[1].item()
-    bench.main(
+    options = ["--dtype=float32", "--windows=8", "--sinks=2", "--chunk=4", "--batch_size=3"]
+    bench.main(["cache", f"--out_dir={run}", *options])
         ["cache", "--dtype=float32", f"--out_dir={run}", "--windows=8", "--sinks=2", "--chunk=4", "--batch_size=3"]
     )
     rows = json.loads((run / "cache.json").read_text())["rows"]

@@ -1,6 +1,7 @@
 """The loader: typed, strict, one line a fault; config files are data; the files shipped are comparable."""
 
 import json
+import os
 import subprocess
 import sys
 import time
