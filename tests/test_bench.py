@@ -72,8 +72,6 @@ def test_cache_measures_quality_through_every_format_and_window(tmp_path, capsys
     loss = model(x, y)[1].item()
     options = ["--dtype=float32", "--windows=8", "--sinks=2", "--chunk=4", "--batch_size=3"]
     bench.main(["cache", f"--out_dir={run}", *options])
-        ["cache", "--dtype=float32", f"--out_dir={run}", "--windows=8", "--sinks=2", "--chunk=4", "--batch_size=3"]
-    )
     rows = json.loads((run / "cache.json").read_text())["rows"]
     assert [row["format"] for row in rows] == ["fp32", "bf16", "fp16", "int8", "fp8"] * 2
     assert (run / "cache.png").stat().st_size > 1000
