@@ -1,9 +1,8 @@
 """A GPT with a choice of attention: mha, mqa, gqa or mla. Only the maths, in torch, as in the papers.
 
-Pre-norm blocks of RMSNorm, attention, RMSNorm and SwiGLU, without biases; rotary position embedding, full or
-partial, computed from positions, without a length limit. The KV cache is in nanokv/cache.py; each attention
-class declares what it caches. Parameter names are those of the Hugging Face classes that compute the same
-function (`LlamaForCausalLM`, `Qwen3ForCausalLM`, dense `DeepseekV3ForCausalLM`), less their leading `model.`.
+Pre-norm blocks of RMSNorm, attention, RMSNorm and SwiGLU; rotary position embedding, full or partial, without a
+length limit. The KV cache is in nanokv/cache.py; each attention class declares what it caches. Parameter names
+are those of Hugging Face's classes for the same function (Llama, Qwen2, Qwen3, dense DeepseekV3), less `model.`.
 
 Dimensions in comments: B batch, T new tokens, S tokens that attention reads, C n_embd, H n_head, G n_kv_head,
 D head width, V vocabulary.
@@ -14,24 +13,23 @@ D head width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanokv.cache import CACHE_FORMATS, KVCache, LayerCache, LayerLayout, Part, kv_bytes_per_token
+from nanokv import rope_scaling
+from nanokv.cache import KVCache, LayerCache, LayerLayout, Part, kv_bytes_per_token
+from nanokv.config import at_least
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, see `rope_angles`
 Mask = Tensor | None  # (B or 1, 1, T, S), true where a query may look; None: causal, T = S
-Cache = LayerCache | None
 
 
 @dataclass
 class GPTConfig:
-    """Shape of a model. The attention class fills in its fields that are None. Raises ValueError, one line
-    that names the fault and the remedy, if the fields do not fit together.
-    """
+    """Shape of a model. The attention class fills in its fields that are None. Raises ValueError."""
 
     # model
     attention: str = "mha"  # which attention: mha, mqa, gqa or mla
@@ -43,8 +41,17 @@ class GPTConfig:
     intermediate_size: int | None = None  # width of the MLP; None: 8/3 n_embd, down to a multiple of 64
     dropout: float = 0.0  # on attention weights, on each residual branch and on the embedding
     rope_theta: float = 10000.0  # base of RoPE's frequencies
+    rope_scaling: str | None = None  # linear, llama3 or yarn: reach beyond the trained context
+    rope_factor: float = 1.0  # how many times the trained context
+    rope_trained_length: int | None = None  # llama3, yarn: the trained context in tokens; None: block_size
+    rope_low: float | None = None  # pairs with fewer turns in it are slowed down by rope_factor; None: 1
+    rope_high: float | None = None  # pairs with more turns stay; None: 4 (llama3) or 32 (yarn)
+    rope_attention_factor: float | None = None  # yarn: on cosines and sines; None: 0.1 ln(rope_factor) + 1
+    score_factor: float = 1.0  # on all attention scores (the square of DeepSeek's mscale)
     norm_eps: float = 1e-6  # added to the mean square in every RMSNorm
     tie_embeddings: bool = False  # one matrix for the token embedding and the output head
+    qk_norm: bool | Literal["shared"] | None = None  # RMSNorm of heads' queries and keys; None: not in mla
+    kv_conv: int | None = None  # previous vectors mixed into what is cached, see CausalConv; None: 0
     # sliding window
     window: int = 0  # last tokens that a layer marked S sees, the current one included; 0: full attention
     window_pattern: str = "S"  # repeated over the layers: S sliding window, L full; SSSL: every fourth is full
@@ -53,7 +60,7 @@ class GPTConfig:
     n_kv_head: int | None = None  # key and value heads, a divisor of n_head; mha: n_head, mqa: 1
     head_dim: int | None = None  # width of a head; None: n_embd / n_head
     rotary_dim: int | None = None  # leading dimensions of a head that RoPE rotates; None: all of them
-    qk_norm: bool | None = None  # RMSNorm on each head's query and key before RoPE; None: True
+    qkv_bias: bool | None = None  # biases of the query, key and value projections (Qwen2); None: False
     # mla
     kv_lora_rank: int | None = None  # width r of the cached latent; None: n_embd / 4
     qk_rope_head_dim: int | None = None  # width of the rotated part of a key, shared by all heads; None: D/2
@@ -66,7 +73,7 @@ class GPTConfig:
         if self.attention not in ATTENTIONS:
             raise ValueError(f"unknown attention {self.attention!r}; choose one of {', '.join(ATTENTIONS)}")
         at_least(self, 1, "block_size", "n_layer", "n_head", "n_embd", "intermediate_size")
-        at_least(self, 0, "vocab_size", "window", "sink_tokens")
+        at_least(self, 0, "vocab_size", "window", "sink_tokens", "kv_conv")
         if not (self.rope_theta > 0 and self.norm_eps > 0 and 0 <= self.dropout < 1):
             raise ValueError("rope_theta and norm_eps must be above 0, dropout at least 0 and below 1")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
@@ -80,13 +87,14 @@ class GPTConfig:
                     users = "/".join(name for name, cls in ATTENTIONS.items() if knob in cls.KNOBS)
                     raise ValueError(f"{knob} is a knob of {users}, not of {self.attention}; remove it")
         attention.resolve(self)
+        rope_scaling.resolve(self)
         if self.intermediate_size is None:
             self.intermediate_size = max(8 * self.n_embd // 3 // 64, 1) * 64
 
     def layer_windows(self) -> list[int]:
         """The window of each layer, in tokens; 0: full attention."""
-        pattern = self.window_pattern
-        return [self.window if pattern[i % len(pattern)] == "S" else 0 for i in range(self.n_layer)]
+        repeated = self.window_pattern * self.n_layer
+        return [self.window if kind == "S" else 0 for kind in repeated[: self.n_layer]]
 
     def kv_layouts(self) -> list[LayerLayout]:
         parts = ATTENTIONS[self.attention].cached_parts(self)
@@ -97,15 +105,20 @@ class GPTConfig:
         return kv_bytes_per_token(self.kv_layouts(), dtype)
 
 
-def rope_angles(positions: Tensor, width: int, theta: float, repeat: int = 1) -> Rope:
-    """Cosines and sines, (B, 1, T, width / 2) each, of RoPE (Su et al. 2021) at `positions` (B, T), in fp32.
-
-    Pair j turns by position * theta^(-2j / width). With `repeat`, the frequencies of width / repeat, that often.
+def rope_frequencies(config: GPTConfig, width: int, device=None) -> Tensor:
+    """RoPE's frequencies (width / 2), in radians a token, in fp32 (Su et al. 2021): theta^(-2j / width) of pair j,
+    changed by rope_scaling; with `qk_rope_repeat`, the frequencies of width / repeat, that often.
     """
-    width //= repeat
-    exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / -max(width, 1)
-    angle = positions[:, None, :, None] * (theta**exponent).repeat(repeat)
-    return angle.cos(), angle.sin()
+    repeat = config.qk_rope_repeat or 1
+    exponent = torch.arange(0, width // repeat, 2, device=device, dtype=torch.float32) / -max(width // repeat, 1)
+    return rope_scaling.scale(config.rope_theta**exponent, config).repeat(repeat)
+
+
+def rope_angles(positions: Tensor, width: int, config: GPTConfig) -> Rope:
+    """Cosines and sines, (B, 1, T, width / 2) each, at `positions` (B, T), times rope_attention_factor."""
+    angle = positions[:, None, :, None] * rope_frequencies(config, width, positions.device)
+    factor = config.rope_attention_factor
+    return (angle.cos(), angle.sin()) if factor is None else (angle.cos() * factor, angle.sin() * factor)
 
 
 def rotate(x: Tensor, rope: Rope, start: int = 0) -> Tensor:
@@ -116,21 +129,18 @@ def rotate(x: Tensor, rope: Rope, start: int = 0) -> Tensor:
 
 
 def visible(q: Tensor, k: Tensor, window: int, sinks: int) -> Tensor:
-    """The attention mask: whether a query at position q sees a key at position k (-1: no key there).
-
-    Causal; with a window, only the last `window` keys and the first `sinks`. Shapes broadcast.
+    """The attention mask: whether a query at position q sees a key at position k (-1: no key there). Causal;
+    with a window, only the last `window` keys and the first `sinks`. Shapes broadcast.
     """
     seen = (k >= 0) & (k <= q)
     return seen & ((k > q - window) | (k < sinks)) if window else seen
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias. row_groups: of a fused matrix, the rows of each kind in turn, such as (16, 48)
-    for each head's key and value. Muon orthogonalizes each kind separately.
-    """
+    """row_groups: the rows of each kind of a fused matrix, in turn, which Muon orthogonalizes separately."""
 
-    def __init__(self, width: int, out: int, row_groups: tuple[int, ...] = ()):
-        super().__init__(width, out, bias=False)
+    def __init__(self, width: int, out: int, row_groups: tuple[int, ...] = (), bias: bool = False):
+        super().__init__(width, out, bias)
         self.row_groups = row_groups
 
 
@@ -152,33 +162,46 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-class Attend(nn.Module):
-    """The inner attention, softmax(scale q k^T) v, without parameters.
-
-    It takes the layer's cache rather than its contents, so that a kernel in its place can read the codes.
+class CausalConv(nn.Module):
+    """x_t + sum of w_i x_(t - i), i = 1..N, with w_i per channel, zero at first (compare Primer, arXiv 2109.08668).
+    The cache keeps the last N vectors of x for it, however long the text grows.
     """
+
+    def __init__(self, part: str, width: int, taps: int):
+        super().__init__()
+        self.part, self.weight = part, nn.Parameter(torch.zeros(taps, width))
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """x (B, T, width) -> (B, T, width)"""
+        (taps, width), T, weights = self.weight.shape, x.size(1), self.weight.to(x.dtype)
+        before = x.new_zeros(len(x), taps, width) if cache is None else cache.previous(self.part, x[:, None])[:, 0]
+        padded = torch.cat((before, x), 1)
+        return x + sum(w * padded[:, taps - i : taps - i + T] for i, w in enumerate(weights, 1))
+
+
+class Attend(nn.Module):
+    """softmax(scale q k^T) v. It takes the layer's cache, so that a kernel in its place can read the codes."""
 
     def __init__(self, scale: float, dropout: float = 0.0):
         super().__init__()
         self.scale, self.dropout = scale, dropout
 
-    def forward(self, q: Tensor, k, v, mask: Mask = None, cache: Cache = None, key_factor=None) -> Tensor:
+    def forward(self, q: Tensor, k, v, mask: Mask = None, cache: LayerCache | None = None, key_factor=None) -> Tensor:
         """q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv) -> (B, H, T, Dv); H / G heads share a key head.
-
-        k, v: tensors, or names of the cache's parts. key_factor (B, H, S) multiplies the scores of each key.
+        k, v, key_factor: tensors, or names of the cache's parts. key_factor (B, H, S, 1): on each key's scores.
         """
         if cache is not None and not isinstance(k, Tensor):
             same, k = k == v, cache.read(k, like=q)
             v = k if same else cache.read(v, like=q)
+            key_factor = None if key_factor is None else cache.read(key_factor, like=q)
         (B, H, T, D), G = q.shape, k.size(1)
         dropout = self.dropout if self.training else 0.0
         if key_factor is not None:
             if mask is None:  # aligned top-left: queries and keys start together
                 mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[None, None]
-            k, v = (t.repeat_interleave(H // G, 1) for t in (k, v))
-            scores = self.scale * key_factor[:, :, None] * (q @ k.mT)  # (B, H, T, S)
-            weights = scores.masked_fill(~mask, -torch.inf).float().softmax(-1).type_as(v)
-            return F.dropout(weights, dropout) @ v
+            scores = (q.reshape(B, G, H // G * T, D) @ k.mT).view(B, H, T, -1) * (self.scale * key_factor.mT)
+            weights = F.dropout(scores.masked_fill(~mask, -torch.inf).float().softmax(-1).type_as(v), dropout)
+            return (weights.view(B, G, H // G * T, -1) @ v).view(B, H, T, -1)
         if mask is None:
             return F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=self.scale, enable_gqa=G < H)
         # the heads that share a key become more queries of it, so that no key is repeated in memory
@@ -188,26 +211,30 @@ class Attend(nn.Module):
 
 
 class GroupedQueryAttention(nn.Module):
-    """Attention in which H / G query heads share each of the G key and value heads.
-
-    G = H is multi-head attention (Vaswani et al. 2017), G = 1 multi-query (Shazeer 2019), between them
-    grouped-query (Ainslie et al. 2023). Caches 2 G D numbers a token.
+    """Attention in which H / G query heads share each of the G key and value heads: G = H is multi-head
+    attention (Vaswani et al. 2017), G = 1 multi-query (Shazeer 2019), between them grouped-query (Ainslie et al.
+    2023). Caches 2 G D numbers a token.
     """
 
-    KNOBS = ("n_kv_head", "head_dim", "rotary_dim", "qk_norm")
+    KNOBS = ("n_kv_head", "head_dim", "rotary_dim", "qk_norm", "kv_conv", "qkv_bias")
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.head_dim, self.qk_norm, self.rope_width = config.head_dim, config.qk_norm, config.rotary_dim
+        self.head_dim, self.rope_width = config.head_dim, config.rotary_dim
+        self.qk_norm, self.kv_conv = config.qk_norm, config.kv_conv
         self.score_width = 2 * config.n_head * config.head_dim  # multiply-adds per query-key pair
-        self.q_proj = Linear(config.n_embd, config.n_head * config.head_dim)
-        self.k_proj = Linear(config.n_embd, config.n_kv_head * config.head_dim)
-        self.v_proj = Linear(config.n_embd, config.n_kv_head * config.head_dim)
+        width, bias = config.n_kv_head * config.head_dim, bool(config.qkv_bias)
+        self.q_proj = Linear(config.n_embd, config.n_head * config.head_dim, bias=bias)
+        self.k_proj = Linear(config.n_embd, width, bias=bias)
+        self.v_proj = Linear(config.n_embd, width, bias=bias)
         self.o_proj = Linear(config.n_head * config.head_dim, config.n_embd)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.attend = Attend(config.head_dim**-0.5, config.dropout)
+        if config.kv_conv:
+            self.k_conv = CausalConv("k_conv", width, config.kv_conv)
+            self.v_conv = CausalConv("v_conv", width, config.kv_conv)
+        self.attend = Attend(config.score_factor * config.head_dim**-0.5, config.dropout)
 
     @staticmethod
     def resolve(config: GPTConfig) -> None:  # fill in the knobs that were left None
@@ -224,16 +251,22 @@ class GroupedQueryAttention(nn.Module):
         config.rotary_dim = config.head_dim if config.rotary_dim is None else config.rotary_dim
         config.qk_norm = True if config.qk_norm is None else config.qk_norm
         at_least(config, 1, "head_dim")
+        if config.qk_norm == "shared":
+            raise ValueError("qk_norm = shared is for mla, whose heads share a key; use True")
         if not 0 <= config.rotary_dim <= config.head_dim or config.rotary_dim % 2:
-            fault = f"rotary_dim = {config.rotary_dim} must be even (RoPE turns pairs)"
-            raise ValueError(f"{fault} and in 0..head_dim = {config.head_dim}")
+            raise ValueError(f"rotary_dim = {config.rotary_dim} must be even and in 0..head_dim = {config.head_dim}")
 
     @staticmethod
     def cached_parts(config: GPTConfig) -> dict[str, Part]:
-        return {name: Part(config.n_kv_head, config.head_dim) for name in ("k", "v")}
+        G, D, taps = config.n_kv_head, config.head_dim, config.kv_conv
+        conv = {name: Part(1, G * D, last=taps) for name in ("k_conv", "v_conv")} if taps else {}
+        return {"k": Part(G, D), "v": Part(G, D)} | conv
 
-    def forward(self, x: Tensor, rope: Rope, mask: Mask = None, cache: Cache = None) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x: Tensor, rope: Rope, mask: Mask = None, cache: LayerCache | None = None) -> Tensor:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.kv_conv:
+            k, v = self.k_conv(k, cache), self.v_conv(v, cache)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q.transpose(1, 2), rope)  # (B, H, T, D)
@@ -260,10 +293,13 @@ class MultiHeadLatentAttention(nn.Module):
     rotation R depends on the distance, so W_uk^T R^T q would be another vector for every cached token. One
     rope key of width dr is shared by all heads. The latent is normed before it is cached, so that both
     up-projections read a vector of fixed size, however the residual stream grows during training.
+
+    qk_norm (arXiv 2606.16310) divides a head's key [W_uk c | k_rope] by its rms, which RoPE leaves alone. That
+    number is cached for each head and multiplies the key's scores; the norm's weight moves to the query.
     """
 
     KNOBS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
-    KNOBS += ("qk_rope_repeat",)
+    KNOBS += ("qk_rope_repeat", "qk_norm", "kv_conv")
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -281,30 +317,33 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.rank, config.norm_eps)
         self.kv_b_proj = Linear(self.rank, self.n_head * (self.dn + self.dv), row_groups=(self.dn, self.dv))
         self.o_proj = Linear(self.n_head * self.dv, config.n_embd)
+        self.qk_norm, self.kv_conv = config.qk_norm, config.kv_conv
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.dn + self.dr, config.norm_eps)
+            self.k_norm = RMSNorm(self.dr if config.qk_norm == "shared" else self.dn + self.dr, config.norm_eps)
+        if config.kv_conv:
+            self.latent_conv = CausalConv("latent_conv", self.rank + self.dr, config.kv_conv)
         # the scale is that of the expanded keys in the absorbed form too, whose keys are wider
-        self.attend = Attend((self.dn + self.dr) ** -0.5, config.dropout)
+        self.attend = Attend(config.score_factor * (self.dn + self.dr) ** -0.5, config.dropout)
 
     @staticmethod
     def resolve(config: GPTConfig) -> None:
-        if config.kv_lora_rank is None:
-            config.kv_lora_rank = max(config.n_embd // 4, 1)
-        if config.qk_rope_head_dim is None:
-            config.qk_rope_head_dim = head_width(config) // 4 * 2
-        if config.qk_nope_head_dim is None:
-            config.qk_nope_head_dim = head_width(config) - config.qk_rope_head_dim
-        if config.v_head_dim is None:
-            config.v_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        r, dr, dn, dv = config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim
+        config.kv_lora_rank = max(config.n_embd // 4, 1) if r is None else r
+        config.qk_rope_head_dim = dr = head_width(config) // 4 * 2 if dr is None else dr
+        config.qk_nope_head_dim = dn = head_width(config) - dr if dn is None else dn
+        config.v_head_dim = dn + dr if dv is None else dv
+        config.qk_rope_repeat = repeat = 1 if config.qk_rope_repeat is None else config.qk_rope_repeat
         at_least(config, 1, "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
-        dr, repeat = config.qk_rope_head_dim, 1 if config.qk_rope_repeat is None else config.qk_rope_repeat
-        config.qk_rope_repeat = repeat
         if dr < 0 or repeat < 1 or dr % (2 * repeat):
-            fault = f"qk_rope_head_dim = {dr} must be even (RoPE turns pairs)"
-            raise ValueError(f"{fault} and a multiple of twice qk_rope_repeat = {repeat}")
+            raise ValueError(f"qk_rope_head_dim = {dr} must be a multiple of twice qk_rope_repeat = {repeat}")
 
     @staticmethod
     def cached_parts(config: GPTConfig) -> dict[str, Part]:
         width = config.kv_lora_rank + config.qk_rope_head_dim
-        return {"latent": Part(1, width, exact=config.qk_rope_head_dim)}
+        parts = {"latent": Part(1, width, exact=config.qk_rope_head_dim)}
+        parts |= {"key_factor": Part(config.n_head, 1, exact=1)} if config.qk_norm is True else {}
+        return parts | ({"latent_conv": Part(1, width, last=config.kv_conv)} if config.kv_conv else {})
 
     def prefers_absorbed(self, T: int) -> bool:
         """Whether T new tokens cost fewer multiply-adds absorbed than expanded. Per head and cached token:
@@ -314,35 +353,52 @@ class MultiHeadLatentAttention(nn.Module):
             return False
         return T * (2 * self.rank - self.dn - self.dv) < self.rank * (self.dn + self.dv)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Mask = None, cache: Cache = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Mask = None, cache: LayerCache | None = None) -> Tensor:
         q = self.q_proj(x) if self.q_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = rotate(q.unflatten(-1, (self.n_head, -1)).transpose(1, 2), rope, start=self.dn)  # (B, H, T, dn + dr)
-        c, k_rope = self.kv_a_proj_with_mqa(x)[:, None].split((self.rank, self.dr), -1)
+        q, kv = q.unflatten(-1, (self.n_head, -1)), self.kv_a_proj_with_mqa(x)
+        q = self.q_norm(q) if self.qk_norm else q
+        q = rotate(q.transpose(1, 2), rope, start=self.dn)  # (B, H, T, dn + dr)
+        kv = self.latent_conv(kv, cache) if self.kv_conv else kv
+        c, k_rope = kv[:, None].split((self.rank, self.dr), -1)
+        k_rope = self.k_norm(k_rope) if self.qk_norm == "shared" else k_rope
         c, k_rope = self.kv_a_layernorm(c), rotate(k_rope, rope)  # (B, 1, T, r), (B, 1, T, dr)
         if cache is not None:
-            (latent,) = cache.append(latent=torch.cat((c, k_rope), -1))
-            if not cache.first:
-                if self.prefers_absorbed(x.size(1)):
-                    return self.absorbed(q, latent, mask, cache)
-                c, k_rope = cache.read(latent, like=x).split((self.rank, self.dr), -1)  # (B, 1, S, ...)
-        return self.expanded(q, c, k_rope, mask)
+            new = {"latent": torch.cat((c, k_rope), -1)}
+            if self.qk_norm is True:  # 1 / rms of each head's key
+                k, _ = self.keys_and_values(c, k_rope)
+                new["key_factor"] = (k.float().square().mean(-1, keepdim=True) + self.k_norm.eps).rsqrt()
+            latent, *factor = cache.append(**new)
+        if cache is None or cache.first:
+            return self.expanded(q, c, k_rope, mask)
+        if self.prefers_absorbed(x.size(1)):
+            return self.absorbed(q, latent, mask, cache, *factor)
+        c, k_rope = cache.read(latent, like=x).split((self.rank, self.dr), -1)  # (B, 1, S, ...)
+        return self.expanded(q, c, k_rope, mask, *(cache.read(name, like=x) for name in factor))
 
-    def expanded(self, q: Tensor, c: Tensor, k_rope: Tensor, mask: Mask) -> Tensor:
-        """Attention over each head's own keys and values, made from the latents -> (B, T, C)."""
+    def keys_and_values(self, c: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Each head's own, made from the latents c (B, 1, S, r) -> (B, H, S, dn + dr), (B, H, S, dv)"""
         kv = self.kv_b_proj(c[:, 0]).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-        k_nope, v = kv.split((self.dn, self.dv), -1)  # (B, H, S, dn), (B, H, S, dv)
-        k = torch.cat((k_nope, k_rope.expand(-1, self.n_head, -1, -1)), -1)
+        k_nope, v = kv.split((self.dn, self.dv), -1)
+        return torch.cat((k_nope, k_rope.expand(-1, self.n_head, -1, -1)), -1), v
+
+    def expanded(self, q: Tensor, c: Tensor, k_rope: Tensor, mask: Mask, factor: Tensor | None = None) -> Tensor:
+        """Attention over each head's own keys and values -> (B, T, C). factor: the keys' cached 1 / rms."""
+        k, v = self.keys_and_values(c, k_rope)
+        if self.qk_norm is True:
+            k = self.k_norm(k) if factor is None else (k * factor * self.k_norm.weight).type_as(k)
         y = self.attend(q, k, v, mask)  # (B, H, T, dv)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def absorbed(self, q: Tensor, latent: str, mask: Mask, cache: LayerCache) -> Tensor:
+    def absorbed(self, q: Tensor, latent: str, mask: Mask, cache: LayerCache, factor: str | None = None) -> Tensor:
         """The same as multi-query attention over the latents -> (B, T, C). One read serves as the key
         [c | k_rope] and as the value, of which the first r columns, c, count.
         """
+        if factor is not None:
+            q = (q * self.k_norm.weight).type_as(q)
         q_nope, q_rope = q.split((self.dn, self.dr), -1)
         w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (self.n_head, -1)).split((self.dn, self.dv), 1)
-        q_latent = torch.einsum("bhtn,hnr->bhtr", q_nope, w_uk)
-        y = self.attend(torch.cat((q_latent, q_rope), -1), latent, latent, mask, cache)  # (B, H, T, r + dr)
+        q = torch.cat((torch.einsum("bhtn,hnr->bhtr", q_nope, w_uk), q_rope), -1)
+        y = self.attend(q, latent, latent, mask, cache, factor)  # (B, H, T, r + dr)
         return self.o_proj(torch.einsum("bhtr,hvr->bthv", y[..., : self.rank], w_uv).flatten(2))
 
 
@@ -351,16 +407,9 @@ ATTENTIONS: dict[str, Any] = dict.fromkeys(("mha", "mqa", "gqa"), GroupedQueryAt
 ATTENTIONS["mla"] = MultiHeadLatentAttention
 
 
-def at_least(config: GPTConfig, low: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) is not None and getattr(config, name) < low:
-            raise ValueError(f"{name} must be at least {low}, not {getattr(config, name)}")
-
-
 def head_width(config: GPTConfig) -> int:
     if config.n_embd % config.n_head:
-        fault = f"n_embd = {config.n_embd} is not divisible by n_head = {config.n_head}"
-        raise ValueError(f"{fault}; change one, or set the widths of a head yourself")
+        raise ValueError(f"n_embd = {config.n_embd} is not divisible by n_head = {config.n_head}; set head widths")
     return config.n_embd // config.n_head
 
 
@@ -386,7 +435,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, rope: Rope, mask: Mask = None, cache: Cache = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Mask = None, cache: LayerCache | None = None) -> Tensor:
         y = self.self_attn(self.input_layernorm(x), rope, mask, cache)
         x = x + F.dropout(y, self.dropout, self.training)
         y = self.mlp(self.post_attention_layernorm(x))
@@ -398,8 +447,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        if config.vocab_size < 1:
-            raise ValueError("a model needs a vocab_size of at least 1")
+        at_least(config, 1, "vocab_size")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers: Any = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -410,12 +458,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Each block starts as the identity: matrices that write to the residual stream are zero. The others
-        keep the variance of what they read (std 1/sqrt(fan-in)), the low-rank factors of MLA included.
+        """Each block starts as the identity: what writes to the residual stream is zero. Other matrices keep the
+        variance of what they read (std 1/sqrt(fan-in)).
         """
         tied, std = self.config.tie_embeddings, 0.02
         for name, p in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+            if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight", "_conv.weight", ".bias")):
                 nn.init.zeros_(p)
             elif name == "embed_tokens.weight":
                 nn.init.normal_(p, std=std if tied else 1.0)
@@ -436,16 +484,14 @@ class GPT(nn.Module):
             if window or not (layer is None or layer.first):  # else plain causal attention, without a mask
                 q, k = (positions, positions) if layer is None else layer.positions
                 masks[window] = visible(q[:, None, :, None], k[:, None, None], window, config.sink_tokens)
-        width, repeat = self.layers[0].self_attn.rope_width, config.qk_rope_repeat or 1
-        rope = rope_angles(positions, width, config.rope_theta, repeat)
+        rope = rope_angles(positions, self.layers[0].self_attn.rope_width, config)
         for layer, window, layer_cache in zip(self.layers, windows, caches, strict=True):
             x = layer(x, rope, masks.get(window), layer_cache)
         return self.norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V)."""
-        tied = self.config.tie_embeddings
-        return F.linear(hidden, self.embed_tokens.weight) if tied else self.lm_head(hidden)
+        return F.linear(hidden, self.embed_tokens.weight) if self.config.tie_embeddings else self.lm_head(hidden)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None):
         """Token ids (B, T) -> logits (B, T, V) and, given targets (B, T), their mean cross-entropy in nats,
@@ -457,11 +503,8 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def new_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None, spare: int = 0):
-        """An empty cache for batch_size rows of up to max_len tokens; dtype: None is that of the weights.
-        spare: extra slots of windowed layers, for `rewind` to go back. ValueError if dtype is no cache format.
+        """An empty cache for batch_size rows of max_len tokens; dtype: None is that of the weights; spare: how
+        far `rewind` may go back. ValueError if dtype is no cache format.
         """
         weight = self.embed_tokens.weight
-        dtype = dtype or weight.dtype
-        if dtype not in (*CACHE_FORMATS.values(), torch.float64):
-            raise ValueError(f"a cache holds {', '.join(CACHE_FORMATS)} (e4m3) numbers, not {dtype}")
-        return KVCache(self.config.kv_layouts(), batch_size, max_len, dtype, weight.device, spare)
+        return KVCache(self.config.kv_layouts(), batch_size, max_len, dtype or weight.dtype, weight.device, spare)

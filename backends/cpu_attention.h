@@ -74,9 +74,10 @@ static __attribute__((noinline)) void mix3(float *const *p, const float *v, long
 /* Softmax over some of the keys, not yet divided by its sum, for n queries q (n, d):
    y (n, dv) = sum_j e^(score_j - top) v_j, sum (n) = sum_j e^(score_j - top), top (n) the largest score.
    Each block of 32 keys and values is read once for all queries ("online softmax", Milakov and Gimelshein 2018).
-   `room` has n (BLOCK + 1) numbers. */
-static void share_of_softmax(const float *q, const float *k, const float *v, float *y, float *sum, float *top,
-                             float *room, long n, long keys, long d, long dv, long step, float scale) {
+   factor: NULL, or what multiplies each query's scores, rows `apart`. `room` has n (BLOCK + 1) numbers. */
+static void share_of_softmax(const float *q, const float *k, const float *v, const float *factor, long apart, float *y,
+                             float *sum, float *top, float *room, long n, long keys, long d, long dv, long step,
+                             float scale) {
     float *p = room, *keep = room + n * BLOCK;
     memset(y, 0, n * dv * sizeof(float));
     for (long i = 0; i < n; i++) sum[i] = 0, top[i] = -FLT_MAX;
@@ -92,6 +93,7 @@ static void share_of_softmax(const float *q, const float *k, const float *v, flo
             }
         for (long i = 0; i < n; i++) {
             float *row = p + i * BLOCK;
+            for (long j = 0; factor && j < rows; j++) row[j] *= factor[i * apart + at + j];
             for (long j = rows; j < BLOCK; j++) row[j] = -FLT_MAX;
             float best = largest(row, BLOCK, top[i]);
             vec added = {0};

@@ -23,11 +23,19 @@ typedef struct {
     float eps;
 } norm;
 
+typedef struct { /* model.CausalConv */
+    const float *weight; /* (taps, n) */
+    float *past;         /* (B, slots, n) a ring: the vector at position p is in slot p % slots */
+    long taps, slots;
+} conv;
+
 typedef struct { /* one block; what its attention does not have is NULL */
     norm attention_norm, mlp_norm, q_norm, k_norm, q_a_norm, kv_a_norm;
+    conv k_conv, v_conv; /* k_conv: for MLA, of the latent and the rope key */
     const float *q_a, *q, *k, *v, *kv_a, *kv_b, *o; /* q: q_proj, or q_b_proj after q_a */
     const float *gate, *up, *down;
     float *keys, *values; /* its cache: (B, G, slots, D) each; for MLA both are [c | k_rope] (B, slots, r + dr) */
+    float *key_factor;    /* (B, H, slots) what MLA's qk_norm caches: 1 / rms of each head's key */
     long inner, slots, window, sinks;
 } layer;
 
@@ -42,7 +50,7 @@ typedef struct {
     long head, rope, dv;     /* width of a head's query; how much of it RoPE rotates; width of its result */
     long rank, q_rank, nope; /* of MLA only: r, width of the query's latent or 0, dn */
     long threads;
-    float scale;                 /* of scores */
+    float scale, rope_factor;    /* of scores; of cosines and sines */
 } model;
 
 /* Intermediate results, in m->scratch. "packed": what matrix products read at B > 1, see `pack`. */
@@ -195,7 +203,8 @@ static void attend(const model *m, const layer *l, const buffers *s, const float
     float *own = own_of_thread(s) + n * d, *sum = own + n * (BLOCK + 1), *top = sum + n;
     float *part = s->parts + (group * shares + share) * n * (dv + 2), *out = y + group * n * dv;
     if (shares > 1) out = part, sum = part + n * dv, top = sum + n;
-    share_of_softmax(q, l->keys + at, l->values + at, out, sum, top, own, n, count, d, dv, d, m->scale);
+    const float *factor = l->key_factor ? l->key_factor + (b * m->heads + g * n) * l->slots + first : NULL;
+    share_of_softmax(q, l->keys + at, l->values + at, factor, l->slots, out, sum, top, own, n, count, d, dv, d, m->scale);
     if (shares == 1)
         for (long i = 0; i < n * dv; i++) out[i] /= sum[i / dv];
 }
@@ -236,6 +245,17 @@ static void rotate(const model *m, const buffers *s, float *x, long b) {
     }
 }
 
+/* x (n) of row b plus what the convolution takes from the vectors before it; x itself goes to the ring. */
+static void convolve(const model *m, const conv *w, float *x, long b, long n) {
+    long p = m->lengths[b];
+    float *past = w->past + b * w->slots * n;
+    for (long c = 0; c < n; c++) {
+        float sum = x[c];
+        for (long i = 1; i <= min(w->taps, p); i++) sum += w->weight[(i - 1) * n + c] * past[(p - i) % w->slots * n + c];
+        past[p % w->slots * n + c] = x[c], x[c] = sum;
+    }
+}
+
 /* The heads at x of row b: qk_norm if the layer has one, then RoPE. */
 static void norm_and_rotate(const model *m, const buffers *s, const norm *w, float *x, long b, long heads) {
     for (; heads--; x += m->head) {
@@ -253,6 +273,11 @@ static void grouped_query(const model *m, const layer *l, const buffers *s) {
     project(m->batch, l->k, h, NULL, s->k, m->groups * d, m->width);
     project(m->batch, l->v, h, NULL, s->v, m->groups * d, m->width);
 #pragma omp barrier
+    if (l->k_conv.taps) {
+#pragma omp for schedule(static)
+        for (long t = 0; t < 2 * m->batch; t++)
+            convolve(m, t % 2 ? &l->v_conv : &l->k_conv, (t % 2 ? s->v : s->k) + t / 2 * m->groups * d, t / 2, m->groups * d);
+    }
 #pragma omp for schedule(static)
     for (long t = 0; t < m->batch * m->groups * shares; t++) {
         long group = t / shares, b = group / m->groups, slot = slot_of(l, m->lengths[b]), count;
@@ -271,8 +296,14 @@ static void grouped_query(const model *m, const layer *l, const buffers *s) {
     project_out(m, l, s);
 }
 
+/* y (n) = numbers of a head's query from number `from` on, times those of q_norm. */
+static void norm_query(const model *m, const norm *w, const float *q, float *y, long from, long n) {
+    float inverse = w->weight ? 1 / sqrtf(dot(q, q, m->head) / m->head + w->eps) : 1;
+    for (long i = 0; i < n; i++) y[i] = q[from + i] * inverse * (w->weight ? w->weight[from + i] : 1);
+}
+
 /* The queries that attend to latents, mixed (B, H, r + dr) = [q_nope W_uk | RoPE(q_rope)], 32 columns at a time. In
-   kv_b are each head's W_uk (dn, r) and W_uv (dv, r). */
+   kv_b are each head's W_uk (dn, r) and W_uv (dv, r). The weight of a key's norm, if it is cached, is the query's. */
 static void absorb_queries(const model *m, const layer *l, const buffers *s) {
     long wide = key_width(m), r = m->rank, blocks = (r + BLOCK - 1) / BLOCK + 1;
 #pragma omp for schedule(static)
@@ -282,16 +313,36 @@ static void absorb_queries(const model *m, const layer *l, const buffers *s) {
         for (long b = 0; b < m->batch; b++) {
             const float *q = s->q + (b * m->heads + h) * m->head;
             float *y = s->mixed + (b * m->heads + h) * wide;
+            const float *key_weight = l->key_factor ? l->k_norm.weight : NULL;
             if (t % blocks == blocks - 1) { /* one more than the columns need */
-                memcpy(y + r, q + m->nope, m->rope * sizeof(float));
+                norm_query(m, &l->q_norm, q, y + r, m->nope, m->rope);
                 rotate(m, s, y + r, b);
+                for (long i = 0; key_weight && i < m->rope; i++) y[r + i] *= key_weight[m->nope + i];
             } else {
-                float sums[BLOCK] = {0};
-                for (long j = 0; j < m->nope; j++)
-                    for (long i = 0; i < n; i++) sums[i] += q[j] * w_uk[j * r + i];
+                float sums[BLOCK] = {0}, *q_nope = own_of_thread(s);
+                norm_query(m, &l->q_norm, q, q_nope, 0, m->nope);
+                for (long j = 0; j < m->nope; j++) {
+                    float x = q_nope[j] * (key_weight ? key_weight[j] : 1);
+                    for (long i = 0; i < n; i++) sums[i] += x * w_uk[j * r + i];
+                }
                 memcpy(y + c, sums, n * sizeof(float));
             }
         }
+    }
+}
+
+/* 1 / rms of the new token's key [W_uk c | k_rope] of each head, to the cache. latents: [c | k_rope] (B, r + dr). */
+static void cache_key_factors(const model *m, const layer *l, const float *latents) {
+    long H = m->heads, r = m->rank, wide = key_width(m);
+#pragma omp for schedule(static) nowait
+    for (long t = 0; t < m->batch * H; t++) {
+        const float *c = latents + t / H * wide, *w_uk = l->kv_b + t % H * (m->nope + m->dv) * r;
+        float squares = dot(c + r, c + r, m->rope);
+        for (long j = 0; j < m->nope; j++) {
+            float k = dot(w_uk + j * r, c, r);
+            squares += k * k;
+        }
+        l->key_factor[t * l->slots + slot_of(l, m->lengths[t / H])] = 1 / sqrtf(squares / m->head + l->k_norm.eps);
     }
 }
 
@@ -310,9 +361,15 @@ static void multi_head_latent(const model *m, const layer *l, const buffers *s) 
 #pragma omp for schedule(static) nowait
     for (long b = 0; b < m->batch; b++) { /* [c | k_rope] to the cache */
         float *own = s->k + b * wide;
+        if (l->k_conv.taps) convolve(m, &l->k_conv, own, b, wide);
         norm_row(own, l->kv_a_norm.weight, own, r, l->kv_a_norm.eps);
+        if (l->k_norm.weight && !l->key_factor) norm_row(own + r, l->k_norm.weight, own + r, m->rope, l->k_norm.eps);
         rotate(m, s, own + r, b);
         memcpy(l->keys + (b * l->slots + slot_of(l, m->lengths[b])) * wide, own, wide * sizeof(float));
+    }
+    if (l->key_factor) {
+#pragma omp barrier
+        cache_key_factors(m, l, s->k);
     }
     absorb_queries(m, l, s);
 #pragma omp for schedule(static)
@@ -338,7 +395,7 @@ static void begin(const model *m, const buffers *s, const int64_t *ids, long ste
         memcpy(s->x + b * m->width, m->embedding + ids[b * step] * m->width, m->width * sizeof(float));
         for (long i = 0; i < half; i++) {
             float angle = (float)m->lengths[b] * m->frequency[i];
-            s->cosine[b * half + i] = cosf(angle), s->sine[b * half + i] = sinf(angle);
+            s->cosine[b * half + i] = cosf(angle) * m->rope_factor, s->sine[b * half + i] = sinf(angle) * m->rope_factor;
         }
     }
 }

@@ -33,17 +33,20 @@ STANDS_FOR = (
     *("model.GPT.hidden", "model.GPT.head", "model.Block.forward", "model.MLP.forward"),
     *("model.RMSNorm.forward", "model.Attend.forward", "model.GroupedQueryAttention.forward"),
     *("model.MultiHeadLatentAttention.forward", "model.MultiHeadLatentAttention.absorbed"),
-    *("model.MultiHeadLatentAttention.expanded", "model.rotate", "model.rope_angles", "model.visible"),
+    *("model.MultiHeadLatentAttention.expanded", "model.MultiHeadLatentAttention.keys_and_values"),
+    *("model.CausalConv.forward", "model.rotate", "model.rope_angles", "model.visible"),
     *("model.GPTConfig.layer_windows", "nanokv.cache.KVCache.advance", "nanokv.cache.KVCache.reserve"),
-    *(f"nanokv.cache.LayerCache.{name}" for name in ("append", "store", "read", "held", "encode", "decode")),
-    *("nanokv.cache.Plan.update", "nanokv.cache.Plan.positions_held", "nanokv.cache.Plan.slot_of"),
+    *(f"nanokv.cache.LayerCache.{name}" for name in ("append", "store", "read", "held", "previous")),
+    *("nanokv.cache.LayerCache.encode", "nanokv.cache.LayerCache.decode", "nanokv.cache.Plan.update"),
+    *("nanokv.cache.Plan.positions_held", "nanokv.cache.Plan.slot_of"),
 )
 # Classes whose attributes must stay what they are while a Step is in use; FUNCTIONS of model.py likewise.
 DECODES = (pure.GroupedQueryAttention, pure.MultiHeadLatentAttention)
-CLASSES = (GPT, pure.Block, pure.MLP, pure.Attend, pure.RMSNorm, pure.Linear, GPTConfig, KVCache, LayerCache, Plan)
-FUNCTIONS = attrgetter("rotate", "rope_angles", "visible")
+CLASSES = (GPT, pure.Block, pure.MLP, pure.Attend, pure.RMSNorm, pure.Linear, pure.CausalConv)
+CLASSES += (GPTConfig, KVCache, LayerCache, Plan)
+FUNCTIONS = attrgetter("rotate", "rope_frequencies", "rope_angles", "rope_scaling.scale", "visible")
 CACHE = attrgetter("layers", "batch_size", "max_len", "endless")
-PLAN = attrgetter("window", "sinks", "slots", "ring")
+PLAN = attrgetter("window", "sinks", "slots", "ring", "last")
 TENSOR = (type, Tensor.data_ptr, Tensor.size, Tensor.is_contiguous, Tensor.is_neg, attrgetter("dtype"))
 
 Weights = dict[str, tuple]  # field of a C struct -> a module, and the shape of its weight
@@ -54,11 +57,16 @@ class CNorm(ctypes.Structure):
     _fields_ = [("weight", P), ("eps", R)]
 
 
+class CConv(ctypes.Structure):
+    _fields_ = [("weight", P), ("past", P), ("taps", N), ("slots", N)]
+
+
 class CLayer(ctypes.Structure):
     _fields_ = [
         *((f"{name}_norm", CNorm) for name in ("attention", "mlp", "q", "k", "q_a", "kv_a")),
+        *(("k_conv", CConv), ("v_conv", CConv)),
         *((name, P) for name in ("q_a", "q", "k", "v", "kv_a", "kv_b", "o", "gate", "up", "down")),
-        *(("keys", P), ("values", P), ("inner", N), ("slots", N), ("window", N), ("sinks", N)),
+        *(("keys", P), ("values", P), ("key_factor", P), ("inner", N), ("slots", N), ("window", N), ("sinks", N)),
     ]
 
 
@@ -68,7 +76,7 @@ class CModel(ctypes.Structure):
         *((name, P) for name in ("frequency", "lengths", "scratch")),
         *((name, N) for name in ("n_layer", "batch", "width", "vocab", "heads", "groups", "max_len")),
         *((name, N) for name in ("endless", "head", "rope", "dv", "rank", "q_rank", "nope")),
-        *(("threads", N), ("scale", R)),
+        *(("threads", N), ("scale", R), ("rope_factor", R)),
     ]
 
 
@@ -97,6 +105,8 @@ def latent(a: Any, config: Any) -> tuple[dict[str, int], Weights]:
         weights |= {"q": (a.q_b_proj, H * (dn + dr), A)}
     weights |= {"kv_a": (a.kv_a_proj_with_mqa, r + dr, C), "kv_a_norm": (a.kv_a_layernorm, r)}
     weights |= {"kv_b": (a.kv_b_proj, H * (dn + dv), r), "o": (a.o_proj, C, H * dv)}
+    if a.qk_norm:
+        weights |= {"q_norm": (a.q_norm, dn + dr), "k_norm": (a.k_norm, dr if a.qk_norm == "shared" else dn + dr)}
     numbers = {"heads": H, "groups": 1, "head": dn + dr, "rank": r, "q_rank": A or 0, "nope": dn, "dv": dv}
     return numbers | {"scale": a.attend.scale}, weights
 
@@ -108,6 +118,11 @@ def frozen(x: Any) -> Any:
     if isinstance(x, dict | MappingProxyType):
         return {name: frozen(value) for name, value in x.items()}
     return x.copy() if isinstance(x, set) else x
+
+
+def plans(cache: KVCache) -> list[Plan]:
+    every = [plan for own in cache.layers for plan in (own.plan, own.plan_of_last)]
+    return [plan for plan in every if plan is not None]
 
 
 class Step:
@@ -123,9 +138,9 @@ class Step:
         self.fill_model(model, model.config, cache)
         for block, layer, own in zip(model.layers, self.layers, cache.layers, strict=True):
             self.fill_layer(block, layer, model.config)
-            self.fill_cache(own, layer, model.config)
+            self.fill_cache(own, layer, model.config, block.self_attn)
         self.objects = [*model.modules(), model.config, *cache.layers]
-        patchable = [cache, *cache.layers, *(own.plan for own in cache.layers)]
+        patchable = [cache, *cache.layers, *plans(cache)]
         require(not any(callable(getattr(type(x), name, None)) for x in patchable for name in vars(x)), "a patch")
         self.functions = [resolve(name) for name in STANDS_FOR]
         self.was = frozen(self.state(cache))
@@ -145,13 +160,10 @@ class Step:
         self.numbers, _ = self.parts(attention, config)
         for name, number in self.numbers.items():
             setattr(c, name, number)
-        require(type(config.rope_theta) in (int, float), "theta is no number")
         require(c.heads % c.groups == 0 and c.rope <= c.head - c.nope, "heads do not fit")
-        repeat = config.qk_rope_repeat or 1
-        exponent = torch.arange(0, c.rope // repeat, 2, dtype=torch.float32) / -max(c.rope // repeat, 1)
-        # (rope / 2) in radians a token, as model.rope_angles has them
-        self.frequency = (config.rope_theta**exponent).repeat(repeat).contiguous()
-        require(2 * len(self.frequency) == c.rope, "RoPE's width")
+        self.frequency = pure.rope_frequencies(config, c.rope).contiguous()
+        require(self.frequency.shape == (c.rope // 2,) and c.rope % 2 == 0, "RoPE's width")
+        c.rope_factor = 1.0 if config.rope_attention_factor is None else config.rope_attention_factor
         c.frequency, c.lengths = self.frequency.data_ptr(), self.address(cache.lengths, cache.batch_size)
         c.batch, c.max_len, c.endless = cache.batch_size, cache.max_len, cache.endless
         require([own.plan.window for own in cache.layers] == config.layer_windows(), "other windows")
@@ -168,15 +180,25 @@ class Step:
         weights |= {"attention_norm": (block.input_layernorm, C)}
         self.fill(layer, weights | {"mlp_norm": (block.post_attention_layernorm, C)})
 
-    def fill_cache(self, own: LayerCache, layer: CLayer, config: GPTConfig) -> None:
+    def fill_cache(self, own: LayerCache, layer: CLayer, config: GPTConfig, attention: Any) -> None:
         c, plan = self.c, own.plan
         require(type(own) is LayerCache and type(plan) is Plan and not own.joined, "another cache")
         layer.window, layer.sinks, layer.slots = plan.window, plan.sinks, plan.slots
         fits = plan.sinks == config.sink_tokens if plan.window else plan.slots == c.max_len
         require(fits and plan.ring == max(plan.slots - plan.sinks, 1), "other slots")
-        keys, values = (own.buffers[name] for name in (("latent", "latent") if c.rank else ("k", "v")))
+        names = ("latent", "latent") if c.rank else ("k", "v")
         shape = c.batch, c.groups, plan.slots, c.rank + c.rope if c.rank else c.head
-        layer.keys, layer.values = self.address(keys, *shape), self.address(values, *shape)
+        layer.keys, layer.values = (self.address(own.buffers[name], *shape) for name in names)
+        if "key_factor" in own.layout.parts:
+            layer.key_factor = self.address(own.buffers["key_factor"], c.batch, c.heads, plan.slots, 1)
+        names = ("latent_conv",) if c.rank else ("k_conv", "v_conv")
+        for field, name in zip(("k_conv", "v_conv"), names if attention.kv_conv else (), strict=False):
+            conv, ring, width = getattr(attention, name), own.plan_of_last, c.groups * shape[-1]
+            require(as_written(conv, pure.CausalConv) and conv.part == name and type(ring) is Plan, "a convolution")
+            weight, past, taps = conv.weight, own.buffers[name], attention.kv_conv
+            require(ring.last == taps <= ring.slots == ring.ring and weight is conv._parameters["weight"], "its ring")
+            addresses = self.address(weight, taps, width), self.address(past, c.batch, 1, ring.slots, width)
+            setattr(layer, field, CConv(*addresses, taps, ring.slots))
 
     def fill(self, struct: CModel | CLayer, weights: Weights) -> None:
         for field, (module, *shape) in weights.items():
@@ -197,13 +219,13 @@ class Step:
 
     def state(self, cache: KVCache) -> list[Any]:
         """All that this was made from, but for the numbers in tensors."""
-        plans = [own.plan for own in cache.layers]
+        used = plans(cache)
         return [
             list(map(vars, self.objects)),
             list(map(type, self.objects)),
             [list(map(part, self.tensors)) for part in TENSOR],
-            [*CACHE(cache), *map(PLAN, plans)],
-            list(map(len, map(vars, [cache, *plans]))),  # a patched method is an attribute more
+            [*CACHE(cache), *map(PLAN, used)],
+            list(map(len, map(vars, [cache, *used]))),  # a patched method is an attribute more
             list(map(vars, CLASSES + DECODES)),
             [function.__code__ for function in self.functions],
             list(self.model.layers._modules.values()),  # dictionaries compare without their order

@@ -1,7 +1,7 @@
 """The KV cache of every attention: what a layer holds of a token, in which format, and where.
 
-An attention declares the named parts that it caches (`LayerLayout`). Footprint, formats from fp32 to int8 and
-fp8, windows held as rings, rows of different lengths and rewinding follow from that, the same for all.
+An attention declares the named parts that it caches (`LayerLayout`). Footprint, formats from fp32 to int4,
+windows held as rings, rows of different lengths and rewinding follow from that, the same for all.
 
 Each forward pass is planned once, with tensors on the device (`Plan`), so that a decode step has static
 shapes and can be compiled or captured. The host keeps a copy of the rows' lengths, to check bounds without
@@ -17,19 +17,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# Cache formats. The quantized ones store codes and scales; they are listed with their largest code.
+from nanokv.quantization import GROUP, dequantize, quantize
+
+# Cache formats. The quantized ones store codes, and a scale for each group of numbers of one vector.
 CACHE_FORMATS = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "int8": torch.int8,
     "fp8": torch.float8_e4m3fn,
+    "int4": torch.int4,
 }
-QUANTIZED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-GROUP = 128  # numbers of one vector that share a scale, at most
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Part:
 
     heads: int
     width: int
-    exact: int = 0  # trailing numbers that int8 and fp8 keep in bf16 (MLA's rope key)
+    exact: int = 0  # trailing numbers that int8, fp8 and int4 keep in bf16 (MLA's rope key)
+    last: int = 0  # of so many last tokens only, never quantized, read by `LayerCache.previous`; 0: of all
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,44 @@ class LayerLayout:
 
     def elements(self) -> int:
         """Numbers cached for one token."""
-        return sum(part.heads * part.width for part in self.parts.values())
+        return sum(part.heads * part.width for part in self.parts.values() if not part.last)
 
-    def buffers(self, dtype: torch.dtype) -> dict[str, tuple[int, int, torch.dtype]]:
-        """Heads, width and dtype of each buffer that holds these parts in a format.
+    def buffers(self, dtype: torch.dtype, last: bool = False) -> dict[str, tuple[int, int, torch.dtype]]:
+        """Heads, width and dtype of each buffer that holds these parts in a format; `last`: those parts that
+        are kept of the last tokens only, or else the others.
 
-        int8 and fp8 have a bf16 scale for each head's vector, and for each 128 numbers of a wider one.
+        int8 and fp8 have a bf16 scale for each head's vector, and for each 128 numbers of a wider one. int4 has
+        two codes in a byte and, for each 32 numbers, a bf16 scale and an offset of one byte.
         """
         buffers = {}
         for name, part in self.parts.items():
-            coded = part.width - part.exact
-            if dtype not in QUANTIZED or not coded:
-                buffers[name] = part.heads, part.width, torch.bfloat16 if dtype in QUANTIZED else dtype
+            coded, plain = part.width - part.exact, torch.bfloat16 if dtype in GROUP else dtype
+            if bool(part.last) != last:
                 continue
+            if dtype not in GROUP or part.last or not coded:
+                buffers[name] = part.heads, part.width, plain
+                continue
+            groups = math.ceil(coded / GROUP[dtype])
             buffers[name] = part.heads, coded, dtype
-            buffers[f"{name}_scale"] = part.heads, math.ceil(coded / GROUP), torch.bfloat16
+            if dtype == torch.int4:
+                buffers[name] = part.heads, (coded + 1) // 2, torch.uint8
+                buffers[f"{name}_offset"] = part.heads, groups, torch.int8
+            buffers[f"{name}_scale"] = part.heads, groups, plain
             if part.exact:
-                buffers[f"{name}_exact"] = part.heads, part.exact, torch.bfloat16
+                buffers[f"{name}_exact"] = part.heads, part.exact, plain
         return buffers
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         return sum(heads * width * of.itemsize for heads, width, of in self.buffers(dtype).values())
+
+    def last(self) -> int:
+        """Of how many last tokens those parts are kept that do not grow, the same for all of them."""
+        return max((part.last for part in self.parts.values()), default=0)
+
+    def fixed_bytes(self, dtype: torch.dtype, spare: int = 0) -> int:
+        """Bytes of the parts of a row that do not grow with its length."""
+        buffers = self.buffers(dtype, last=True).values()
+        return (self.last() + spare) * sum(heads * width * of.itemsize for heads, width, of in buffers)
 
     def slots(self, max_len: int, spare: int = 0) -> int:
         """Tokens that the layer has room for in a cache of max_len tokens."""
@@ -85,28 +103,8 @@ def kv_bytes_per_token(layouts: Sequence[LayerLayout], dtype: torch.dtype) -> in
 
 def kv_bytes(layouts: Sequence[LayerLayout], max_len: int, dtype: torch.dtype, spare: int = 0) -> int:
     """Bytes of a cache for one row of max_len tokens; a layer with a window holds no more than that."""
-    return sum(layout.slots(max_len, spare) * layout.bytes_per_token(dtype) for layout in layouts)
-
-
-def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x (..., D) -> codes (..., D) in dtype and bf16 scales (..., ceil(D / GROUP)), x = codes * scales.
-
-    Symmetric: a scale takes the largest magnitude of its group to the largest code.
-    """
-    width, largest = min(x.size(-1), GROUP), QUANTIZED[dtype]
-    groups = F.pad(x.float(), (0, -x.size(-1) % width)).unflatten(-1, (-1, width))
-    scale = (groups.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-30).bfloat16()
-    codes = groups / scale.float()
-    codes = codes.round() if dtype == torch.int8 else codes  # fp8 rounds as it is cast
-    codes = codes.clamp(-largest, largest).to(dtype)
-    return codes.flatten(-2)[..., : x.size(-1)], scale.squeeze(-1)
-
-
-def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `quantize`, up to rounding, in dtype."""
-    if scale.size(-1) > 1:
-        scale = scale.repeat_interleave(GROUP, -1)[..., : codes.size(-1)]
-    return codes.to(dtype).mul_(scale.to(dtype))
+    growing = sum(layout.slots(max_len, spare) * layout.bytes_per_token(dtype) for layout in layouts)
+    return growing + sum(layout.fixed_bytes(dtype, spare) for layout in layouts)
 
 
 class Plan:
@@ -114,10 +112,13 @@ class Plan:
 
     Such a layer has `slots` slots. Position p is in slot p until the slots are full; from then on the slots
     behind the sinks are a ring, in which p overwrites p - ring. All tensors are on the cache's device.
+
+    `last`: the plan is that of the parts which are kept of so many last tokens only. They are read before the
+    new ones are stored, so that a window of last + 1 tokens has slots enough.
     """
 
-    def __init__(self, window: int, sinks: int, slots: int):
-        self.window, self.sinks, self.slots = window, sinks, slots
+    def __init__(self, window: int, sinks: int, slots: int, last: int = 0):
+        self.window, self.sinks, self.slots, self.last = window, sinks, slots, last
         self.ring = max(slots - sinks, 1)
         self.first = True  # all rows were empty: queries see only the new tokens
         self.chunk_in_ring = False  # read old tokens before storing new ones over some that the queries see
@@ -127,6 +128,7 @@ class Plan:
         self.slot: Tensor | None = None  # (B, T) where each new token goes
         self.source: Tensor | None = None  # (B, T) which new token goes there; None: token t
         self.kept: Tensor | None = None  # (B, 1) false for rows in which no new token counts
+        self.previous: Tensor | None = None  # (B, last) positions before the new tokens, below 0 for none
 
     def slot_of(self, position: Tensor) -> Tensor:
         past = (position - self.sinks).clamp(min=0)
@@ -156,6 +158,9 @@ class Plan:
             self.kept = new > old
         self.slot = self.slot_of(positions if self.source is None else old + self.source)
         self.queries = positions
+        if self.last:
+            self.previous = old - self.last + torch.arange(self.last, device=old.device)
+            return positions
         if first:
             self.keys = positions
         elif self.chunk_in_ring:
@@ -167,11 +172,14 @@ class Plan:
         return positions
 
 
+ENDINGS = ("_scale", "_offset", "_exact")  # of the names of a quantized part's further buffers
+
+
 class LayerCache:
     """One layer's share of a `KVCache`: a buffer (B, heads, slots, width) for each entry of the layout."""
 
-    def __init__(self, plan: Plan, buffers: dict[str, Tensor]):
-        self.plan, self.buffers = plan, buffers
+    def __init__(self, layout: LayerLayout, plan: Plan, plan_of_last: Plan | None, buffers: dict[str, Tensor]):
+        self.layout, self.plan, self.plan_of_last, self.buffers = layout, plan, plan_of_last, buffers
         self.joined: dict[str, Tensor] = {}  # of a chunk in a ring: old and new tokens, until they are read
 
     @property
@@ -196,7 +204,7 @@ class LayerCache:
                 tokens = self.held(value, name), self.decode(encoded, name, value)
                 self.joined[name] = torch.cat(tokens, -2)
             for key, part in encoded.items():
-                self.store(self.buffers[key], part)
+                self.store(self.buffers[key], part, self.plan)
         return list(new.values()) if self.first else list(new)
 
     def read(self, name: str, like: Tensor) -> Tensor:
@@ -205,12 +213,24 @@ class LayerCache:
 
     def held(self, like: Tensor, name: str) -> Tensor:
         """What the buffers hold of a part."""
-        read = {key: buffer.narrow(-2, 0, self.plan.end) for key, buffer in self.buffers.items()}
-        return self.decode(read, name, like)
+        keys = [key for key in (name, *(name + end for end in ENDINGS)) if key in self.buffers]
+        return self.decode({key: self.buffers[key].narrow(-2, 0, self.plan.end) for key in keys}, name, like)
 
-    def store(self, buffer: Tensor, part: Tensor) -> None:
+    def previous(self, name: str, new: Tensor) -> Tensor:
+        """Of a part that is kept of the `last` tokens only: those before the new ones (B, heads, T, width), in
+        their dtype, (B, heads, last, width), zero where there is none. Stores the new ones.
+        """
+        plan, buffer = self.plan_of_last, self.buffers[name]
+        assert plan is not None and plan.previous is not None
+        rows = torch.arange(len(buffer), device=buffer.device)[:, None]
+        held = buffer.transpose(1, 2)[rows, plan.slot_of(plan.previous.clamp(min=0))]  # (B, last, heads, width)
+        held = held.masked_fill((plan.previous < 0)[..., None, None], 0).transpose(1, 2)
+        self.store(buffer, new.detach().to(buffer.dtype), plan)
+        return held.to(new.dtype)
+
+    def store(self, buffer: Tensor, part: Tensor, plan: Plan) -> None:
         """Put part (B, heads, T, width) into the planned slots of buffer (B, heads, slots, width)."""
-        plan, rows = self.plan, torch.arange(len(buffer), device=buffer.device)[:, None]
+        rows = torch.arange(len(buffer), device=buffer.device)[:, None]
         if buffer.dtype.itemsize == 1:  # codes: torch has no `where` for fp8
             buffer, part = buffer.view(torch.uint8), part.view(torch.uint8)
         buffer, part = buffer.transpose(1, 2), part.transpose(1, 2)  # (B, slots or T, heads, width)
@@ -221,20 +241,25 @@ class LayerCache:
 
     def encode(self, name: str, value: Tensor) -> dict[str, Tensor]:
         """value (..., width) as what is stored of it, by the names of the buffers."""
-        dtype, width = self.buffers[name].dtype, self.buffers[name].size(-1)
+        dtype, coded = self.buffers[name].dtype, self.coded(name)
         if f"{name}_scale" not in self.buffers:
             return {name: value.to(dtype)}
-        codes, scale = quantize(value[..., :width], dtype)
-        parts = {name: codes, f"{name}_scale": scale}
-        return parts | ({f"{name}_exact": value[..., width:].bfloat16()} if width < value.size(-1) else {})
+        of = torch.int4 if f"{name}_offset" in self.buffers else dtype
+        parts = {name + end: part for end, part in quantize(value[..., :coded], of).items()}
+        return parts | ({f"{name}_exact": value[..., coded:].bfloat16()} if coded < value.size(-1) else {})
 
     def decode(self, parts: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
         """The inverse of `encode`, in the dtype of `like`."""
         if f"{name}_scale" not in parts:
             return parts[name].to(like.dtype)
-        value = dequantize(parts[name], parts[f"{name}_scale"], like.dtype)
+        codes = {key.removeprefix(name): part for key, part in parts.items()}
+        value = dequantize(codes, self.coded(name), like.dtype)
         exact = parts.get(f"{name}_exact")
         return value if exact is None else torch.cat((value, exact.to(like.dtype)), -1)
+
+    def coded(self, name: str) -> int:
+        """How many numbers of a part's vector are quantized, in a format that does."""
+        return self.layout.parts[name].width - self.layout.parts[name].exact
 
 
 class KVCache:
@@ -243,8 +268,9 @@ class KVCache:
     Row b of the batch holds its own lengths[b] tokens, so prompts of different lengths share a batch: pad
     them on the right and say with `expect` how many tokens of the next chunk count. Memory is allocated once;
     `nbytes` is what was allocated. A layer with a window holds sinks + window tokens and `spare` more, as far
-    back as `rewind` is to reach. `endless`: rows may grow past max_len, because all layers have windows and
-    none has sinks, whose distance would exceed any that training has seen.
+    back as `rewind` is to reach; so do the parts that are kept of the last tokens only. `endless`: rows may
+    grow past max_len, because all layers have windows and none has sinks, whose distance would exceed any that
+    training has seen.
     """
 
     def __init__(
@@ -258,25 +284,28 @@ class KVCache:
     ):
         if batch_size < 1:
             raise ValueError(f"a cache needs at least one row, not {batch_size}")
+        if dtype not in (*CACHE_FORMATS.values(), torch.float64):
+            raise ValueError(f"a cache holds {', '.join(CACHE_FORMATS)} (e4m3) numbers, not {dtype}")
         self.layouts, self.batch_size, self.max_len, self.spare = list(layouts), batch_size, max_len, spare
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)  # (B,) tokens in each row
         self.host_copy: list[int] | None = [0] * batch_size  # of lengths; None: a compiled step changed them
         self.peaks = [0] * batch_size  # the most tokens that each row held before it was rewound
         self.first = True  # no row holds a token
         self.counts: list[int] | None = None  # of the next chunk, see `expect`
-        self.plans = {
-            (layout.window, layout.sinks): Plan(layout.window, layout.sinks, layout.slots(max_len, spare))
-            for layout in layouts
-        }
-        plans = [self.plans[layout.window, layout.sinks] for layout in layouts]
-        self.endless = all(plan.window and not plan.sinks and plan.slots >= plan.window for plan in plans)
+        self.plans: dict[tuple, Plan] = {}  # layers that need the same share one
         self.layers = []
-        for layout, plan in zip(layouts, plans, strict=True):
+        for layout in layouts:
+            keys = [(layout.window, layout.sinks, layout.slots(max_len, spare))]
+            keys += [(last + 1, 0, last + spare, last)] if (last := layout.last()) else []
+            plans = [self.plans.setdefault(key, Plan(*key)) for key in keys]
             buffers = {
                 name: torch.zeros(batch_size, heads, plan.slots, width, dtype=part, device=device)
-                for name, (heads, width, part) in layout.buffers(dtype).items()
+                for plan in plans
+                for name, (heads, width, part) in layout.buffers(dtype, last=plan.last > 0).items()
             }
-            self.layers.append(LayerCache(plan, buffers))
+            self.layers.append(LayerCache(layout, plans[0], plans[1] if last else None, buffers))
+        endless = [layer.plan for layer in self.layers]
+        self.endless = all(plan.window and not plan.sinks and plan.slots >= plan.window for plan in endless)
 
     @property
     def device(self) -> torch.device:
@@ -344,9 +373,10 @@ class KVCache:
             for row, (n, peak) in enumerate(zip(lengths, peaks, strict=True)):
                 lost = peak - plan.ring  # behind the sinks, the positions below this are overwritten
                 if plan.window and max(n + 1 - plan.window, plan.sinks) < min(n, lost):
+                    fault = f"{plan.last} tokens before" if plan.last else f"window of {plan.window}"
                     raise ValueError(
-                        f"cannot rewind rows of {held} tokens to {list(lengths)}: their window of "
-                        f"{plan.window} moved on; make the cache with more spare"
+                        f"cannot rewind rows of {held} tokens to {list(lengths)}: their {fault} moved on; "
+                        "make the cache with more spare"
                     )
                 if plan.window:
                     self.peaks[row] = min(self.peaks[row], n + plan.ring)

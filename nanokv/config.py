@@ -34,6 +34,13 @@ class UserError(ValueError):
     """The user's fault, not the program's: one line that names the fault and the remedy."""
 
 
+def at_least(config: Any, low: int, *names: str) -> None:
+    """Raises ValueError if one of these fields is a number below `low`."""
+    for name in names:
+        if getattr(config, name) is not None and getattr(config, name) < low:
+            raise ValueError(f"{name} must be at least {low}, not {getattr(config, name)}")
+
+
 def load(argv: list[str], *classes: type, usage: str = "", fill_in: Callable[[dict], dict] = dict) -> tuple:
     """`[config.py] [--key=value ...]` as an instance of each dataclass, typed by their annotations. A bare `--key` sets
     a bool. The command line overrides the file, and the last of two equal keys counts. `fill_in` is told the values

@@ -1,0 +1,58 @@
+"""Codes of few bits for the numbers that a cache holds, and the scales that belong to them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GROUP = {torch.int8: 128, torch.float8_e4m3fn: 128, torch.int4: 32}  # numbers of a vector that share a scale, at most
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # code
+
+
+def grouped(x: Tensor, size: int) -> Tensor:
+    """x (..., D) as groups (..., ceil(D / size), size), filled up with its last number; fewer, if D < size."""
+    size = min(x.size(-1), size)
+    fill = x[..., -1:].expand(*x.shape[:-1], -x.size(-1) % size)
+    return torch.cat((x, fill), -1).unflatten(-1, (-1, size))
+
+
+def quantize(x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """x (..., D) -> its codes, by the name "", and what belongs to each group of numbers (..., D / GROUP).
+
+    int8 and fp8: codes (..., D) in dtype and their "_scale", bf16, which takes a group's largest magnitude to
+    the largest code. int4: codes of 0 to 15, two in a byte of (..., D / 2), where x = (code + offset) * scale;
+    the scale is a 15th of a group's range, the "_offset" an int8.
+    """
+    groups = grouped(x.float(), GROUP[dtype])
+    if dtype in LARGEST:
+        largest = LARGEST[dtype]
+        scale = (groups.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-30).bfloat16()
+        codes = groups / scale.float()
+        codes = codes.round() if dtype == torch.int8 else codes  # fp8 rounds as it is cast
+        codes = codes.clamp(-largest, largest).to(dtype).flatten(-2)[..., : x.size(-1)]
+        return {"": codes, "_scale": scale.squeeze(-1)}
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    # in a narrow group far from zero the offset's range bounds the scale
+    scale = torch.maximum((high - low) / 15, torch.maximum(low.abs(), high.abs()) / 127)
+    scale = scale.clamp(min=1e-30).bfloat16()
+    offset = (low / scale.float()).round().clamp(-128, 127)
+    codes = ((groups / scale.float()).round() - offset).clamp(0, 15).to(torch.uint8).flatten(-2)
+    codes = F.pad(codes[..., : x.size(-1)], (0, x.size(-1) % 2))
+    codes = codes[..., ::2] | codes[..., 1::2] << 4
+    return {"": codes, "_scale": scale.squeeze(-1), "_offset": offset.to(torch.int8).squeeze(-1)}
+
+
+def dequantize(parts: dict[str, Tensor], width: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of `quantize`, up to rounding: x (..., width) in dtype."""
+    codes = parts[""]
+    if "_offset" not in parts:
+        return codes.to(dtype).mul_(spread(parts["_scale"], GROUP[codes.dtype], width).to(dtype))
+    codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :width]
+    scale, offset = (spread(parts[name], GROUP[torch.int4], width).to(dtype) for name in ("_scale", "_offset"))
+    return codes.to(dtype).add_(offset).mul_(scale)
+
+
+def spread(x: Tensor, size: int, width: int) -> Tensor:
+    """What belongs to groups, (..., groups), for each of their numbers, (..., width), or as it is if all share it."""
+    return x.repeat_interleave(size, -1)[..., :width] if x.size(-1) > 1 else x
