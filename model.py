@@ -169,11 +169,11 @@ class CausalConv(nn.Module):
 
     def __init__(self, part: str, width: int, taps: int):
         super().__init__()
-        self.part, self.weight = part, nn.Parameter(torch.zeros(taps, width))
+        self.part, self.weight = part, nn.Parameter(torch.zeros(taps, 1, width))
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """x (B, T, width) -> (B, T, width)"""
-        (taps, width), T, weights = self.weight.shape, x.size(1), self.weight.to(x.dtype)
+        (taps, _, width), T, weights = self.weight.shape, x.size(1), self.weight.to(x.dtype)
         before = x.new_zeros(len(x), taps, width) if cache is None else cache.previous(self.part, x[:, None])[:, 0]
         padded = torch.cat((before, x), 1)
         return x + sum(w * padded[:, taps - i : taps - i + T] for i, w in enumerate(weights, 1))
@@ -188,18 +188,18 @@ class Attend(nn.Module):
 
     def forward(self, q: Tensor, k, v, mask: Mask = None, cache: LayerCache | None = None, key_factor=None) -> Tensor:
         """q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv) -> (B, H, T, Dv); H / G heads share a key head.
-        k, v, key_factor: tensors, or names of the cache's parts. key_factor (B, H, S, 1): on each key's scores.
+        k, v, key_factor: tensors, or names of the cache's parts. key_factor (B, H, S): on each key's scores.
         """
         if cache is not None and not isinstance(k, Tensor):
             same, k = k == v, cache.read(k, like=q)
             v = k if same else cache.read(v, like=q)
-            key_factor = None if key_factor is None else cache.read(key_factor, like=q)
+            key_factor = None if key_factor is None else cache.read(key_factor, like=q).squeeze(-1)
         (B, H, T, D), G = q.shape, k.size(1)
         dropout = self.dropout if self.training else 0.0
         if key_factor is not None:
             if mask is None:  # aligned top-left: queries and keys start together
                 mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[None, None]
-            scores = (q.reshape(B, G, H // G * T, D) @ k.mT).view(B, H, T, -1) * (self.scale * key_factor.mT)
+            scores = (q.reshape(B, G, H // G * T, D) @ k.mT).view(B, H, T, -1) * (self.scale * key_factor[:, :, None])
             weights = F.dropout(scores.masked_fill(~mask, -torch.inf).float().softmax(-1).type_as(v), dropout)
             return (weights.view(B, G, H // G * T, -1) @ v).view(B, H, T, -1)
         if mask is None:
@@ -336,7 +336,7 @@ class MultiHeadLatentAttention(nn.Module):
         config.qk_rope_repeat = repeat = 1 if config.qk_rope_repeat is None else config.qk_rope_repeat
         at_least(config, 1, "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
         if dr < 0 or repeat < 1 or dr % (2 * repeat):
-            raise ValueError(f"qk_rope_head_dim = {dr} must be a multiple of twice qk_rope_repeat = {repeat}")
+            raise ValueError(f"qk_rope_head_dim = {dr} must be even, a multiple of twice qk_rope_repeat = {repeat}")
 
     @staticmethod
     def cached_parts(config: GPTConfig) -> dict[str, Part]:
@@ -463,7 +463,7 @@ class GPT(nn.Module):
         """
         tied, std = self.config.tie_embeddings, 0.02
         for name, p in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight", "_conv.weight", ".bias")):
+            if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight", ".bias")):
                 nn.init.zeros_(p)
             elif name == "embed_tokens.weight":
                 nn.init.normal_(p, std=std if tied else 1.0)

@@ -197,7 +197,7 @@ class Step:
             require(as_written(conv, pure.CausalConv) and conv.part == name and type(ring) is Plan, "a convolution")
             weight, past, taps = conv.weight, own.buffers[name], attention.kv_conv
             require(ring.last == taps <= ring.slots == ring.ring and weight is conv._parameters["weight"], "its ring")
-            addresses = self.address(weight, taps, width), self.address(past, c.batch, 1, ring.slots, width)
+            addresses = self.address(weight, taps, 1, width), self.address(past, c.batch, 1, ring.slots, width)
             setattr(layer, field, CConv(*addresses, taps, ring.slots))
 
     def fill(self, struct: CModel | CLayer, weights: Weights) -> None:

@@ -373,11 +373,8 @@ class KVCache:
             for row, (n, peak) in enumerate(zip(lengths, peaks, strict=True)):
                 lost = peak - plan.ring  # behind the sinks, the positions below this are overwritten
                 if plan.window and max(n + 1 - plan.window, plan.sinks) < min(n, lost):
-                    fault = f"{plan.last} tokens before" if plan.last else f"window of {plan.window}"
-                    raise ValueError(
-                        f"cannot rewind rows of {held} tokens to {list(lengths)}: their {fault} moved on; "
-                        "make the cache with more spare"
-                    )
+                    fault = "what a next token sees is overwritten; make the cache with more spare"
+                    raise ValueError(f"cannot rewind rows of {held} tokens to {list(lengths)}: {fault}")
                 if plan.window:
                     self.peaks[row] = min(self.peaks[row], n + plan.ring)
         self.host_copy, self.first = list(lengths), max(lengths) == 0

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from nanokv import distributed as parallel
-from nanokv.cache import kv_bytes
 from nanokv.dataset import Dataset
 from nanokv.generate import decode_one_token, prefill
 
@@ -48,8 +47,16 @@ def kv_elements_per_token_layer(config) -> int:
 
 
 def kv_bytes_in_context(config, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Bytes of cache a token, all layers together, when a context is full: less where layers have windows."""
-    return kv_bytes(config.kv_layouts(), config.block_size, dtype) / config.block_size
+    """Bytes of cache a token, all layers together, when a context is full: less where layers have windows. Without
+    `kv_fixed_bytes`.
+    """
+    layouts, T = config.kv_layouts(), config.block_size
+    return sum(layout.slots(T) * layout.bytes_per_token(dtype) for layout in layouts) / T
+
+
+def kv_fixed_bytes(config, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of a row that do not grow with its length, all layers together."""
+    return sum(layout.fixed_bytes(dtype) for layout in config.kv_layouts())
 
 
 def kv_ratio_to_mha(config) -> float:
@@ -63,6 +70,7 @@ def describe_model(model: Any) -> dict[str, int | float]:
     config = model.config
     cache = {"elements_per_token_layer": kv_elements_per_token_layer(config)}
     cache |= {"bytes_per_token": int(kv_bytes_in_context(config)), "ratio_to_mha": kv_ratio_to_mha(config)}
+    cache["fixed_bytes"] = kv_fixed_bytes(config)
     params = {"params/total": n_params(model), "params/non_embedding": n_params(model, embedding=False)}
     return params | {f"kv_cache/{key}": value for key, value in cache.items()}
 

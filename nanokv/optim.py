@@ -113,13 +113,13 @@ class Muon(Optimizer):
 
 
 def make_optimizers(model, optimizer, lr=1e-3, muon_lr=0.02, momentum=0.95, weight_decay=0.1, betas=(0.9, 0.95)):
-    """A list: "adamw" for all, or "muon" for the blocks' matrices and AdamW for the rest. Vectors do not decay."""
+    """A list: "adamw" for all, or "muon" for the blocks' matrices and AdamW for the rest. Only matrices decay."""
     embedding, heads, matrices, vectors = [], [], defaultdict(list), []
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     row_groups = {module.weight: getattr(module, "row_groups", ()) for module in linears}
     tied = not hasattr(model, "lm_head")
     for name, p in model.named_parameters():
-        if p.ndim < 2:
+        if p.ndim != 2:
             vectors.append(p)
         elif name == "embed_tokens.weight" and not tied:
             embedding.append(p)

@@ -23,9 +23,14 @@ VARIANTS = {
         "no-qk-norm": {"qk_norm": False},
         "free-head": {"head_dim": 12, "n_embd": 30},
         "no-rope": {"rotary_dim": 0},
+        "conv": {"kv_conv": 1, "qk_norm": False},
     },
-    "mqa": {"": {}, "partial-rope": {"rotary_dim": 4}},
-    "gqa": {"": {"n_kv_head": 2}, "partial-rope": {"n_kv_head": 2, "rotary_dim": 6, "tie_embeddings": True}},
+    "mqa": {"": {}, "partial-rope": {"rotary_dim": 4}, "conv": {"kv_conv": 2}},
+    "gqa": {
+        "": {"n_kv_head": 2},
+        "partial-rope": {"n_kv_head": 2, "rotary_dim": 6, "tie_embeddings": True},
+        "conv": {"n_kv_head": 2, "kv_conv": 2},
+    },
     "mla": {
         "": {},
         "q-lora": {"q_lora_rank": 10, "tie_embeddings": True},
@@ -34,6 +39,12 @@ VARIANTS = {
         "repeated-rope": {"qk_rope_head_dim": 4, "qk_rope_repeat": 2},
         "free-head": {"n_embd": 30, "qk_nope_head_dim": 10, "qk_rope_head_dim": 4, "kv_lora_rank": 9},
         "no-rope": {"qk_rope_head_dim": 0},
+        "norm": {"qk_norm": True},
+        "norm-no-rope": {"qk_norm": True, "qk_rope_head_dim": 0},
+        "shared-norm": {"qk_norm": "shared", "q_lora_rank": 10},
+        "conv": {"kv_conv": 2},
+        "conv-norm": {"kv_conv": 1, "qk_norm": True},
+        "conv-shared-norm": {"kv_conv": 2, "qk_norm": "shared"},
     },
 }
 CASES = {
@@ -58,6 +69,8 @@ def small_model(dtype: torch.dtype = torch.float32, seed: int = 0, **knobs) -> G
         for p in model.parameters():
             if p.ndim == 2:
                 p.normal_(std=p.size(1) ** -0.5, generator=generator)
+            elif p.ndim == 3:  # of a convolution
+                p.normal_(std=0.5, generator=generator)
             else:
                 p.uniform_(0.5, 1.5, generator=generator)
     return model
@@ -128,10 +141,15 @@ class Allocations(TorchDispatchMode):
 def check_footprint(model: GPT, dtype: torch.dtype, batch_size: int = 3, max_len: int = 7) -> None:
     """Formula = declaration = bytes allocated, and decoding allocates no other buffers."""
     config, declared = model.config, 0  # declared: bytes of a token in a layer
+    fixed = 0  # bytes in a layer that do not grow
     for part in ATTENTIONS[config.attention].cached_parts(config).values():
         coded = part.width - part.exact
-        if dtype.itemsize > 1:
+        if part.last:
+            fixed += part.last * part.width * max(dtype.itemsize, 2)
+        elif dtype.itemsize > 1:
             declared += part.heads * part.width * dtype.itemsize
+        elif dtype == torch.int4:  # half a byte a number, and for each 32 a scale of two bytes and an offset of one
+            declared += part.heads * (math.ceil(coded / 2) + 3 * math.ceil(coded / 32) + 2 * part.exact)
         else:  # a byte a number and a scale of two for each 128; rope keys of two bytes a number
             declared += part.heads * (coded + 2 * math.ceil(coded / 128) + 2 * part.exact)
     assert config.kv_bytes_per_token(dtype) == config.n_layer * declared
@@ -142,10 +160,10 @@ def check_footprint(model: GPT, dtype: torch.dtype, batch_size: int = 3, max_len
     with Allocations() as allocations:
         cache = model.new_cache(batch_size, max_len, dtype=dtype)
     lengths = cache.lengths.nbytes
-    assert allocations.total - lengths == cache.nbytes == declared * batch_size * slots
-    assert kv_bytes(config.kv_layouts(), max_len, dtype) == declared * slots
+    assert allocations.total - lengths == cache.nbytes == (declared * slots + fixed * config.n_layer) * batch_size
+    assert kv_bytes(config.kv_layouts(), max_len, dtype) == declared * slots + fixed * config.n_layer
     buffers = [buffer for layer in cache.layers for buffer in layer.buffers.values()]
-    assert dtype in {buffer.dtype for buffer in buffers}
+    assert (torch.uint8 if dtype == torch.int4 else dtype) in {buffer.dtype for buffer in buffers}
     addresses = [buffer.data_ptr() for buffer in buffers]
     cached_logits(model, tokens(batch_size, max_len), [max_len - 2, 1, 1], cache)
     assert [buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers.values()] == addresses

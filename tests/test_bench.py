@@ -73,20 +73,21 @@ def test_cache_measures_quality_through_every_format_and_window(tmp_path, capsys
     options = ["--dtype=float32", "--windows=8", "--sinks=2", "--chunk=4", "--batch_size=3"]
     bench.main(["cache", f"--out_dir={run}", *options])
     rows = json.loads((run / "cache.json").read_text())["rows"]
-    assert [row["format"] for row in rows] == ["fp32", "bf16", "fp16", "int8", "fp8"] * 2
+    assert [row["format"] for row in rows] == ["fp32", "bf16", "fp16", "int8", "fp8", "int4"] * 2
     assert (run / "cache.png").stat().st_size > 1000
     assert rows[0]["val/loss"] == pytest.approx(loss, abs=1e-5)
     assert abs(rows[0]["worse"]) < 1e-6 and rows[0]["kl"] < 1e-9 and rows[0]["top1"] == 1
     for row in rows:
         r, dr, layers, held = 4, 4, 2, (8 + 2) / 32 if row["window"] else 1
         numbers = {"fp32": 4 * (r + dr), "bf16": 2 * (r + dr), "fp16": 2 * (r + dr)}
+        numbers["int4"] = r / 2 + 3 + 2 * dr  # and a scale and an offset
         assert row["bytes_per_token"] == layers * held * numbers.get(row["format"], r + 2 + 2 * dr)
         assert row["val/bpb"] == pytest.approx(row["val/loss"] / math.log(2))  # characters of a byte
         assert (row["kl"] > 1e-3) == (row["window"] > 0) and row["decode/tokens_per_s"] > 0
     kl = {row["format"]: row["kl"] for row in rows if row["window"] == 0}
-    assert kl["fp32"] < kl["fp16"] < kl["bf16"] < kl["fp8"] and kl["fp16"] < kl["int8"] < kl["fp8"]
-    with pytest.raises(UserError, match="formats are fp32, bf16, fp16, int8, fp8, not 'int4'"):
-        bench.main(["cache", f"--out_dir={run}", "--formats=int4"])
+    assert kl["fp32"] < kl["fp16"] < kl["bf16"] < kl["fp8"] < kl["int4"] and kl["fp16"] < kl["int8"] < kl["fp8"]
+    with pytest.raises(UserError, match="formats are fp32, bf16, fp16, int8, fp8, int4, not 'int2'"):
+        bench.main(["cache", f"--out_dir={run}", "--formats=int2"])
 
 
 def test_decode_measures_every_context_and_batch_beside_transformers(tmp_path, monkeypatch, capsys):

@@ -22,15 +22,17 @@ from equivalence import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import ATTENTIONS, GPTConfig
-from nanokv.cache import CACHE_FORMATS, KVCache, LayerLayout, Part, dequantize, kv_bytes, quantize
+from model import ATTENTIONS, CausalConv, GPTConfig
+from nanokv.cache import CACHE_FORMATS, KVCache, LayerLayout, Part, kv_bytes
 from nanokv.metrics import kv_elements_per_token_layer, kv_ratio_to_mha
+from nanokv.quantization import dequantize, quantize
 
 MLA = {name: knobs for name, knobs in CASES.items() if knobs["attention"] == "mla"}
 mla_cases = pytest.mark.parametrize("knobs", MLA.values(), ids=MLA.keys())
 CHUNKS = {"token-by-token": [1] * 20, "uneven": [3, 1, 7, 2, 1, 6], "prefill-then-decode": [17, 1, 1, 1]}
 # Tolerance on logits whose standard deviation is 1, where the cache rounds keys and values.
-ROUNDED = {torch.bfloat16: 0.15, torch.float16: 0.02, torch.int8: 0.3, torch.float8_e4m3fn: 1.0}
+ROUNDED = {torch.bfloat16: 0.15, torch.float16: 0.02, torch.int8: 0.3, torch.float8_e4m3fn: 1.0, torch.int4: 2.5}
+QUANTIZED = [torch.int8, torch.float8_e4m3fn, torch.int4]
 every_attention = pytest.mark.parametrize("knobs", BASE.values(), ids=BASE.keys())
 WINDOWS = [
     {"window": 1},
@@ -81,7 +83,7 @@ def test_a_cache_in_any_format_stays_near_full_precision(knobs, dtype):
 
 
 @every_attention
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", QUANTIZED, ids=str)
 def test_forms_and_rows_agree_in_what_a_quantized_cache_holds(knobs, dtype):
     """Codes are the same however they are read: what is left is a rare number at the edge of two codes."""
     model, idx = small_model(**knobs), tokens(3, 24)
@@ -106,23 +108,35 @@ class Reference:
 
     def append(self, **new):
         for name, value in new.items():
-            exact = self.layout.parts[name].exact
-            coded = value[..., : value.size(-1) - exact]
-            rounded = value.to(self.dtype).float() if self.dtype.itemsize > 1 else self.round(coded)
-            if self.dtype.itemsize == 1:
-                rounded = torch.cat((rounded, value[..., coded.size(-1) :].bfloat16().float()), -1)
+            coded = value.size(-1) - self.layout.parts[name].exact
+            rounded = value.to(self.dtype).float() if self.dtype not in QUANTIZED else self.round(value, coded)
             self.kept[name] = torch.cat((self.kept.get(name, rounded[..., :0, :]), rounded), -2)
         return list(new.values()) if self.first else list(new)
 
-    def round(self, x):
-        """Each 128 numbers by a bf16 scale that takes the largest to the largest code."""
-        groups = []
-        for group in x.split(128, -1):
-            largest = 127.0 if self.dtype == torch.int8 else 448.0
-            scale = (group.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-30).bfloat16().float()
-            codes = (group / scale).clamp(-largest, largest)
-            groups.append((codes.round() if self.dtype == torch.int8 else codes.to(self.dtype).float()) * scale)
-        return torch.cat(groups, -1)
+    def previous(self, name, new):
+        kept, last = self.kept.get(name, new[..., :0, :]), self.layout.parts[name].last
+        rounded = new.to(torch.bfloat16 if self.dtype in QUANTIZED else self.dtype).float()
+        self.kept[name] = torch.cat((kept, rounded), -2)
+        return torch.nn.functional.pad(kept, (0, 0, last, 0))[..., -last:, :]
+
+    def round(self, x, coded):
+        """The first numbers as codes, the others in bf16."""
+        width = 32 if self.dtype == torch.int4 else 128
+        groups = [self.codes(group) for group in x[..., :coded].split(width, -1) if coded]
+        return torch.cat((*groups, x[..., coded:].bfloat16().float()), -1)
+
+    def codes(self, x):
+        """A group by a bf16 scale: its largest to the largest code, or for int4 its range to 15 codes."""
+        if self.dtype == torch.int4:
+            low, high = x.amin(-1, True), x.amax(-1, True)
+            scale = torch.stack(((high - low) / 15, low.abs() / 127, high.abs() / 127)).amax(0)
+            scale = scale.clamp(min=1e-30).bfloat16().float()
+            offset = (low / scale).round()
+            return ((x / scale).round().clamp(offset, offset + 15)) * scale
+        largest = 127.0 if self.dtype == torch.int8 else 448.0
+        scale = (x.abs().amax(-1, True) / largest).clamp(min=1e-30).bfloat16().float()
+        codes = (x / scale).clamp(-largest, largest)
+        return (codes.round() if self.dtype == torch.int8 else codes.to(self.dtype).float()) * scale
 
     def read(self, name, like):
         return self.kept[name]
@@ -190,7 +204,7 @@ def test_rewind_in_a_window(knobs):
             cache.rewind([t + 1, t + 1])
     cache.rewind([27, 26])
     assert_close(model(torch.stack((idx[0, 27:29], idx[1, 26:28])), cache=cache)[0][1], full[1, 26:28])
-    with pytest.raises(ValueError, match="window of 4 moved on") as fault:
+    with pytest.raises(ValueError, match="what a next token sees is overwritten") as fault:
         cache.rewind([10, 26])
     assert "\n" not in str(fault.value) and cache.host_lengths() == [29, 28]
     cache.rewind([0, 1])  # nothing, and a sink: always there
@@ -212,15 +226,75 @@ def test_quantized_codes_and_scales():
     x = torch.randn(3, 5, 300) * torch.logspace(-3, 3, 5)[:, None]
     x[0, 0] = 0
     for dtype, step in ((torch.int8, 1 / 127), (torch.float8_e4m3fn, 1 / 14)):
-        codes, scale = quantize(x, dtype)
-        assert codes.shape == x.shape and codes.dtype == dtype and scale.shape == (3, 5, 3)
-        back = dequantize(codes, scale, torch.float32)
+        parts = quantize(x, dtype)
+        assert parts[""].shape == x.shape and parts[""].dtype == dtype and parts["_scale"].shape == (3, 5, 3)
+        back = dequantize(parts, 300, torch.float32)
         largest = torch.cat([part.abs().amax(-1, True).expand_as(part) for part in x.split(128, -1)], -1)
         assert ((back - x).abs() <= largest * step * 0.51).all()
         if dtype == torch.int8:  # the spacing of codes is the scale
             assert ((back - x).abs().amax(-1) > 0.2 * step * largest.amax(-1) * (largest.amax(-1) > 0)).sum() > 9
-        again, scale_again = quantize(back, dtype)
-        assert_close(dequantize(again, scale_again, torch.float32), back, largest.max().item() * step)
+        assert_close(dequantize(quantize(back, dtype), 300, torch.float32), back, largest.max().item() * step)
+
+
+@pytest.mark.parametrize("width", [1, 2, 31, 32, 33, 95, 300])
+@pytest.mark.parametrize("shift", [0.0, 3.0, -100.0])
+def test_int4_is_two_codes_a_byte_a_scale_and_an_offset(width, shift):
+    x = torch.randn(3, 5, width) * torch.logspace(-3, 3, 5)[:, None] * (1 + 0.1 * abs(shift)) + shift
+    x[0, 0] = 0
+    parts, groups = quantize(x, torch.int4), -(-width // 32)
+    assert parts[""].shape == (3, 5, (width + 1) // 2) and parts[""].dtype == torch.uint8
+    assert parts["_scale"].shape == parts["_offset"].shape == (3, 5, groups)
+    back = dequantize(parts, width, torch.float32)
+    for part, mine in zip(x.split(32, -1), back.split(32, -1), strict=True):
+        step = torch.maximum((part.amax(-1) - part.amin(-1)) / 15, part.abs().amax(-1) / 127)
+        assert ((mine - part).abs() <= 0.6 * step[..., None] + 1e-30).all()
+    assert torch.equal(back[0, 0], x[0, 0])
+
+
+@every_case
+def test_what_a_convolution_remembers_has_a_constant_size(knobs):
+    for dtype in CACHE_FORMATS.values():
+        layout, spare = small_config(**knobs).kv_layouts()[0], 3
+        sizes = [layout.bytes_per_token(dtype) * n + layout.fixed_bytes(dtype, spare) for n in (8, 9, 1000)]
+        caches = [KVCache([layout], 1, n, dtype, "meta", spare) for n in (8, 9, 1000)]
+        assert [cache.nbytes for cache in caches] == sizes
+        assert (layout.fixed_bytes(dtype) > 0) == bool(knobs.get("kv_conv"))
+
+
+@pytest.mark.parametrize("knobs", [k for k in CASES.values() if k.get("kv_conv")], ids=str)
+def test_rewind_reaches_as_far_as_spare(knobs):
+    model, idx = small_model(**knobs), tokens(2, 30)
+    full, cache = model(idx)[0], model.new_cache(2, 30, spare=3)
+    cached_logits(model, idx[:, :6], [6], cache)
+    for t in range(6, 27):  # as in speculative decoding: go on by 4, keep 1
+        guess = torch.cat((idx[:, t : t + 1], tokens(2, 3, seed=t)), 1)
+        assert_close(cached_logits(model, guess, [4], cache)[:, 0], full[:, t])
+        cache.rewind([t + 1, t + 1])
+    with pytest.raises(ValueError, match="make the cache with more spare"):
+        cache.rewind([26, 22])
+    cache.rewind([0, 27])  # an empty row needs nothing
+    logits = model(torch.stack((idx[0, :1], idx[1, 27:28])), cache=cache)[0][:, 0]
+    assert_close(logits, torch.stack((full[0, 0], full[1, 27])))
+
+
+@every_case
+def test_a_convolution_mixes_in_previous_vectors_alone(knobs):
+    """Of one layer's inputs: a change at t reaches what is cached at t to t + N, and nothing before."""
+    taps, width, t = knobs.get("kv_conv"), 8, 4
+    if not taps:
+        return
+    conv = CausalConv("part", width, taps)
+    x = torch.randn(2, 10, width)
+    assert torch.equal(conv(x), x)  # weights start at zero
+    torch.nn.init.normal_(conv.weight)
+    expected = x.clone()
+    for i in range(1, taps + 1):
+        expected[:, i:] += conv.weight[i - 1] * x[:, :-i]
+    assert_close(conv(x), expected)
+    changed = x.clone()
+    changed[:, t] += 1
+    reached = (conv(changed) - conv(x)).abs().amax((0, 2)) > 1e-5
+    assert reached.tolist() == [t <= s <= t + taps for s in range(10)]
 
 
 @every_case
@@ -258,7 +332,7 @@ def test_greedy_200_tokens_with_cache_are_those_without(attention, ban):
 @every_case
 def test_rewind_then_continue_equals_fresh(knobs):
     model, idx = small_model(**knobs), tokens(2, 12)
-    cache = model.new_cache(2, 14)
+    cache = model.new_cache(2, 14, spare=14)
     cached_logits(model, tokens(2, 14, seed=9), [14], cache)
     cache.rewind([0, 0])
     assert_close(cached_logits(model, idx, [5, 7], cache), model(idx)[0])
@@ -333,7 +407,7 @@ def test_causality(knobs):
     changed = idx.clone()
     changed[0, 9] = (idx[0, 9] + 1) % VOCAB
     a, b = model(idx)[0][0], model(changed)[0][0]
-    assert_close(a[:9], b[:9], 1e-6)
+    assert torch.equal(a[:9], b[:9])  # bit for bit
     assert (a[9:] - b[9:]).abs().amax(-1).min() > 1e-3
 
 
@@ -429,6 +503,7 @@ def configurations(draw):
         head_dim = draw(st.integers(2, 18))
         knobs |= {"head_dim": head_dim, "rotary_dim": 2 * draw(st.integers(0, head_dim // 2))}
         knobs |= {"qk_norm": draw(st.booleans()), "n_embd": draw(st.integers(16, 48))}
+    knobs["kv_conv"] = draw(st.none() | st.integers(0, 3))
     if draw(st.booleans()):
         knobs |= {"window": draw(st.integers(1, 12)), "sink_tokens": draw(st.integers(0, 4))}
         knobs["window_pattern"] = draw(st.text("SL", min_size=1, max_size=3))
@@ -442,6 +517,7 @@ def configurations(draw):
             "qk_nope_head_dim": draw(st.integers(1, 12)),
             "qk_rope_head_dim": 2 * draw(st.integers(0, 6)),
             "v_head_dim": draw(st.integers(1, 24)),
+            "qk_norm": draw(st.sampled_from([None, False, True, "shared"])),
         }
     return knobs
 

@@ -180,7 +180,7 @@ def test_the_reference_of_mla_equals_the_model(T):
     for p in attention.parameters():
         torch.nn.init.normal_(p, std=0.2)
     x, width = torch.randn(T, config.n_embd), attention.rope_width
-    expected = attention(x[None], rope_angles(torch.arange(T)[None], width, config.rope_theta))[0]
+    expected = attention(x[None], rope_angles(torch.arange(T)[None], width, config))[0]
     torch.testing.assert_close(namespace["mla"](x, attention), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -16,10 +16,14 @@ ROOT = Path(__file__).parents[1]
 
 # file, statement, what it becomes
 EDITS = [
-    ("model.py", "width //= repeat", "width //= 2 * repeat"),
-    ("model.py", "/ -max(width, 1)", "/ -max(2 * width, 1)"),
+    ("model.py", "repeat = config.qk_rope_repeat or 1", "repeat = config.qk_rope_repeat or 2"),
+    ("model.py", "/ -max(width // repeat, 1)", "/ -max(2 * width // repeat, 1)"),
     ("model.py", "angle = positions[", "angle = 0.5 * positions["),
-    ("model.py", "return angle.cos(), angle.sin()", "return angle.cos(), 2 * angle.sin()"),
+    ("model.py", "return (angle.cos(), angle.sin())", "return (angle.cos(), 2 * angle.sin())"),
+    ("nanokv/rope_scaling.py", "return frequency / config.rope_factor", "return frequency / 2"),
+    ("model.py", "return x + sum(w * padded", "return x + sum(2 * w * padded"),
+    ("model.py", "before = x.new_zeros(", "before = x.new_ones("),
+    ("model.py", "padded = torch.cat((before, x), 1)", "padded = torch.cat((before, -x), 1)"),
     ("model.py", "(cos, sin), half = rope", "(sin, cos), half = rope"),
     ("model.py", "before, x1, x2, after = x.split", "before, x2, x1, after = x.split"),
     ("model.py", "x1 * cos - x2 * sin, x2", "x1 * cos - 0.5 * x2 * sin, x2"),
@@ -41,9 +45,17 @@ EDITS = [
     ("model.py", "return self.o_proj(y.transpose(1, 2)", "return -self.o_proj(y.transpose(1, 2)"),
     ("model.py", "rope, start=self.dn)", "rope, start=0)"),
     ("model.py", "= self.kv_a_layernorm(c), rotate", "= self.kv_a_layernorm(c) + 1, rotate"),
-    ("model.py", "k = torch.cat((k_nope,", "k = torch.cat((2 * k_nope,"),
+    ("model.py", "return torch.cat((k_nope,", "return torch.cat((2 * k_nope,"),
     ("model.py", "y = self.attend(q, k, v, mask)", "y = self.attend(2 * q, k, v, mask)"),
-    ("model.py", "q_latent = torch.einsum", "q_latent = 2 * torch.einsum"),
+    ("model.py", "torch.cat((torch.einsum(", "torch.cat((2 * torch.einsum("),
+    ("model.py", "q = self.q_norm(q) if self.qk_norm else q", "q = 2 * self.q_norm(q) if self.qk_norm else q"),
+    ("model.py", "k_rope = self.k_norm(k_rope) if", "k_rope = 2 * self.k_norm(k_rope) if"),
+    ("model.py", "k.float().square().mean(-1", "k.float().square().sum(-1"),
+    ("model.py", "k = self.k_norm(k) if", "k = 2 * self.k_norm(k) if"),
+    ("model.py", "q = (q * self.k_norm.weight)", "q = (2 * q * self.k_norm.weight)"),
+    ("model.py", "* (self.scale * key_factor", "* (2 * self.scale * key_factor"),
+    ("model.py", "kv = self.latent_conv(kv, cache) if", "kv = 2 * self.latent_conv(kv, cache) if"),
+    ("model.py", "self.k_conv(k, cache), self.v_conv(v, cache)", "self.k_conv(k, cache), v"),
     ("model.py", "w_uv).flatten(2))", "-w_uv).flatten(2))"),
     ("model.py", "F.silu(self.gate_proj(x))", "F.gelu(self.gate_proj(x))"),
     ("model.py", "* self.up_proj(x))", "* (self.up_proj(x) + 1))"),
@@ -73,7 +85,9 @@ torch.set_num_threads(1)
 MODELS = [
     {"attention": "gqa", "n_kv_head": 2},
     {"attention": "mla", "q_lora_rank": 12},
-    {"attention": "mla", "window": 5, "sink_tokens": 2},
+    {"attention": "mla", "window": 5, "sink_tokens": 2, "qk_norm": "shared"},
+    {"attention": "mqa", "kv_conv": 2},
+    {"attention": "mla", "kv_conv": 1, "qk_norm": True},
 ]
 
 def numbers(backend):
@@ -86,7 +100,7 @@ def numbers(backend):
         config = model.GPTConfig(vocab_size=61, n_layer=2, n_head=4, n_embd=64, **knobs)
         gpt = model.GPT(config)
         for p in gpt.parameters():
-            p.data.normal_(std=p.size(1) ** -0.5) if p.ndim == 2 else p.data.uniform_(0.5, 1.5)
+            p.data.normal_(std=p.size(1) ** -0.5) if p.ndim > 1 else p.data.uniform_(0.5, 1.5)
         loss = backends.accelerate(LanguageModelLoss(gpt))
         idx = torch.randint(61, (2, 21))
         value = loss(idx[:, :-1], idx[:, 1:])

@@ -96,8 +96,8 @@ def test_sizes():
         *("compare.py", "model.py", "sample.py", "train.py")
     ]
     model = (ROOT / "model.py").read_text()
-    assert code_lines(model) <= 350 and len(model.splitlines()) <= 470
-    assert sum(len(source.splitlines()) for file, source in sources.items() if file.suffix != ".h") <= 8500
+    assert code_lines(model) <= 380 and len(model.splitlines()) <= 510
+    assert sum(len(source.splitlines()) for file, source in sources.items() if file.suffix != ".h") <= 10000
     for file, source in sources.items():
         limit = LONGEST.get(file.name, 500 if file.suffix in (".c", ".h") else 450)
         assert len(source.splitlines()) <= limit, file

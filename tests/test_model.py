@@ -98,7 +98,7 @@ def complex_rotation(x, theta):
 @pytest.mark.parametrize("theta", [100.0, 10000.0])
 def test_rope_turns_the_leading_dimensions_only(width, theta):
     x = torch.randn(1, 1, 50, 8)
-    y = rotate(x, rope_angles(torch.arange(50)[None], width, theta))[0, 0]
+    y = rotate(x, rope_angles(torch.arange(50)[None], width, small_config(rope_theta=theta)))[0, 0]
     assert_close(y[:, :width], complex_rotation(x[0, 0, :, :width], theta))
     assert torch.equal(y[:, width:], x[0, 0, :, width:])
 
@@ -257,7 +257,8 @@ def test_flops_do_not_count_padding_of_values():
         ({"attention": "mla", "q_lora_rank": 0}, ["q_lora_rank"]),
         ({"attention": "mla", "v_head_dim": 0}, ["v_head_dim"]),
         ({"attention": "mha", "kv_lora_rank": 8}, ["kv_lora_rank", "mla", "mha"]),
-        ({"attention": "mla", "qk_norm": True}, ["qk_norm", "mla"]),
+        ({"attention": "mha", "qk_norm": "shared"}, ["qk_norm", "mla"]),
+        ({"kv_conv": -1}, ["kv_conv"]),
         ({"n_layer": 0}, ["n_layer"]),
         ({"n_head": 0}, ["n_head"]),
         ({"block_size": 0}, ["block_size"]),
