@@ -328,13 +328,13 @@ def test_what_is_filled_in_depends_on_what_was_given(write):
 
     asked = []
 
-    def fill_in(given):
-        asked.append(given)
-        return {"count": 2, "rate": 0.25, "size": 9} | given
+    def fill_in(in_file, on_line):
+        asked.append((in_file, on_line))
+        return {"count": 2, "rate": 0.25, "size": 9} | in_file | on_line
 
     arguments = [write("count = 3\nsize = 5\n"), "--size=6"]
     assert load(arguments, Knobs, More, fill_in=fill_in) == (Knobs(count=3, rate=0.25), More(6))
-    assert asked == [{"count": 3, "size": 6}]
+    assert asked == [({"count": 3, "size": 5}, {"size": 6})]
 
 
 @pytest.mark.parametrize("value", [-1, 1, 2.5])
