@@ -51,6 +51,9 @@ class TrainConfig:
     wandb_log: bool = False  # also log to W&B; falls back to offline without a key or a network
     wandb_project: str = "nanokv"  # the W&B project
     wandb_run_name: str | None = None  # name of the run in W&B; None: the name of out_dir
+    wandb_entity: str | None = None  # the W&B user or team; None: your default
+    wandb_group: str | None = None  # a name that the runs of one W&B group share
+    wandb_tags: tuple[str, ...] = ()  # W&B tags, with commas between
     # data
     dataset: str = "stdlib"  # a folder in data/, or the path of a prepared folder
     tokenizer: str | None = None  # byte, char, bpe, gpt2, or a run folder; None: the data set's own
@@ -99,6 +102,8 @@ class TrainConfig:
         check_device_name(self.device)
         if empty := [name for name, value in vars(self).items() if value == ""]:
             raise ValueError(f"{empty[0]} must not be empty")
+        if not all(0 < len(tag) <= 64 for tag in self.wandb_tags):
+            raise ValueError("wandb_tags must each have 1 to 64 characters")
 
 
 def main(argv: list[str]) -> None:
@@ -260,6 +265,7 @@ def start_log(config: TrainConfig, model: GPT, data: Dataset, hardware: Hardware
     facts |= {"tokenizer_sha256": tokenizers.sha256(data.tokenizer)} | measure.describe_model(model)
     knobs = asdict(model.config) | asdict(config) | facts
     wandb = {"project": config.wandb_project, "name": config.wandb_run_name, "config": knobs}
+    wandb |= {name: value for name in ("entity", "group", "tags") if (value := knobs[f"wandb_{name}"])}
     folder = Path(str(config.out_dir)) if parallel.rank() == 0 else None
     resumed_at = step if config.init_from == "resume" else None
     log = RunLogger(folder, facts, resumed_at, wandb if config.wandb_log else None)
@@ -448,8 +454,10 @@ def report(run: Run, stopped: bool) -> dict:
         metrics = {"final/val_loss": run.state["val/loss"], "final/val_bpb": run.state["val/bpb"]}
         record(run, metrics | measure.decode_probe(probed, min(run.block_size, 1024) // 2))
         log.write_summary()
+        text = generate_text(final, run.dataset.tokenizer, config.sample_tokens, seed=config.seed)
+        log.sample(text)
         log.close()
-        print(generate_text(final, run.dataset.tokenizer, config.sample_tokens, seed=config.seed))
+        print(text)
         print(table(log.summary))
     return log.summary
 

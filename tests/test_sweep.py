@@ -104,6 +104,7 @@ def test_further_knobs_are_for_all_runs(tmp_path, stand_in):
     sweep.main(command)
     with pytest.raises(UserError, match="a was trained with max_iters = 7, now 9 is asked for"):
         sweep.main(command[:2])
+    sweep.main([*command, "--wandb_tags=c"])  # where a run is logged is no other value
     assert len(diary(tmp_path)) == 4
 
 

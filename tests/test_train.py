@@ -280,6 +280,7 @@ def test_learning_rate_schedules():
 def test_wandb_offline_has_every_key_and_resumes_the_same_run(corpus, tmp_path):
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
     knobs = ["--wandb_log=True", "--max_iters=4", "--eval_interval=2", "--log_interval=1", "--attention=mla"]
+    knobs += ["--wandb_entity=team", "--wandb_group=group", "--wandb_tags=a,b"]
     subprocess.run(command(corpus, tmp_path / "run", *knobs), cwd=ROOT, env=environment, check=True)
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]

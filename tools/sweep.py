@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
+from compare import NOT_THE_EXPERIMENT
 from nanokv import checkpoint
 from nanokv.config import UserError, check_range, cli, parse
 from nanokv.dataset import open_dataset
@@ -28,7 +29,7 @@ TRAIN = ROOT / "train.py"
 USAGE = """python -m tools.sweep LIST OUT_DIR [--key=value ...]
 
 Besides those below, every key of train.py: for all runs of the list, whose own arguments it overrides."""
-ANY_VALUE = {"vocab_size", "init_from", "out_dir", "overwrite", "wandb_run_name"}  # filled in as a run goes
+ANY_VALUE = NOT_THE_EXPERIMENT - {"seed"} | {"vocab_size", "init_from"}  # knobs that a run may hold otherwise
 
 
 @dataclass
