@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "train.py"
 USAGE = """python -m tools.sweep LIST OUT_DIR [--key=value ...]
 
-Besides those below, every key of train.py: for all runs of the list, whose own arguments it overrides."""
+Keys of train.py (python train.py --help) may be given too: they override the arguments of all runs of the list."""
 ANY_VALUE = NOT_THE_EXPERIMENT - {"seed"} | {"vocab_size", "init_from"}  # knobs that a run may hold otherwise
 
 
