@@ -30,6 +30,7 @@ REQUIRED = ("attention", "tokens", "params/total", "kv_cache/bytes_per_token", "
 REQUIRED += ("best/val_loss", "final/val_loss")  # the latter is written when a run has come to its end
 MEASURED = ("best/val_loss", "best/val_bpb", "decode/tokens_per_s", "train/tokens_per_s")
 NOT_THE_EXPERIMENT = {"seed", "out_dir", "overwrite", "wandb_log", "wandb_project", "wandb_run_name"}
+NOT_THE_EXPERIMENT |= {"wandb_entity", "wandb_group", "wandb_tags"}
 CURVE_POINTS = 400  # of a curve that are read; a picture shows no more
 MARK = b'"train/loss"'  # in the lines of metrics.jsonl that are points of the curve
 

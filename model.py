@@ -101,7 +101,7 @@ class GPTConfig:
         return [LayerLayout(parts, w, self.sink_tokens if w else 0) for w in self.layer_windows()]
 
     def kv_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bytes that all layers together cache for one token, the scales of int8 and fp8 included."""
+        """Bytes that all layers together cache for one token, scales of quantized formats included."""
         return kv_bytes_per_token(self.kv_layouts(), dtype)
 
 

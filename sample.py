@@ -41,7 +41,7 @@ class Options:
     which: Literal["best", "last"] = "best"  # which checkpoint; last where there is no best
     device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the weights
-    cache_dtype: Literal["auto", "fp32", "bf16", "fp16", "int8", "fp8"] = "auto"  # auto: as the weights
+    cache_dtype: Literal["auto", "fp32", "bf16", "fp16", "int8", "fp8", "int4"] = "auto"  # auto: as the weights
     # prompts
     start: str = ""  # the prompt: text, FILE:path, or - for stdin; empty: a new document
     split_lines: bool = False  # each line of --start that is not empty is a prompt; all run as one batch

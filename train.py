@@ -20,7 +20,7 @@ from nanokv import checkpoint
 from nanokv import distributed as parallel
 from nanokv import metrics as measure
 from nanokv import tokenizer as tokenizers
-from nanokv.config import UserError, check_range, cli, from_dict, load
+from nanokv.config import UserError, as_text, check_range, cli, from_dict, load
 from nanokv.dataset import Dataset, open_dataset
 from nanokv.device import Hardware, check_device_name, keep_freed_memory, pick_hardware
 from nanokv.loss import LanguageModelLoss
@@ -51,6 +51,9 @@ class TrainConfig:
     wandb_log: bool = False  # also log to W&B; falls back to offline without a key or a network
     wandb_project: str = "nanokv"  # the W&B project
     wandb_run_name: str | None = None  # name of the run in W&B; None: the name of out_dir
+    wandb_entity: str | None = None  # the W&B user or team; None: your default
+    wandb_group: str | None = None  # a name that the runs of one W&B group share
+    wandb_tags: tuple[str, ...] = ()  # W&B tags, with commas between
     # data
     dataset: str = "stdlib"  # a folder in data/, or the path of a prepared folder
     tokenizer: str | None = None  # byte, char, bpe, gpt2, or a run folder; None: the data set's own
@@ -99,6 +102,8 @@ class TrainConfig:
         check_device_name(self.device)
         if empty := [name for name, value in vars(self).items() if value == ""]:
             raise ValueError(f"{empty[0]} must not be empty")
+        if not all(0 < len(tag) <= 64 for tag in self.wandb_tags):
+            raise ValueError("wandb_tags must each have 1 to 64 characters")
 
 
 def main(argv: list[str]) -> None:
@@ -142,10 +147,13 @@ def train(argv: list[str]) -> dict:
 
 
 def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, TrainConfig]:
-    """The knobs of a command line, the rest as in the run that init_from names; `restarted`: of a launch to resume."""
+    """The knobs of a command line, the rest as in the run that init_from names. A run that is resumed keeps its values:
+    only those on the command line itself count, not those of the config file. `restarted`: of a launch to resume.
+    """
     files = [Path(arg).stem for arg in argv if not arg.startswith("-")]
 
-    def fill_in(given: dict[str, Any]) -> dict[str, Any]:
+    def fill_in(in_file: dict[str, Any], on_line: dict[str, Any]) -> dict[str, Any]:
+        given = in_file | on_line
         name = files[0] if files else given.get("attention", GPTConfig.attention)
         out_dir = given.get("out_dir")
         values = given | {"out_dir": f"out/{name}" if out_dir is None else out_dir}
@@ -156,12 +164,12 @@ def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, Trai
             return values
         if source != "resume":
             return asdict(read_knobs(Path(source))[0]) | values
-        before = {k: v for part in read_knobs(Path(values["out_dir"])) for k, v in asdict(part).items()}
+        before = all_knobs(*read_knobs(Path(values["out_dir"])))
         if before["lr_decay_iters"] == before["max_iters"]:
             del before["lr_decay_iters"]  # follows max_iters, which may grow now
         if before["min_lr"] == before["learning_rate"] / 10:
             del before["min_lr"]  # follows learning_rate
-        return before | values
+        return before | on_line | {"out_dir": values["out_dir"], "init_from": "resume"}
 
     model_config, config = load(argv, GPTConfig, TrainConfig, usage=USAGE, fill_in=fill_in)
     if parallel.size() > 1 and config.parallel == "fsdp" and config.dtype == "float16":
@@ -173,6 +181,10 @@ def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, Trai
 def read_knobs(run_dir: Path) -> tuple[GPTConfig, TrainConfig]:
     """The knobs of a run. Raises UserError if the folder is no run, or its config is damaged."""
     return from_dict(checkpoint.read_config(run_dir), str(run_dir / "config.json"), GPTConfig, TrainConfig)
+
+
+def all_knobs(*configs) -> dict[str, Any]:
+    return {knob: value for config in configs for knob, value in asdict(config).items()}
 
 
 def new_model(model_config: GPTConfig, seed: int, device: torch.device) -> GPT:
@@ -199,6 +211,7 @@ def load_start(config: TrainConfig, model: GPT, dataset: Dataset) -> tuple[dict,
             raise UserError(f"{source} cannot resume: {config.dataset} is other data than it was trained on")
         if state["step"] >= config.max_iters and checkpoint.is_finished(source):
             raise UserError(f"{source} is complete at step {state['step']}; raise --max_iters to go on")
+        print_changes(source, all_knobs(model.config, config))
     else:
         weights, optimizer_state = checkpoint.load_weights(*checkpoint.find(source)), {}
     try:
@@ -208,9 +221,17 @@ def load_start(config: TrainConfig, model: GPT, dataset: Dataset) -> tuple[dict,
     return state, optimizer_state
 
 
+def print_changes(run_dir: Path, knobs: dict[str, Any]) -> None:
+    """A line for each knob that a run is resumed with another value of."""
+    before = all_knobs(*read_knobs(run_dir))
+    for knob, value in knobs.items():
+        if parallel.rank() == 0 and value != before[knob] and knob != "init_from":
+            print(f"{knob}: {as_text(before[knob])} -> {as_text(value)}", flush=True)
+
+
 def check_fits(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, source: Path) -> None:
     """Raises UserError if a run's weights do not fit this model or the tokens of `dataset`."""
-    saved = {knob: value for part in read_knobs(source) for knob, value in asdict(part).items()}
+    saved = all_knobs(*read_knobs(source))
     knobs = asdict(model_config) | {"optimizer": config.optimizer}
     free = {"dropout"}
     if config.init_from != "resume":  # these may differ in what only starts from it
@@ -244,6 +265,7 @@ def start_log(config: TrainConfig, model: GPT, data: Dataset, hardware: Hardware
     facts |= {"tokenizer_sha256": tokenizers.sha256(data.tokenizer)} | measure.describe_model(model)
     knobs = asdict(model.config) | asdict(config) | facts
     wandb = {"project": config.wandb_project, "name": config.wandb_run_name, "config": knobs}
+    wandb |= {name: value for name in ("entity", "group", "tags") if (value := knobs[f"wandb_{name}"])}
     folder = Path(str(config.out_dir)) if parallel.rank() == 0 else None
     resumed_at = step if config.init_from == "resume" else None
     log = RunLogger(folder, facts, resumed_at, wandb if config.wandb_log else None)
@@ -432,8 +454,10 @@ def report(run: Run, stopped: bool) -> dict:
         metrics = {"final/val_loss": run.state["val/loss"], "final/val_bpb": run.state["val/bpb"]}
         record(run, metrics | measure.decode_probe(probed, min(run.block_size, 1024) // 2))
         log.write_summary()
+        text = generate_text(final, run.dataset.tokenizer, config.sample_tokens, seed=config.seed)
+        log.sample(text)
         log.close()
-        print(generate_text(final, run.dataset.tokenizer, config.sample_tokens, seed=config.seed))
+        print(text)
         print(table(log.summary))
     return log.summary
 

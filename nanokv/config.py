@@ -41,10 +41,13 @@ def at_least(config: Any, low: int, *names: str) -> None:
             raise ValueError(f"{name} must be at least {low}, not {getattr(config, name)}")
 
 
-def load(argv: list[str], *classes: type, usage: str = "", fill_in: Callable[[dict], dict] = dict) -> tuple:
+def load(
+    argv: list[str], *classes: type, usage: str = "", fill_in: Callable[[dict, dict], dict] = operator.or_
+) -> tuple:
     """`[config.py] [--key=value ...]` as an instance of each dataclass, typed by their annotations. A bare `--key` sets
-    a bool. The command line overrides the file, and the last of two equal keys counts. `fill_in` is told the values
-    that were given and returns those to use. `--help` prints `usage` and every field, and exits. Raises UserError.
+    a bool. The command line overrides the file, and the last of two equal keys counts. `fill_in` is given the values of
+    the file and those of the command line, and returns those to use. `--help` prints `usage` and every field, and
+    exits. Raises UserError.
     """
     if "--help" in argv or "-h" in argv:
         print(describe(classes, usage))
@@ -52,13 +55,14 @@ def load(argv: list[str], *classes: type, usage: str = "", fill_in: Callable[[di
     files = [arg for arg in argv if not arg.startswith("-")]
     if len(files) > 1:
         raise UserError(f"unexpected argument {files[1]!r}; write --key=value, after one config file at most")
-    settings, hints = [setting for file in files for setting in read_file(file)], _hints(classes)
+    hints, settings = _hints(classes), []
+    in_file = _check((setting for file in files for setting in read_file(file)), hints)
     for arg in (arg for arg in argv if arg.startswith("-")):
         key, equals, text = arg.removeprefix("--").partition("=")
         if not equals and bool not in _members(hints.get(key, bool)):
             raise UserError(f"--{key} needs a value: --{key}=...")
         settings.append((key, (_literal(text), text) if equals else (True,), "command line"))
-    return _build(classes, fill_in(_check(settings, hints)))
+    return _build(classes, fill_in(in_file, _check(settings, hints)))
 
 
 def parse(cls: type[T], argv: list[str], usage: str = "", bare: int = 0) -> T:
@@ -90,6 +94,11 @@ def check_range(config, names: str, **bounds: float) -> None:
         if not all(tests[bound](value, limit) for bound, limit in bounds.items()):
             wanted = " and ".join(f"{bound.replace('_', ' ')} {limit}" for bound, limit in bounds.items())
             raise ValueError(f"{name} must be {wanted}, not {value}")
+
+
+def as_text(value: Any) -> str:
+    """A knob's value as a command line spells it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
@@ -292,8 +301,7 @@ def describe(classes: Iterable[type], usage: str = "") -> str:
         comments |= _comments(cls)
         for field in fields(cls):
             default = "..." if field.default is MISSING else field.default
-            default = ",".join(map(str, default)) if isinstance(default, tuple) else default
-            knobs[field.name] = f"  --{field.name}={default}"
+            knobs[field.name] = f"  --{field.name}={as_text(default)}"
     column = max(map(len, knobs.values())) + 2
     width = max(shutil.get_terminal_size((110, 24)).columns, column + 30)
     lines = [usage.strip()] if usage else []

@@ -43,6 +43,13 @@ class RunLogger:
             if self.wandb:
                 self.wandb.log({k: v for k, v in metrics.items() if v is not None})
 
+    def sample(self, text: str) -> None:
+        """Log generated text to W&B: a table with the step."""
+        if self.wandb and text:
+            import wandb
+
+            self.wandb.log({"samples": wandb.Table(["step", "text"], [[self.summary["step"], text]])})
+
     def say(self, line: str, end: str = "\n") -> None:
         if self.run_dir is not None:
             print("\r\033[K" + line if self.bar else line, end=end, flush=True)

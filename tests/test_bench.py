@@ -83,7 +83,7 @@ def test_cache_measures_quality_through_every_format_and_window(tmp_path, capsys
         numbers["int4"] = r / 2 + 3 + 2 * dr  # and a scale and an offset
         assert row["bytes_per_token"] == layers * held * numbers.get(row["format"], r + 2 + 2 * dr)
         assert row["val/bpb"] == pytest.approx(row["val/loss"] / math.log(2))  # characters of a byte
-        assert (row["kl"] > 1e-3) == (row["window"] > 0) and row["decode/tokens_per_s"] > 0
+        assert (row["kl"] > 1e-3) == (row["window"] > 0 or row["format"] == "int4") and row["decode/tokens_per_s"] > 0
     kl = {row["format"]: row["kl"] for row in rows if row["window"] == 0}
     assert kl["fp32"] < kl["fp16"] < kl["bf16"] < kl["fp8"] < kl["int4"] and kl["fp16"] < kl["int8"] < kl["fp8"]
     with pytest.raises(UserError, match="formats are fp32, bf16, fp16, int8, fp8, int4, not 'int2'"):

@@ -63,6 +63,12 @@ def test_a_run_that_was_resumed_is_the_same_experiment(tmp_path):
     assert sorted(len(row.runs) for row in rows_of(a, b, c)) == [1, 2]
 
 
+def test_where_a_run_is_logged_is_not_part_of_the_experiment(tmp_path):
+    knobs = [{"wandb_tags": [tag], "wandb_entity": tag, "wandb_group": tag} for tag in "ab"]
+    (row,) = rows_of(*(make_run(tmp_path / f"mla-s{i}", config=knobs[i], seed=i) for i in range(2)))
+    assert len(row.runs) == 2
+
+
 def test_frontier_and_order(tmp_path):
     shapes = {"a": (256, 1.60), "b": (512, 1.55), "c": (512, 1.54), "d": (640, 1.54), "e": (2048, 1.50)}
     rows = rows_of(*(make_run(tmp_path / name, cache=c, bpb=b) for name, (c, b) in shapes.items()))

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model import GPT, GPTConfig
-from nanokv.config import UserError, check_range, cli, describe, from_dict, load, only_fields, parse
+from nanokv.config import UserError, as_text, check_range, cli, describe, from_dict, load, only_fields, parse
 from nanokv.device import pick_device, pick_dtype
 from nanokv.metrics import n_params
 from train import TrainConfig, configure
@@ -282,6 +282,9 @@ def test_a_file_that_is_missing():
         ["--cooldown=1.5"],
         ["--out_dir="],
         ["--dataset="],
+        ["--wandb_entity="],
+        ["--wandb_tags=a,,b"],
+        [f"--wandb_tags=a,{'b' * 65}"],
     ],
 )
 def test_fields_that_do_not_fit_are_one_line(argv):
@@ -328,13 +331,13 @@ def test_what_is_filled_in_depends_on_what_was_given(write):
 
     asked = []
 
-    def fill_in(given):
-        asked.append(given)
-        return {"count": 2, "rate": 0.25, "size": 9} | given
+    def fill_in(in_file, on_line):
+        asked.append((in_file, on_line))
+        return {"count": 2, "rate": 0.25, "size": 9} | in_file | on_line
 
     arguments = [write("count = 3\nsize = 5\n"), "--size=6"]
     assert load(arguments, Knobs, More, fill_in=fill_in) == (Knobs(count=3, rate=0.25), More(6))
-    assert asked == [{"count": 3, "size": 6}]
+    assert asked == [({"count": 3, "size": 5}, {"size": 6})]
 
 
 @pytest.mark.parametrize("value", [-1, 1, 2.5])
@@ -441,7 +444,7 @@ def test_help_is_the_manual_of_every_knob(capsys):
     for field in (*fields(GPTConfig), *fields(TrainConfig)):
         (line,) = [line for line in text.splitlines() if line.startswith(f"  --{field.name}=")]
         knob, comment = line.split(None, 1)
-        assert knob == f"--{field.name}={field.default}"
+        assert knob == f"--{field.name}={as_text(field.default)}"
         assert len(comment.partition("[")[0].strip()) > 4, f"{field.name} has no comment"
     assert "\noptimizer\n  --optimizer=muon" in text
 

@@ -26,6 +26,7 @@ import json, os, sys, time
 from pathlib import Path
 options = dict(arg.removeprefix("--").partition("=")[::2] for arg in sys.argv[1:])
 folder = Path(options["out_dir"])
+print(*sys.argv[1:])
 with open(folder.parent / "diary", "a") as diary:
     diary.write(f"begin {folder.name} {options.get('init_from')} {os.environ['OMP_NUM_THREADS']}\\n")
 (folder / "last").mkdir(exist_ok=True)
@@ -80,6 +81,31 @@ def test_a_failure_is_named_and_does_not_stop_the_others(tmp_path, stand_in, cap
     with pytest.raises(UserError, match="1 of 1 runs failed: bad"):  # which has a checkpoint to go on from
         sweep.run_all(runs, tmp_path, jobs=1)
     assert diary(tmp_path)[-1] == "begin bad resume 1"
+
+
+def test_further_knobs_are_for_all_runs(tmp_path, stand_in):
+    lines = {"a": ["--seed=1", "--max_iters=9"], "b": ["--seed=2"]}
+    (tmp_path / "list").write_text("".join(f"{name} {' '.join(argv)}\n" for name, argv in lines.items()))
+    command = [str(tmp_path / "list"), str(tmp_path), "--max_iters=7", "--threads=2", "--jobs=1"]
+    for wrong, fault in {
+        "--n_haed=2": "unknown key 'n_haed'; did you mean 'n_head'?",
+        "--n_layer=two": "n_layer should be int, not 'two'",
+        "--n_embd=33": "divisible",
+        "-x": "unknown key",
+    }.items():
+        with pytest.raises(UserError, match=fault):
+            sweep.main([*command, wrong])
+    assert not any(path.is_dir() for path in tmp_path.iterdir())
+    stand_in({name: [*argv, "--max_iters=7"] for name, argv in lines.items()})
+    sweep.main(command)
+    assert diary(tmp_path) == ["begin a None 2", "end a", "begin b None 2", "end b"]
+    for name, argv in lines.items():
+        assert (tmp_path / name / "log.txt").read_text().startswith(f"{' '.join(argv)} --max_iters=7 --out_dir=")
+    sweep.main(command)
+    with pytest.raises(UserError, match="a was trained with max_iters = 7, now 9 is asked for"):
+        sweep.main(command[:2])
+    sweep.main([*command, "--wandb_tags=c"])  # where a run is logged is no other value
+    assert len(diary(tmp_path)) == 4
 
 
 def test_a_run_with_other_values_is_refused(tmp_path, stand_in):

@@ -167,6 +167,56 @@ def test_resume_drops_lines_past_the_checkpoint(run):
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def changes(out: str) -> list[str]:
+    return [line for line in out.splitlines() if " -> " in line]
+
+
+def test_resume_keeps_what_the_run_was_started_with(corpus, tmp_path, capsys):
+    """Whether or not its config file is named again; only the command line changes a value, and each change is said."""
+    file, where = tmp_path / "small.py", [f"--out_dir={tmp_path / 'run'}"]
+    knobs = ["n_layer=1", "n_head=2", "n_embd=32", "block_size=32", "batch_size=4", "warmup_iters=2", "sample_tokens=0"]
+    file.write_text(
+        "\n".join([*knobs, f"dataset={str(corpus)!r}", "learning_rate=0.1", "max_iters=99", "grad_clip=2.0"])
+    )
+    train.main([str(file), *where, "--learning_rate=0.003", "--max_iters=4", "--dtype=float32"])
+    assert not changes(capsys.readouterr().out)
+    started = train.all_knobs(*read_knobs(tmp_path / "run"))
+    file.write_text(file.read_text().replace("n_layer=1", "n_layer=3").replace("99", "999"))  # edited since
+    steps = {"max_iters": 4, "lr_decay_iters": 4}  # of which the latter follows the former
+    for named, new in (([str(file)], {"max_iters": 6}), ([], {"max_iters": 8, "grad_clip": 0.5})):
+        train.main([*named, "--init_from=resume", *where, *(f"--{k}={v}" for k, v in new.items())])
+        held = train.all_knobs(*read_knobs(tmp_path / "run"))
+        followed = new | {"lr_decay_iters": new["max_iters"]}
+        assert held == started | followed | {"init_from": "resume"}
+        expected = [f"{knob}: {(started | steps)[knob]} -> {value}" for knob, value in followed.items()]
+        assert sorted(changes(capsys.readouterr().out)) == sorted(expected)
+        steps = followed
+    train.main([str(file), "--init_from=resume", *where, "--learning_rate=0.003", "--max_iters=9", "--eval_only"])
+    lines = ["eval_only: False -> True", "max_iters: 8 -> 9", "lr_decay_iters: 8 -> 9"]
+    assert changes(capsys.readouterr().out) == lines
+    with pytest.raises(UserError, match="n_layer = 2 does not fit the checkpoint"):
+        train.main([str(file), "--init_from=resume", *where, "--n_layer=2"])
+    assert not changes(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["its config file named", "not named"])
+def test_a_copied_or_moved_run_resumes_into_itself(run, corpus, tmp_path, named, capsys):
+    file, old = tmp_path / "old.py", run("old", "--max_iters=4", "--eval_interval=2")
+    file.write_text(f"out_dir = {str(old)!r}\nmax_iters = 4\n")
+    again = [str(file)] if named else []
+    shutil.copytree(old, tmp_path / "copy")
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    train.main([*again, "--init_from=resume", f"--out_dir={tmp_path / 'copy'}", "--max_iters=6"])
+    assert f"out_dir: {old} -> {tmp_path / 'copy'}" in changes(capsys.readouterr().out)
+    assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
+    assert checkpoint.load(tmp_path / "copy", "last").state["step"] == 6
+    old.rename(tmp_path / "moved")
+    train.main([*again, "--init_from=resume", f"--out_dir={tmp_path / 'moved'}", "--max_iters=6"])
+    assert not old.exists() and same(weights(tmp_path / "copy"), weights(tmp_path / "moved"))
+    assert read_knobs(tmp_path / "moved")[1].out_dir == str(tmp_path / "moved")
+
+
 def test_best_is_kept_where_last_is_worse(run):
     """A learning rate that explodes after the first evaluation."""
     knobs = ["--max_iters=20", "--eval_interval=10", "--optimizer=adamw", "--grad_clip=0"]
@@ -230,6 +280,7 @@ def test_learning_rate_schedules():
 def test_wandb_offline_has_every_key_and_resumes_the_same_run(corpus, tmp_path):
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
     knobs = ["--wandb_log=True", "--max_iters=4", "--eval_interval=2", "--log_interval=1", "--attention=mla"]
+    knobs += ["--wandb_entity=team", "--wandb_group=group", "--wandb_tags=a,b"]
     subprocess.run(command(corpus, tmp_path / "run", *knobs), cwd=ROOT, env=environment, check=True)
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]

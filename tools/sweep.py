@@ -1,8 +1,9 @@
-"""Train a list of runs, side by side: `python -m tools.sweep config/compare.txt out/compare`.
+"""Train a list of runs, side by side: `python -m tools.sweep config/compare.txt out/compare --max_iters=500`.
 
-The list is a text file, a run a line: its name, then the arguments of train.py. A finished run is left alone
-and a stopped one goes on, so the same command again does what is left. Ctrl-C or SIGTERM stops the runs; they
-save. Small models make the most of the cores with one thread a run.
+The list is a text file, a run a line: its name, then the arguments of train.py. Further knobs of train.py on the
+command line are for all runs, and override those of a line. A finished run is left alone and a stopped one goes on,
+so the same command again does what is left. Ctrl-C or SIGTERM stops the runs; they save. Small models make the most
+of the cores with one thread a run.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
+from compare import NOT_THE_EXPERIMENT
 from nanokv import checkpoint
 from nanokv.config import UserError, check_range, cli, parse
 from nanokv.dataset import open_dataset
@@ -24,7 +26,10 @@ from train import configure, read_knobs
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "train.py"
-ANY_VALUE = {"vocab_size", "init_from", "out_dir", "overwrite", "wandb_run_name"}  # filled in as a run goes
+USAGE = """python -m tools.sweep LIST OUT_DIR [--key=value ...]
+
+Keys of train.py (python train.py --help) may be given too: they override the arguments of all runs of the list."""
+ANY_VALUE = NOT_THE_EXPERIMENT - {"seed"} | {"vocab_size", "init_from"}  # knobs that a run may hold otherwise
 
 
 @dataclass
@@ -125,8 +130,11 @@ def outcome(folder: Path, code: int) -> str:
 
 
 def main(argv: list[str]) -> None:
-    options = parse(Options, argv, "python -m tools.sweep LIST OUT_DIR [--key=value ...]", bare=2)
-    run_all(read_list(Path(options.list)), Path(options.out_dir), options.jobs, options.threads)
+    own = {"-h", "--help", *(f"--{field.name}" for field in fields(Options))}
+    for_all = [arg for arg in argv if arg.startswith("-") and arg.partition("=")[0] not in own]
+    options = parse(Options, [arg for arg in argv if arg not in for_all], USAGE, bare=2)
+    runs = {name: [*line, *for_all] for name, line in read_list(Path(options.list)).items()}
+    run_all(runs, Path(options.out_dir), options.jobs, options.threads)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from compare import markdown
+from compare import NOT_THE_EXPERIMENT, markdown
 from nanokv import checkpoint
 from nanokv.config import cli, parse
 from nanokv.dataset import open_dataset
@@ -24,8 +24,8 @@ from tools.sweep import run_all
 from train import TrainConfig, read_knobs
 
 OF_A_RUN = {  # knobs that are each run's own, not taken from the source
-    *("out_dir", "overwrite", "init_from", "wandb_log", "wandb_run_name", "sample_tokens"),
-    *("max_iters", "eval_only", "eval_interval", "eval_iters"),
+    *(NOT_THE_EXPERIMENT - {"seed"}),
+    *("init_from", "sample_tokens", "max_iters", "eval_only", "eval_interval", "eval_iters"),
     *("schedule", "warmup_iters", "cooldown", "lr_decay_iters", "min_lr"),
 }
 
