@@ -4,6 +4,7 @@ On many GPUs or machines: `torchrun --standalone --nproc_per_node=8 train.py con
 """
 
 import math
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -241,14 +242,18 @@ def start_log(config: TrainConfig, model: GPT, data: Dataset, hardware: Hardware
     """The run's log, begun with what is true of the whole run: which model on which data."""
     facts = {"attention": model.config.attention, "dataset": config.dataset, "seed": config.seed}
     facts |= {"git_sha": measure.git_sha(), "corpus_sha256": data.meta["corpus_sha256"]}
-    facts |= {"tokenizer_sha256": tokenizers.sha256(data.tokenizer)} | measure.describe_model(model)
+    facts |= {"tokenizer_sha256": tokenizers.sha256(data.tokenizer), "code_sha256": measure.code_sha256()}
+    dtype = str(hardware.dtype).removeprefix("torch.")
+    kernels = re.sub(r"^backend | \(\d+ threads?\)", "", backend)
+    facts |= {"resolved/device": hardware.device.type, "resolved/dtype": dtype, "resolved/backend": kernels}
+    facts |= measure.describe_model(model)
     knobs = asdict(model.config) | asdict(config) | facts
     wandb = {"project": config.wandb_project, "name": config.wandb_run_name, "config": knobs}
     folder = Path(str(config.out_dir)) if parallel.rank() == 0 else None
     resumed_at = step if config.init_from == "resume" else None
     log = RunLogger(folder, facts, resumed_at, wandb if config.wandb_log else None)
     ranks = f"{parallel.size()} ranks of " if parallel.size() > 1 else ""
-    machine = f"{ranks}{hardware.device.type}, {str(hardware.dtype).removeprefix('torch.')}"
+    machine = f"{ranks}{hardware.device.type}, {dtype}"
     parameters, cache = facts["params/total"], facts["kv_cache/bytes_per_token"]
     log.say(f"{facts['attention']}: {parameters:,} parameters, {cache:,} bytes of cache a token (bf16)")
     log.say(f"{config.dataset}: {len(data.train):,} tokens; {machine}; run folder {config.out_dir}")

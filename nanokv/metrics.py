@@ -1,5 +1,6 @@
-"""Figures of a run: parameters, FLOPs, size of the cache, memory, speed, commit. Imports no model."""
+"""Figures of a run: parameters, FLOPs, size of the cache, memory, speed, code. Imports no model."""
 
+import hashlib
 import math
 import resource
 import statistics
@@ -23,6 +24,9 @@ PEAK_TFLOPS = {"B200": 2250, "GH200": 989, "H200": 989, "H100": 989, "A100": 312
 PEAK_TFLOPS |= {"L40S": 362, "L4": 121, "A10G": 70, "4090": 165, "3090": 71}
 
 
+ROOT = Path(__file__).resolve().parents[1]
+CODE = ("nanokv", "backends", "tools")  # folders of code, besides the root
+NOT_CODE = ("tests", "data", "config")  # corpus_sha256 and config.json say what a run had of these
 def n_params(model: nn.Module, embedding: bool = True) -> int:
     """Number of parameters; without `embedding`, less the token embedding and the output head."""
     names = () if embedding else ("embed_tokens.weight", "lm_head.weight")
@@ -88,11 +92,10 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def git_sha() -> str | None:
-    """The commit of this code, with a + if files differ from it; None outside a git checkout."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+def git(*command: str) -> str | None:
+    """What git prints, in the root of this code; None where it fails, as outside a git checkout."""
     try:
-        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+        return subprocess.check_output(["git", *command], cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -121,6 +124,25 @@ def evaluate(loss_model: Any, dataset: Dataset, windows: tuple[int, int, int], a
 
 
 def decode_probe(model: Any, context: int, n=32, repeats=5, cache_dtype: torch.dtype | None = None) -> dict[str, float]:
+def git_sha() -> str | None:
+    """The commit of this code, with a + if files differ from it; None outside a git checkout."""
+    return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+")
+
+
+def code_sha256() -> str:
+    """One hash over the names and contents of this code's .py, .c and .h files, as they are on the disk: those that
+    git tracks, except in NOT_CODE. Without git, those in the root and in CODE, which are the same files.
+    """
+    names = [name for name in (git("ls-files", "-z") or "").split("\0") if name]
+    found = (path for folder in CODE for path in (ROOT / folder).rglob("*"))
+    paths = [ROOT / name for name in names] or [*ROOT.iterdir(), *found]
+    files = {p.relative_to(ROOT).as_posix(): p for p in paths if p.suffix in (".py", ".c", ".h") and p.is_file()}
+    total = hashlib.sha256()
+    for name in sorted(name for name in files if name.partition("/")[0] not in NOT_CODE):
+        total.update(f"{name} {hashlib.sha256(files[name].read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
     """Median speed of `repeats` decodings of n tokens at batch 1 after `context` random ones, as in metrics.jsonl."""
     random = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (context,), generator=random).tolist()
