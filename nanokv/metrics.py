@@ -8,6 +8,9 @@ import subprocess
 import sys
 import time
 import timeit
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +19,42 @@ from torch import nn
 
 from nanokv import distributed as parallel
 from nanokv.cache import kv_bytes
+from nanokv.checkpoint import on_meta
+from nanokv.config import UserError
 from nanokv.dataset import Dataset
 from nanokv.generate import decode_one_token, prefill
 
+ROOT = Path(__file__).resolve().parents[1]
+CODE = ("nanokv", "backends", "tools")  # folders of code, besides the root
+NOT_CODE = ("tests", "data", "config")  # corpus_sha256 and config.json say what a run had of these
 # Dense peak in TFLOP/s in 16 bits, by a word of the device's name (vendors' data sheets, without sparsity).
 PEAK_TFLOPS = {"B200": 2250, "GH200": 989, "H200": 989, "H100": 989, "A100": 312, "V100": 125, "T4": 65}
 PEAK_TFLOPS |= {"L40S": 362, "L4": 121, "A10G": 70, "4090": 165, "3090": 71}
 
 
-ROOT = Path(__file__).resolve().parents[1]
-CODE = ("nanokv", "backends", "tools")  # folders of code, besides the root
-NOT_CODE = ("tests", "data", "config")  # corpus_sha256 and config.json say what a run had of these
 def n_params(model: nn.Module, embedding: bool = True) -> int:
     """Number of parameters; without `embedding`, less the token embedding and the output head."""
     names = () if embedding else ("embed_tokens.weight", "lm_head.weight")
     return sum(p.numel() for name, p in model.named_parameters() if name not in names)
+
+
+def match_params(make: Callable[[Any], nn.Module], config: Any, like: Any) -> tuple[int, int]:
+    """Set config.intermediate_size such that make(config) has as many parameters as make(like), within 1 %: to a
+    multiple of 8 where one is near enough. Returns both numbers. Raises UserError if no width is near enough.
+    """
+
+    def size(config: Any, **changes: int) -> int:
+        return n_params(on_meta(partial(make, replace(config, **changes))))
+
+    target, smallest = size(like), size(config, intermediate_size=1)
+    exact = 1 + (target - smallest) / (size(config, intermediate_size=2) - smallest)
+    nearest = max(round(exact), 1)
+    for width in (8 * round(exact / 8), nearest):
+        if width > 0 and abs((own := size(config, intermediate_size=width)) - target) <= 0.01 * target:
+            config.intermediate_size = width
+            return own, target
+    fault = f"no intermediate_size gives {target:,} parameters within 1 %; the nearest, {nearest}"
+    raise UserError(f"{fault}, gives {size(config, intermediate_size=nearest):,}; change n_embd or n_layer")
 
 
 def flops_per_token(model: Any, context: int) -> int:
@@ -100,6 +124,25 @@ def git(*command: str) -> str | None:
         return None
 
 
+def git_sha() -> str | None:
+    """The commit of this code, with a + if files differ from it; None outside a git checkout."""
+    return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+")
+
+
+def code_sha256() -> str:
+    """One hash over the names and contents of this code's .py, .c and .h files, as they are on the disk: those that
+    git tracks, except in NOT_CODE. Without git, those in the root and in CODE, which are the same files.
+    """
+    names = [name for name in (git("ls-files", "-z", "*.py", "*.c", "*.h") or "").split("\0") if name]
+    found = (path for folder in CODE for path in (ROOT / folder).rglob("*"))
+    paths = [ROOT / name for name in names] or [*ROOT.iterdir(), *found]
+    files = {p.relative_to(ROOT).as_posix(): p for p in paths if p.suffix in (".py", ".c", ".h") and p.is_file()}
+    total = hashlib.sha256()
+    for name in sorted(name for name in files if name.partition("/")[0] not in NOT_CODE):
+        total.update(f"{name} {hashlib.sha256(files[name].read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
 @torch.no_grad()
 def evaluate(loss_model: Any, dataset: Dataset, windows: tuple[int, int, int], autocast, until=lambda: False) -> dict:
     """Mean loss in nats a token and bits per byte, over the same validation tokens on any number of ranks.
@@ -124,25 +167,6 @@ def evaluate(loss_model: Any, dataset: Dataset, windows: tuple[int, int, int], a
 
 
 def decode_probe(model: Any, context: int, n=32, repeats=5, cache_dtype: torch.dtype | None = None) -> dict[str, float]:
-def git_sha() -> str | None:
-    """The commit of this code, with a + if files differ from it; None outside a git checkout."""
-    return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+")
-
-
-def code_sha256() -> str:
-    """One hash over the names and contents of this code's .py, .c and .h files, as they are on the disk: those that
-    git tracks, except in NOT_CODE. Without git, those in the root and in CODE, which are the same files.
-    """
-    names = [name for name in (git("ls-files", "-z") or "").split("\0") if name]
-    found = (path for folder in CODE for path in (ROOT / folder).rglob("*"))
-    paths = [ROOT / name for name in names] or [*ROOT.iterdir(), *found]
-    files = {p.relative_to(ROOT).as_posix(): p for p in paths if p.suffix in (".py", ".c", ".h") and p.is_file()}
-    total = hashlib.sha256()
-    for name in sorted(name for name in files if name.partition("/")[0] not in NOT_CODE):
-        total.update(f"{name} {hashlib.sha256(files[name].read_bytes()).hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
     """Median speed of `repeats` decodings of n tokens at batch 1 after `context` random ones, as in metrics.jsonl."""
     random = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (context,), generator=random).tolist()
