@@ -172,7 +172,7 @@ def make_rows(runs: list[Run]) -> list[Row]:
         experiment = {k: v for k, v in run.config.items() if k not in NOT_THE_EXPERIMENT}
         if experiment.get("init_from") == "resume":  # went on after a stop, with what it had begun with
             experiment["init_from"] = "scratch"
-        facts = [run.summary.get(key) for key in ("corpus_sha256", "tokens", CACHE)]
+        facts = [run.summary.get(key) for key in ("corpus_sha256", "tokenizer_sha256", "tokens", CACHE)]
         same, seed = json.dumps([experiment, facts], sort_keys=True, default=str), run.summary.get("seed")
         groups.setdefault((same, repeats[same, seed]), []).append(run)
         repeats[same, seed] += 1  # a seed that is there already is a repetition, a row of its own
