@@ -177,7 +177,9 @@ def make_rows(runs: list[Run]) -> list[Row]:
         experiment = {k: v for k, v in run.config.items() if k not in NOT_THE_EXPERIMENT}
         if experiment.get("init_from") == "resume":  # went on after a stop, with what it had begun with
             experiment["init_from"] = "scratch"
-        sizes, origin = ([run.summary.get(key) for key in keys] for keys in (("tokens", CACHE), ORIGIN.values()))
+        sizes, origin = (
+            [run.summary.get(key) for key in keys] for keys in (("tokenizer_sha256", "tokens", CACHE), ORIGIN.values())
+        )
         same, seed = json.dumps([experiment, sizes], sort_keys=True, default=str), run.summary.get("seed")
         key = same, str(origin), seed
         groups.setdefault((*key[:2], repeats[key]), []).append(run)

@@ -266,7 +266,8 @@ def check_fits(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, s
             fault = f"does not fit the checkpoint in {source}, which has {knob} = {saved[knob]}"
             raise UserError(f"{knob} = {knobs[knob]} {fault}; remove it, or train from scratch in another --out_dir")
     if tokenizers.sha256(tokenizers.load(source)) != tokenizers.sha256(dataset.tokenizer):
-        raise UserError(f"{source} was trained with another tokenizer than that of {config.dataset}")
+        fault = f"{source} was trained with another tokenizer than that of {config.dataset}"
+        raise UserError(f"{fault}: add --tokenizer={source}, here or to its prepare.py")
 
 
 def claim(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, step: int) -> None:

@@ -21,9 +21,9 @@ from nanokv.config import UserError, replace_json
 KINDS = ("byte", "char", "bpe", "gpt2")
 END_OF_TEXT = "<|endoftext|>"
 BPE_SAMPLE_CHARS = 100_000_000  # bpe is trained on this much text from the start of the corpus
-# GPT-4's split but for two things: numbers go by two digits, and a newline stays with the indent that follows
-BPE_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}"
-BPE_PATTERN += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+# Qwen2's split, known to transformers, vLLM and llama.cpp ("qwen2"). A saved tokenizer keeps the pattern it has
+BPE_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+BPE_PATTERN += r"|\s+(?!\S)|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_N_VOCAB = 50257
 DOWNLOAD_SECONDS = 60

@@ -47,8 +47,9 @@ def test_seeds_are_one_row_and_other_runs_are_not(tmp_path):
     folders = [make_run(tmp_path / f"mha-s{i}", bpb=b, seed=i) for i, b in enumerate((1.5, 1.6, 1.4))]
     folders.append(make_run(tmp_path / "deep", bpb=1.3, cache=4096, config={"n_layer": 8}))
     folders.append(make_run(tmp_path / "long", bpb=1.2, tokens=8000))
+    folders.append(make_run(tmp_path / "resplit", bpb=1.2, tokenizer_sha256="c0de"))
     rows = {row.name: row for row in rows_of(*folders)}
-    assert rows.keys() == {"mha", "deep", "long"}
+    assert rows.keys() == {"mha", "deep", "long", "resplit"}
     assert rows["mha"]["best/val_bpb"] == pytest.approx(1.5)
     assert rows["mha"].spread("best/val_bpb") == pytest.approx(0.1)
     assert rows["deep"].spread("best/val_bpb") is None

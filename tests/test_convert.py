@@ -27,6 +27,7 @@ from train import TrainConfig, read_knobs
 BYTE = tokenizer.train("byte", [])
 TEXT = [Path(__file__).read_text(encoding="utf-8"), "naïve café 数学 🙂 " * 20]
 BPE = tokenizer.train("bpe", TEXT, 400)
+OLD_BPE = tokenizer.load(Path(__file__).with_name("sets") / "bpe")  # made before the split became Qwen2's
 SHAPES = {
     "mha": {"attention": "mha", "qk_norm": False},
     "mqa": {"attention": "mqa", "qk_norm": False},
@@ -271,6 +272,19 @@ def test_tokenizer_json_and_back_is_the_identity(tok):
     back = from_json(to_json(tok), None if tok.eot_token is None else tokenizer.END_OF_TEXT)
     assert tokenizer.sha256(back) == tokenizer.sha256(tok) or tok is BYTE  # whose kind is a bpe without merges
     assert (back.n_vocab, back.eot_token) == (tok.n_vocab, tok.eot_token)
+
+
+def test_bpe_is_exported_with_the_split_of_qwen2():
+    theirs = transformers.Qwen2Tokenizer().backend_tokenizer.to_str()
+    assert to_json(BPE)["pre_tokenizer"] == json.loads(theirs)["pre_tokenizer"]
+
+
+@pytest.mark.parametrize("tok", [BPE, OLD_BPE], ids=["new", "old"])
+def test_transformers_gives_the_ids_of_each_split(tok, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(to_json(tok)))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    texts = random_texts(200)
+    assert theirs(texts, add_special_tokens=False)["input_ids"] == [tok.encode_ordinary(text) for text in texts]
 
 
 def test_char_tokenizers_agree_on_newlines_and_on_the_unknown():

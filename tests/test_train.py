@@ -344,7 +344,7 @@ def test_faults_leave_an_existing_run_untouched(run, corpus, tmp_path):
         (["--init_from=resume", "--kv_lora_rank=4"], "kv_lora_rank"),
         (["--init_from=resume", "--attention=mqa"], "mla"),
         (["--init_from=resume", "--optimizer=adamw", "--max_iters=8"], "optimizer"),
-        (["--init_from=resume", f"--dataset={other_tokenizer}", "--max_iters=8"], "tokenizer"),
+        (["--init_from=resume", f"--dataset={other_tokenizer}", "--max_iters=8"], "add --tokenizer="),
         (["--init_from=resume", f"--dataset={other_text}", "--max_iters=8"], "other data"),
         (["--overwrite=True", f"--dataset={no_tokenizer}"], "tokenizer_spec.json"),
         (["--overwrite=True", "--n_embd=33"], "divisible"),
