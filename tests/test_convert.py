@@ -33,6 +33,7 @@ SHAPES = {
     "mqa": {"attention": "mqa", "qk_norm": False},
     "gqa": {"attention": "gqa", "n_kv_head": 2, "qk_norm": False},
     "qk-norm": {"attention": "gqa", "n_kv_head": 2},
+    "qkv-bias": {"attention": "gqa", "n_kv_head": 2, "qk_norm": False, "qkv_bias": True},
     "mla": {"attention": "mla"},
     "mla-q-lora": {"attention": "mla", "q_lora_rank": 10},
 }
@@ -119,7 +120,7 @@ def test_a_fresh_process_reads_text_the_same(exported, tok):
     assert results[name]["back"] == texts
 
 
-@pytest.mark.parametrize("name", ["mqa-tied", "qk-norm-untied", "mla-untied", "mla-q-lora-tied"])
+@pytest.mark.parametrize("name", ["mqa-tied", "qk-norm-untied", "qkv-bias-tied", "mla-untied", "mla-q-lora-tied"])
 def test_from_hf_and_to_hf_again_is_the_identity(exported, name, tmp_path):
     root, _ = exported
     convert.main(["from-hf", str(root / name), str(tmp_path / "run"), "--check=False"])
@@ -277,7 +278,9 @@ def test_the_old_way_of_writing_rope_is_read(tmp_path):
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "with full_attention"),
         ({"rope_parameters": "yarn"}, "rope_parameters should be an object"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"attention_bias": True}, r"lacks the weights layers\.0\.self_attn\.k_proj\.bias"),
+        ({"attention_bias": 2}, "qkv_bias"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
@@ -374,7 +377,7 @@ def foreign_tokenizer(pre, normalizer=None) -> hugging_face_tokenizers.Tokenizer
     return theirs
 
 
-LLAMA3 = (
+LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
@@ -394,8 +397,8 @@ def gpt2_style():
     [
         foreign_tokenizer(gpt2_style()),
         foreign_tokenizer(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2_style()])),
-        foreign_tokenizer(by_regex(LLAMA3)),
-        foreign_tokenizer(by_regex(LLAMA3), normalizers.NFC()),
+        foreign_tokenizer(by_regex(LLAMA3_SPLIT)),
+        foreign_tokenizer(by_regex(LLAMA3_SPLIT), normalizers.NFC()),
     ],
     ids=["gpt2", "smollm2", "llama3", "qwen3"],
 )
@@ -431,8 +434,24 @@ def test_a_tokenizer_of_another_kind_is_refused_by_name(change, named):
         from_json(spec, "<|end|>")
 
 
+def test_qwen2_comes_and_goes_with_its_tokenizer(tmp_path, capsys):
+    foreign_model(tmp_path / "hf", "Qwen2", vocab_size=500, head_dim=8, eos_token_id=0)
+    spec = foreign_tokenizer(by_regex(LLAMA3_SPLIT.replace("{1,3}", "")), normalizers.NFC()).to_str()
+    (tmp_path / "hf" / "tokenizer.json").write_text(spec)
+    convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run")])
+    assert "token ids equal" in capsys.readouterr().out
+    convert.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "again")])
+    assert "wrote Qwen2ForCausalLM" in (said := capsys.readouterr().out) and "token ids equal" in said
+
+
+def test_a_bias_of_the_output_projection_is_refused_unless_zero(tmp_path):
+    foreign_model(tmp_path / "hf", attention_bias=True)
+    with pytest.raises(UserError, match=r"no place here for the weights layers\.0\.self_attn\.o_proj\.bias"):
+        convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run"), "--check=False"])
+
+
 def test_data_is_prepared_under_the_tokenizer_of_a_converted_run(tmp_path):
-    spec = foreign_tokenizer(by_regex(LLAMA3)).to_str()
+    spec = foreign_tokenizer(by_regex(LLAMA3_SPLIT)).to_str()
     foreign_model(tmp_path / "hf", vocab_size=500, eos_token_id=[7, 0])
     (tmp_path / "hf" / "tokenizer.json").write_text(spec)
     convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run")])

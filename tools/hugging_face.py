@@ -3,7 +3,7 @@
 | ours                            | theirs                                         |
 |---------------------------------|------------------------------------------------|
 | mha, gqa, mqa without QK-norm   | `LlamaForCausalLM`                             |
-| the same with qkv_bias          | `Qwen2ForCausalLM`                             |
+| the same with qkv_bias          | `Qwen2ForCausalLM`, or Llama if `not is_qwen2` |
 | mha, gqa, mqa with QK-norm      | `Qwen3ForCausalLM`                             |
 | mla                             | `DeepseekV3ForCausalLM`, every layer dense     |
 
@@ -79,10 +79,17 @@ def check(folder: Path, model: Any, tok: tokenizers.Tokenizer | None) -> str:
     return f"{verdict}, token ids equal"
 
 
-def hf_config(config: GPTConfig) -> dict:
+def is_qwen2(tok: tokenizers.Tokenizer) -> bool:
+    """Whether a model with qkv_bias is exported as Qwen2. transformers reads text for every Qwen2 by NFC and
+    Qwen2's pattern, whatever tokenizer.json says; with another tokenizer it is a Llama whose o_proj.bias is 0.
+    """
+    return getattr(tok, "nfc", False)
+
+
+def hf_config(config: GPTConfig, qwen2: bool = True) -> dict:
     """The contents of config.json for the Hugging Face class that computes what `config` does.
 
-    Raises UserError, naming the knob, if there is no such class.
+    qwen2: see `is_qwen2`. Raises UserError, naming the knob, if there is no such class.
     """
     mla = attention_class(config) is MultiHeadLatentAttention
     off = {"window": 0, "kv_conv": 0} | ({"qk_norm": False} if mla else {"score_factor": 1.0})
@@ -102,7 +109,7 @@ def hf_config(config: GPTConfig) -> dict:
     else:
         C, H, D = config.n_embd, config.n_head, config.head_dim
         faults[f"partial RoPE has no exact Hugging Face class; train with rotary_dim = {D}"] = config.rotary_dim != D
-        faults[f"Llama and Qwen2 want n_embd = {C} divisible by n_head = {H}"] = not config.qk_norm and C % H
+        faults[f"Llama and Qwen2 want n_embd = {C} divisible by n_head = {H}"] = not config.qk_norm and C % H != 0
     for fault, found in faults.items():
         if found:
             raise UserError(fault)
@@ -110,7 +117,8 @@ def hf_config(config: GPTConfig) -> dict:
     content |= {"hidden_act": "silu", "attention_bias": False, "bos_token_id": None, "eos_token_id": None}
     content |= hf_rope(config, mla)
     if not mla:
-        name = "Qwen3" if config.qk_norm else "Qwen2" if config.qkv_bias else "Llama"
+        name = "Qwen3" if config.qk_norm else "Qwen2" if config.qkv_bias and qwen2 else "Llama"
+        content |= {"attention_bias": name == "Llama" and bool(config.qkv_bias)}
         content |= {"num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim}
         return {"architectures": [f"{name}ForCausalLM"], "model_type": name.lower()} | content
     content |= {width: getattr(config, width) for width in MLA_WIDTHS}
@@ -121,11 +129,12 @@ def hf_config(config: GPTConfig) -> dict:
     return {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"} | content
 
 
-def hf_rope(config: GPTConfig, mla: bool) -> dict:
+def hf_rope(config: Any, mla: bool) -> dict:
     """What config.json says of RoPE scaling, for transformers 5 and for readers of what came before."""
     kind = config.rope_scaling or "default"
     scaling = {theirs: getattr(config, ours) for ours, theirs in SCALINGS[kind].items()}
-    new = {"rope_parameters": {"rope_type": kind, "rope_theta": config.rope_theta}}  # older ones see KEYS' rope_theta
+    # rope_theta stands in two places, see KEYS: readers from before transformers 5 look for it outside
+    new: dict[str, Any] = {"rope_parameters": {"rope_type": kind, "rope_theta": config.rope_theta}}
     if kind == "default":
         return new
     if kind == "yarn":
@@ -141,23 +150,25 @@ def hf_rope(config: GPTConfig, mla: bool) -> dict:
     return new | {"rope_scaling": {"type": kind} | scaling | ({} if kind == "linear" else {"rope_type": kind})}
 
 
-def hf_state_dict(model: nn.Module | dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Our model, or its state dict, under Hugging Face's names; a tied lm_head is left out."""
-    state = model.state_dict() if isinstance(model, nn.Module) else model
-    hf_config(config)  # is there such a class?
+def hf_state_dict(model: nn.Module | dict[str, Tensor], config: GPTConfig, qwen2: bool = True) -> dict[str, Tensor]:
+    """Our model, or its state dict, under Hugging Face's names; a tied lm_head is left out. qwen2: see `is_qwen2`."""
+    state = dict(model.state_dict() if isinstance(model, nn.Module) else model)
+    if hf_config(config, qwen2)["attention_bias"]:  # Llama's are four
+        for i in range(config.n_layer):
+            state[f"layers.{i}.self_attn.o_proj.bias"] = state["norm.weight"].new_zeros(config.n_embd)
     weights = {name: order_rope_rows(name, weight, config, to_hf=True) for name, weight in state.items()}
     return {name if name == "lm_head.weight" else f"model.{name}": w for name, w in weights.items()}
 
 
 def from_hf_state_dict(state: dict[str, Tensor], config: GPTConfig, interleaved: bool = True) -> dict:
-    """The inverse of `hf_state_dict`; a tied lm_head, if there is one, is dropped.
+    """The inverse of `hf_state_dict`; a tied lm_head, if there is one, is dropped, and an o_proj.bias of zeros.
 
     interleaved: whether MLA's rows are in pairs (`rope_interleave`), as `hf_state_dict` writes them.
     """
     return {
         name.removeprefix("model."): order_rope_rows(name, w, config, to_hf=False) if interleaved else w
         for name, w in state.items()
-        if not (name == "lm_head.weight" and config.tie_embeddings)
+        if not (name == "lm_head.weight" and config.tie_embeddings or name.endswith("o_proj.bias") and not w.any())
     }
 
 
@@ -221,7 +232,7 @@ def gpt_config(content: dict) -> GPTConfig:
         raise UserError(f"config.json: rope_parameters should be an object, not {rope!r}")
     for name, value in ONLY.items():
         found = (rope if name in rope else content).get(name)
-        if found not in (None, value):
+        if found not in (None, value) and (kind, name) != ("llama", "attention_bias"):
             raise UserError(f"{name} = {found!r} is not supported, only {value!r}")
     if set(content.get("layer_types") or []) - {"full_attention"}:
         raise UserError("layer_types: only full_attention is supported, no windows")
@@ -240,7 +251,8 @@ def gpt_config(content: dict) -> GPTConfig:
         else:
             groups = content.get("num_key_value_heads") or knobs["n_head"]
             knobs |= {"attention": group_name(knobs["n_head"], groups), "n_kv_head": groups}
-            knobs |= {"qk_norm": kind == "qwen3", "qkv_bias": kind == "qwen2", "head_dim": content.get("head_dim")}
+            knobs |= {"qk_norm": kind == "qwen3", "head_dim": content.get("head_dim")}
+            knobs |= {"qkv_bias": kind == "qwen2" or content.get("attention_bias")}
     except KeyError as e:
         raise UserError(f"config.json lacks {e.args[0]}") from e
     return from_dict(knobs, "config.json", GPTConfig)[0]
