@@ -194,7 +194,8 @@ class Step:
         names = ("latent_conv",) if c.rank else ("k_conv", "v_conv")
         for field, name in zip(("k_conv", "v_conv"), names if attention.kv_conv else (), strict=False):
             conv, ring, width = getattr(attention, name), own.plan_of_last, c.groups * shape[-1]
-            require(as_written(conv, pure.CausalConv) and conv.part == name and type(ring) is Plan, "a convolution")
+            assert ring is not None  # as its layout has such a part
+            require(as_written(conv, pure.CausalConv) and conv.part == name, "a convolution")
             weight, past, taps = conv.weight, own.buffers[name], attention.kv_conv
             require(ring.last == taps <= ring.slots == ring.ring and weight is conv._parameters["weight"], "its ring")
             addresses = self.address(weight, taps, 1, width), self.address(past, c.batch, 1, ring.slots, width)

@@ -3,7 +3,7 @@
 attention = "gqa"
 n_kv_head = 2
 intermediate_size = 360  # equal parameters, within 1 %, in mha.py, mqa.py, gqa.py and mla.py
-qk_norm = False  # no gain at this size, and MLA has none
+qk_norm = True
 
 dataset = "stdlib"
 block_size = 256

@@ -1,11 +1,12 @@
-# Multi-head latent attention (DeepSeek-V2, 2024): one latent and one rope key, 80 numbers a token a layer.
+# Multi-head latent attention (DeepSeek-V2, 2024): one latent and one rope key, 96 numbers a token a layer.
 
 attention = "mla"
-kv_lora_rank = 48
+kv_lora_rank = 64
 qk_rope_head_dim = 32
 qk_nope_head_dim = 16  # with the rope key as wide as the value, as fused attention kernels want
 v_head_dim = 48
-intermediate_size = 304  # equal parameters, within 1 %, in mha.py, mqa.py, gqa.py and mla.py
+qk_norm = "shared"  # RMSNorm of the query heads and of the rope key; no server has it: export needs --qk_norm=False
+intermediate_size = 288  # equal parameters, within 1 %, in mha.py, mqa.py, gqa.py and mla.py
 
 dataset = "stdlib"
 block_size = 256

@@ -2,7 +2,7 @@
 
 attention = "mqa"
 intermediate_size = 384  # equal parameters, within 1 %, in mha.py, mqa.py, gqa.py and mla.py
-qk_norm = False  # no gain at this size, and MLA has none
+qk_norm = True
 
 dataset = "stdlib"
 block_size = 256

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanokv.quantization import GROUP, dequantize, quantize
+from nanokv.quantization import GROUP, INT4, dequantize, quantize
 
 # Cache formats. The quantized ones store codes, and a scale for each group of numbers of one vector.
 CACHE_FORMATS = {
@@ -28,7 +28,7 @@ CACHE_FORMATS = {
     "fp16": torch.float16,
     "int8": torch.int8,
     "fp8": torch.float8_e4m3fn,
-    "int4": torch.int4,
+    "int4": INT4,
 }
 
 
@@ -71,7 +71,7 @@ class LayerLayout:
                 continue
             groups = math.ceil(coded / GROUP[dtype])
             buffers[name] = part.heads, coded, dtype
-            if dtype == torch.int4:
+            if dtype == INT4:
                 buffers[name] = part.heads, (coded + 1) // 2, torch.uint8
                 buffers[f"{name}_offset"] = part.heads, groups, torch.int8
             buffers[f"{name}_scale"] = part.heads, groups, plain
@@ -244,7 +244,7 @@ class LayerCache:
         dtype, coded = self.buffers[name].dtype, self.coded(name)
         if f"{name}_scale" not in self.buffers:
             return {name: value.to(dtype)}
-        of = torch.int4 if f"{name}_offset" in self.buffers else dtype
+        of = INT4 if f"{name}_offset" in self.buffers else dtype
         parts = {name + end: part for end, part in quantize(value[..., :coded], of).items()}
         return parts | ({f"{name}_exact": value[..., coded:].bfloat16()} if coded < value.size(-1) else {})
 

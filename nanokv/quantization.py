@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUP = {torch.int8: 128, torch.float8_e4m3fn: 128, torch.int4: 32}  # numbers of a vector that share a scale, at most
+INT4: torch.dtype = torch.int4  # pyright: ignore[reportAttributeAccessIssue]
+GROUP = {torch.int8: 128, torch.float8_e4m3fn: 128, INT4: 32}  # numbers of a vector that share a scale, at most
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # code
 
 
@@ -49,7 +50,7 @@ def dequantize(parts: dict[str, Tensor], width: int, dtype: torch.dtype) -> Tens
     if "_offset" not in parts:
         return codes.to(dtype).mul_(spread(parts["_scale"], GROUP[codes.dtype], width).to(dtype))
     codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :width]
-    scale, offset = (spread(parts[name], GROUP[torch.int4], width).to(dtype) for name in ("_scale", "_offset"))
+    scale, offset = (spread(parts[name], GROUP[INT4], width).to(dtype) for name in ("_scale", "_offset"))
     return codes.to(dtype).add_(offset).mul_(scale)
 
 

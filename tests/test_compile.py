@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from equivalence import BASE, assert_close, small_model, tokens
+from equivalence import BASE, CASES, assert_close, small_model, tokens
 
 from nanokv.cache import CACHE_FORMATS
 
@@ -48,6 +48,12 @@ def check_ragged_steps(knobs, dtype, backend: str, steps: int = 40) -> None:
 @pytest.mark.parametrize("window", WINDOWS, ids=["full", "ring-with-sinks", "every-other-layer"])
 def test_a_decode_step_is_one_graph(knobs, dtype, window):
     check_ragged_steps({**knobs, **window}, dtype, "eager", steps=40 if dtype == torch.float32 else 12)
+
+
+@pytest.mark.parametrize("name", ["gqa-conv", "mla-norm", "mla-conv-norm", "mla-conv-shared-norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int4], ids=["fp32", "int4"])
+def test_a_decode_step_with_norms_and_convolutions_is_one_graph(name, dtype):
+    check_ragged_steps({**CASES[name], **WINDOWS[2]}, dtype, "eager", steps=12)
 
 
 @pytest.mark.slow

@@ -487,9 +487,9 @@ def furthest(model, other, idx) -> float:
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_pooling_takes_the_mean_of_heads(groups, qk_norm):
-    model = as_run(small_model(attention="mha", qk_norm=qk_norm))
+@pytest.mark.parametrize("knobs", [{"qk_norm": False}, {"qk_norm": True}, {"qkv_bias": True}], ids=str)
+def test_pooling_takes_the_mean_of_heads(groups, knobs):
+    model = as_run(small_model(attention="mha", **knobs))
     config, weights = pool_heads(model, groups)
     assert (config.attention, config.n_kv_head) == ({4: "mha", 2: "gqa", 1: "mqa"}[groups], groups)
     pooled, idx = build(config, weights), tokens(2, 40)
@@ -498,11 +498,24 @@ def test_pooling_takes_the_mean_of_heads(groups, qk_norm):
     with torch.no_grad():  # heads that are alike lose nothing
         for layer in model.layers:
             for proj in (layer.self_attn.k_proj, layer.self_attn.v_proj):
-                heads = proj.weight.view(groups, 4 // groups, 8, 32)
-                heads[:] = heads.mean(1, keepdim=True).clone()
+                for part in proj.parameters():
+                    heads = part.view(groups, 4 // groups, 8, -1)
+                    heads[:] = heads.mean(1, keepdim=True).clone()
     alike = build(*pool_heads(model, groups))
     assert furthest(model, alike, idx) < 1e-5
     assert all(torch.allclose(alike.state_dict()[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"kv_conv": 1}, {"qkv_bias": True}, {"rope_scaling": "linear", "rope_factor": 2.0}], ids=str
+)
+def test_what_is_not_converted_is_named(knobs):
+    model = as_run(small_model(attention="mha", **knobs))
+    with pytest.raises(UserError, match=f"train one without {next(iter(knobs))}"):
+        factorize(model, tokens(2, 20), 8, 4)
+    if "kv_conv" in knobs:
+        with pytest.raises(UserError, match="kv_conv"):
+            pool_heads(model, 1)
 
 
 FULL = {

@@ -17,10 +17,15 @@ from model import ATTENTIONS, GPT, GPTConfig, GroupedQueryAttention
 from nanokv.config import UserError
 
 
-def grouped(config: GPTConfig) -> Any:
-    """The config itself. Raises UserError if its attention is not mha, mqa or gqa."""
+def grouped(config: GPTConfig, *unknown: str) -> Any:
+    """The config itself. Raises UserError if its attention is not mha, mqa or gqa, or if it has kv_conv or one of
+    the `unknown` knobs.
+    """
     if ATTENTIONS[config.attention] is not GroupedQueryAttention:
         raise UserError(f"the run has attention {config.attention}; what is converted is mha, mqa or gqa")
+    for knob in ("kv_conv", *unknown):
+        if value := getattr(config, knob):
+            raise UserError(f"the run has {knob} = {value}, which is not converted; train one without {knob}")
     return config
 
 
@@ -38,8 +43,8 @@ def pool_heads(model: GPT, n_kv_head: int) -> tuple[GPTConfig, dict[str, Tensor]
         raise UserError(f"n_kv_head = {n_kv_head} is no divisor of the {config.n_kv_head} that there are")
     weights = dict(model.state_dict())
     for name, weight in weights.items():
-        if name.endswith(("k_proj.weight", "v_proj.weight")):
-            heads = weight.unflatten(0, (n_kv_head, -1, config.head_dim))  # (new heads, of each, D, C)
+        if ".k_proj." in name or ".v_proj." in name:
+            heads = weight.unflatten(0, (n_kv_head, -1, config.head_dim))  # (new heads, of each, D, C), biases (..., D)
             weights[name] = heads.mean(1).flatten(0, 1)
     return replace(config, attention=group_name(config.n_head, n_kv_head), n_kv_head=n_kv_head), weights
 
@@ -66,7 +71,7 @@ def factorize(model: GPT, idx: Tensor, rank: int, rope_width: int) -> tuple[GPTC
     Exact, but for rounding, if rank >= n_embd and rope_width = n_kv_head * rotary_dim. Raises UserError if
     rope_width does not fit.
     """
-    config = grouped(model.config)
+    config = grouped(model.config, "qkv_bias", "rope_scaling")
     G, D, R = config.n_kv_head, config.head_dim, config.rotary_dim
     repeat = max(-(-rope_width // max(R, 1)), 1)
     width = rope_width // repeat  # of one RoPE among the `repeat`

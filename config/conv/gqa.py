@@ -1,0 +1,22 @@
+# Grouped-query attention (Ainslie et al. 2023): 2 heads share a key and value, 128 numbers a token a layer.
+# As config/gqa.py, with a convolution over what is cached, which costs no cache per token.
+
+out_dir = "out/conv-gqa"
+attention = "gqa"
+n_kv_head = 2
+intermediate_size = 360  # equal parameters, within 1 %, in this folder's four files
+qk_norm = True
+kv_conv = 2  # what is cached also takes from the two tokens before, per channel, see CausalConv in model.py
+
+dataset = "stdlib"
+block_size = 256
+n_layer = 4
+n_head = 4
+n_embd = 128
+
+# about 2 minutes on 2 CPU cores
+batch_size = 16
+max_iters = 250
+warmup_iters = 20
+learning_rate = 0.01
+eval_interval = 125
