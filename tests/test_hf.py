@@ -93,7 +93,7 @@ def test_there_and_back_is_the_identity(cls, knobs, tie):
         ({"attention": "mla", "qk_norm": "shared"}, "qk_norm = shared"),
         ({"qkv_bias": True}, "qkv_bias = True .*train a model with qkv_bias = False"),
         ({"score_factor": 2.0}, "score_factor = 2.0 .*train a model with score_factor = 1.0"),
-        ({"attention": "mla", "score_factor": 2.0}, "score_factor = 1 without yarn, not 2.0"),
+        ({"attention": "mla", "score_factor": 2.0}, "score_factor = 2.0 only with yarn"),
     ],
     ids=str,
 )

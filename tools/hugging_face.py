@@ -102,7 +102,8 @@ def hf_config(config: GPTConfig, qwen2: bool = True) -> dict:
     if mla:
         repeat, eps, score = config.qk_rope_repeat, config.norm_eps, config.score_factor
         yarn = config.rope_scaling == "yarn" and config.rope_factor > 1
-        faults[f"DeepSeek-V3 has score_factor = 1 without yarn, not {score}"] = score != 1 and not yarn
+        only = f"DeepSeek-V3 has score_factor = {score} only with yarn"
+        faults[f"{only}; train a model with score_factor = 1 to export it"] = score != 1 and not yarn
         faults["DeepSeek-V3 needs RoPE; qk_rope_head_dim must be above 0"] = config.qk_rope_head_dim == 0
         faults[f"DeepSeek-V3 has qk_rope_repeat = 1, not {repeat}"] = repeat != 1
         faults[f"DeepSeek-V3's latent norms have norm_eps = 1e-6, not {eps}"] = eps != 1e-6
