@@ -34,9 +34,12 @@ def resolve(config: Any) -> None:
     low, high = TURNS[kind]
     config.rope_low = low if config.rope_low is None else config.rope_low
     config.rope_high = high if config.rope_high is None else config.rope_high
-    config.rope_trained_length = config.rope_trained_length or config.block_size
+    if config.rope_trained_length is None:
+        config.rope_trained_length = config.block_size
     if config.rope_attention_factor is None:
         config.rope_attention_factor = 0.1 * math.log(config.rope_factor) + 1 if kind == "yarn" else 1.0
+    if kind == "yarn" and config.rope_theta <= 1:
+        raise ValueError(f"rope_scaling = yarn needs rope_theta above 1, not {config.rope_theta}")
     if not (0 < config.rope_low < config.rope_high and config.rope_trained_length > 0):
         raise ValueError("rope_scaling needs 0 < rope_low < rope_high and rope_trained_length above 0")
 
@@ -56,5 +59,5 @@ def scale(frequency: Tensor, config: Any) -> Tensor:
         first, last = (pairs * math.log(length / (turns * 2 * math.pi)) / per_turns for turns in (high, low))
         first, last = max(math.floor(first), 0), min(math.ceil(last), 2 * pairs - 1)
         pair = torch.arange(pairs, dtype=torch.float32, device=frequency.device)
-        kept = 1 - ((pair - first) / max(last - first, 0.001)).clamp(0, 1)
+        kept = 1 - ((pair - first) / (last - first or 0.001)).clamp(0, 1)
     return frequency * (kept + (1 - kept) / config.rope_factor)

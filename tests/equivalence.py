@@ -24,12 +24,19 @@ VARIANTS = {
         "free-head": {"head_dim": 12, "n_embd": 30},
         "no-rope": {"rotary_dim": 0},
         "conv": {"kv_conv": 1, "qk_norm": False},
+        "linear-rope": {"rope_scaling": "linear", "rope_factor": 4.0},
     },
-    "mqa": {"": {}, "partial-rope": {"rotary_dim": 4}, "conv": {"kv_conv": 2}},
+    "mqa": {
+        "": {},
+        "partial-rope": {"rotary_dim": 4},
+        "conv": {"kv_conv": 2},
+        "yarn-rope": {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_trained_length": 16},
+    },
     "gqa": {
         "": {"n_kv_head": 2},
         "partial-rope": {"n_kv_head": 2, "rotary_dim": 6, "tie_embeddings": True},
         "conv": {"n_kv_head": 2, "kv_conv": 2},
+        "llama3-rope": {"n_kv_head": 2, "rope_scaling": "llama3", "rope_factor": 8.0, "rope_trained_length": 16},
     },
     "mla": {
         "": {},
@@ -45,6 +52,7 @@ VARIANTS = {
         "conv": {"kv_conv": 2},
         "conv-norm": {"kv_conv": 1, "qk_norm": True},
         "conv-shared-norm": {"kv_conv": 2, "qk_norm": "shared"},
+        "yarn-rope": {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_trained_length": 16, "score_factor": 1.5},
     },
 }
 CASES = {

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from equivalence import assert_close, cached_logits, small_model, tokens
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from nanokv import checkpoint, tokenizer
+from nanokv import checkpoint, rope_scaling, tokenizer
 from nanokv.config import UserError
 from nanokv.generate import generate_lists
 from nanokv.tokenizer_json import from_json, to_json
@@ -33,11 +34,13 @@ SHAPES = {
     "mqa": {"attention": "mqa", "qk_norm": False},
     "gqa": {"attention": "gqa", "n_kv_head": 2, "qk_norm": False},
     "qk-norm": {"attention": "gqa", "n_kv_head": 2},
+    "qkv-bias": {"attention": "gqa", "n_kv_head": 2, "qk_norm": False, "qkv_bias": True},
     "mla": {"attention": "mla"},
     "mla-q-lora": {"attention": "mla", "q_lora_rank": 10},
 }
 VARIANTS = {f"{name}-{tie}": (knobs, tie == "tied") for name, knobs in SHAPES.items() for tie in ("tied", "untied")}
 GREEDY = 100
+UNSCALED = dict.fromkeys(("rope_scaling", *rope_scaling.KNOBS)) | {"rope_factor": 1.0, "score_factor": 1.0}
 
 IN_A_FRESH_PROCESS = """
 import sys, torch
@@ -118,7 +121,7 @@ def test_a_fresh_process_reads_text_the_same(exported, tok):
     assert results[name]["back"] == texts
 
 
-@pytest.mark.parametrize("name", ["mqa-tied", "qk-norm-untied", "mla-untied", "mla-q-lora-tied"])
+@pytest.mark.parametrize("name", ["mqa-tied", "qk-norm-untied", "qkv-bias-tied", "mla-untied", "mla-q-lora-tied"])
 def test_from_hf_and_to_hf_again_is_the_identity(exported, name, tmp_path):
     root, _ = exported
     convert.main(["from-hf", str(root / name), str(tmp_path / "run"), "--check=False"])
@@ -189,6 +192,68 @@ def test_a_foreign_model_becomes_a_run(cls, fields, tmp_path, capsys):
     assert tok.encode_ordinary("1 60") == [1, 60]
 
 
+# the published hyperparameters, on a trained context of 64 tokens, but for the first
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+DEEPSEEK = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40, "original_max_position_embeddings": 64}
+DEEPSEEK |= {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
+V2 = DEEPSEEK | {"mscale": 0.707, "mscale_all_dim": 0.707}
+WIDE = DENSE | {"qk_rope_head_dim": 32, "head_dim": 32}
+SCALED = {
+    "linear": ("Llama", {"head_dim": 32}, {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    "llama3": ("Llama", {"head_dim": 32}, LLAMA3 | {"original_max_position_embeddings": 64}),
+    "llama3-without-length": ("Llama", {"head_dim": 32}, LLAMA3),
+    "yarn": ("Llama", {"head_dim": 32}, YARN | {"rope_theta": 1e4, "factor": 16.0}),
+    "yarn-attention-factor": ("Llama", {"head_dim": 32}, YARN | {"attention_factor": 0.8, "beta_fast": 9}),
+    "qwen2": ("Qwen2", {"head_dim": 8}, YARN),
+    "qwen3": ("Qwen3", {"head_dim": 32}, YARN),
+    "deepseek-v3": ("DeepseekV3", WIDE, DEEPSEEK),
+    "deepseek-v3-mscale": ("DeepseekV3", WIDE | {"q_lora_rank": 7}, DEEPSEEK | {"mscale_all_dim": 0.5}),
+    "deepseek-v3-no-mscale": ("DeepseekV3", WIDE, DEEPSEEK | {"mscale": 0.0, "mscale_all_dim": 0.0}),
+    "deepseek-v2": ("DeepseekV2", WIDE, V2),
+}
+
+
+@pytest.mark.parametrize("cls,fields,rope", SCALED.values(), ids=SCALED)
+def test_scaled_rope_comes_and_goes(cls, fields, rope, tmp_path):
+    longest = 64 * int(rope["factor"]) if "original_max_position_embeddings" in rope else 64
+    fields = fields | {"max_position_embeddings": longest}
+    theirs = foreign_model(tmp_path / "hf", cls, rope_parameters=dict(rope), **fields)
+    idx = tokens(1, 256)
+    convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run")])
+    model, _ = load_run(tmp_path / "run", "cpu", "float32")
+    convert.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "again")])
+    content = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert content["max_position_embeddings"] == longest
+    unscaled = build(replace(model.config, **UNSCALED), model.state_dict())
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        assert_close(model(idx)[0], expected, 1e-4)
+        assert (unscaled(idx)[0] - expected).abs().max() > 0.01
+        for name in ("rope_parameters", "rope_scaling"):  # as transformers 5 writes them, and those before
+            left = {key: value for key, value in content.items() if key == name or not key.startswith("rope_")}
+            theta = {} if name == "rope_parameters" else {"rope_theta": rope["rope_theta"]}
+            (tmp_path / "again" / "config.json").write_text(json.dumps(left | theta))
+            again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+            assert_close(again(idx).logits, expected, 1e-4)
+            assert_close(build(hugging_face.gpt_config(left | theta), model.state_dict())(idx)[0], expected, 1e-4)
+
+
+def test_the_published_spelling_of_yarn_is_read(tmp_path):
+    """DeepSeek-V3's config.json."""
+    foreign_model(tmp_path / "hf", "DeepseekV3", **DENSE)
+    path = tmp_path / "hf" / "config.json"
+    content = json.loads(path.read_text())
+    del content["rope_parameters"]
+    old = {"type" if key == "rope_type" else key: value for key, value in DEEPSEEK.items() if key != "rope_theta"}
+    config = hugging_face.gpt_config(content | {"rope_theta": 10000, "rope_scaling": old})
+    assert (config.rope_scaling, config.rope_factor, config.rope_trained_length) == ("yarn", 40.0, 64)
+    assert (config.rope_low, config.rope_high, config.rope_attention_factor) == (1.0, 32.0, 1.0)
+    assert config.score_factor == pytest.approx(1.8738, abs=1e-4)
+    back = hugging_face.hf_config(config)["rope_scaling"]
+    assert back == pytest.approx(old | {"rope_type": "yarn", "attention_factor": 1.0})
+
+
 def test_the_old_way_of_writing_rope_is_read(tmp_path):
     foreign_model(tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
@@ -202,14 +267,27 @@ def test_the_old_way_of_writing_rope_is_read(tmp_path):
     "change,named",
     [
         ({"model_type": "mamba"}, "'mamba'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "'llama3'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 5e5, "factor": 8.0}}, "'longrope'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic' .*only default, linear, llama3, yarn"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, "truncate = False"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "attn_factor": 2.0}}, "'yarn' with attn_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0, "mscale_all_dim": 1.0}}, "'linear' with mscale_all_dim"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
+        ({"rope_scaling": {"type": "linear", "factor": "x"}}, "not understood"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0}}, "not understood"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_factor must be at least 1"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "with full_attention"),
+        ({"rope_parameters": "yarn"}, "rope_parameters should be an object"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"attention_bias": True}, r"lacks the weights layers\.0\.self_attn\.k_proj\.bias"),
+        ({"attention_bias": 2}, "qkv_bias"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
         ({"model_type": "deepseek_v3", "first_k_dense_replace": 1}, "first_k_dense_replace = 1"),
+        ({"model_type": "deepseek_v3", "first_k_dense_replace": 2, "rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05"),
         ({"num_key_value_heads": 3}, "n_kv_head = 3"),
         ({"hidden_size": None}, "n_embd|hidden_size"),
         ({"intermediate_size": 52}, "shape"),
@@ -313,7 +391,7 @@ def foreign_tokenizer(pre, normalizer=None) -> hugging_face_tokenizers.Tokenizer
     return theirs
 
 
-LLAMA3 = (
+LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
@@ -333,8 +411,8 @@ def gpt2_style():
     [
         foreign_tokenizer(gpt2_style()),
         foreign_tokenizer(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2_style()])),
-        foreign_tokenizer(by_regex(LLAMA3)),
-        foreign_tokenizer(by_regex(LLAMA3), normalizers.NFC()),
+        foreign_tokenizer(by_regex(LLAMA3_SPLIT)),
+        foreign_tokenizer(by_regex(LLAMA3_SPLIT), normalizers.NFC()),
     ],
     ids=["gpt2", "smollm2", "llama3", "qwen3"],
 )
@@ -370,8 +448,24 @@ def test_a_tokenizer_of_another_kind_is_refused_by_name(change, named):
         from_json(spec, "<|end|>")
 
 
+def test_qwen2_comes_and_goes_with_its_tokenizer(tmp_path, capsys):
+    foreign_model(tmp_path / "hf", "Qwen2", vocab_size=500, head_dim=8, eos_token_id=0)
+    spec = foreign_tokenizer(by_regex(LLAMA3_SPLIT.replace("{1,3}", "")), normalizers.NFC()).to_str()
+    (tmp_path / "hf" / "tokenizer.json").write_text(spec)
+    convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run")])
+    assert "token ids equal" in capsys.readouterr().out
+    convert.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "again")])
+    assert "wrote Qwen2ForCausalLM" in (said := capsys.readouterr().out) and "token ids equal" in said
+
+
+def test_a_bias_of_the_output_projection_is_refused_unless_zero(tmp_path):
+    foreign_model(tmp_path / "hf", attention_bias=True)
+    with pytest.raises(UserError, match=r"no place here for the weights layers\.0\.self_attn\.o_proj\.bias"):
+        convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run"), "--check=False"])
+
+
 def test_data_is_prepared_under_the_tokenizer_of_a_converted_run(tmp_path):
-    spec = foreign_tokenizer(by_regex(LLAMA3)).to_str()
+    spec = foreign_tokenizer(by_regex(LLAMA3_SPLIT)).to_str()
     foreign_model(tmp_path / "hf", vocab_size=500, eos_token_id=[7, 0])
     (tmp_path / "hf" / "tokenizer.json").write_text(spec)
     convert.main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "run")])

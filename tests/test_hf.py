@@ -9,6 +9,8 @@ from nanokv.config import UserError
 from tools.hugging_face import from_hf_state_dict, hf_config, hf_state_dict
 
 LLAMA, QWEN3, DEEPSEEK = "LlamaForCausalLM", "Qwen3ForCausalLM", "DeepseekV3ForCausalLM"
+LLAMA3 = {"rope_scaling": "llama3", "rope_theta": 5e5, "rope_factor": 8.0, "rope_trained_length": 64}
+YARN = {"rope_scaling": "yarn", "rope_theta": 1e6, "rope_factor": 4.0, "block_size": 32}
 CASES = {
     "mha": (LLAMA, {"attention": "mha", "qk_norm": False, "norm_eps": 1e-2}),
     "gqa": (LLAMA, {"attention": "gqa", "n_kv_head": 2, "qk_norm": False, "rope_theta": 500.0}),
@@ -17,6 +19,14 @@ CASES = {
     "qk-norm-mha": (QWEN3, {"attention": "mha", "norm_eps": 1e-2}),
     "qk-norm-gqa": (QWEN3, {"attention": "gqa", "n_kv_head": 2, "rope_theta": 500.0}),
     "qk-norm-mqa-free-head": (QWEN3, {"attention": "mqa", "head_dim": 6, "n_embd": 30}),
+    "qkv-bias": ("Qwen2ForCausalLM", {"attention": "gqa", "n_kv_head": 2, "qk_norm": False, "qkv_bias": True}),
+    "linear": (LLAMA, {"attention": "mha", "qk_norm": False, "rope_scaling": "linear", "rope_factor": 4.0}),
+    "llama3": (LLAMA, {"attention": "gqa", "n_kv_head": 2, "qk_norm": False, **LLAMA3}),
+    "yarn": (QWEN3, {"attention": "mha", **YARN}),
+    "yarn-attention-factor": (QWEN3, {"attention": "mqa", "rope_attention_factor": 0.9, "rope_high": 9.0, **YARN}),
+    "mla-llama3": (DEEPSEEK, {"attention": "mla", **LLAMA3}),
+    "mla-yarn": (DEEPSEEK, {"attention": "mla", **YARN}),
+    "mla-score-factor": (DEEPSEEK, {"attention": "mla", "score_factor": 1.8, "rope_attention_factor": 0.9, **YARN}),
     "mla": (DEEPSEEK, {"attention": "mla"}),
     "mla-q-lora": (DEEPSEEK, {"attention": "mla", "q_lora_rank": 10, "rope_theta": 500.0}),
     "mla-free-widths": (
@@ -77,6 +87,13 @@ def test_there_and_back_is_the_identity(cls, knobs, tie):
         ({"attention": "mla", "qk_rope_head_dim": 0}, "qk_rope_head_dim"),
         ({"attention": "mla", "qk_rope_head_dim": 4, "qk_rope_repeat": 2}, "qk_rope_repeat"),
         ({"attention": "mla", "norm_eps": 1e-5}, "norm_eps"),
+        ({"kv_conv": 2}, "mha with kv_conv = 2 .*train a model with kv_conv = 0"),
+        ({"attention": "mla", "kv_conv": 1}, "kv_conv = 1"),
+        ({"attention": "mla", "qk_norm": True}, "mla with qk_norm = True .*train a model with qk_norm = False"),
+        ({"attention": "mla", "qk_norm": "shared"}, "qk_norm = shared"),
+        ({"qkv_bias": True}, "qkv_bias = True .*train a model with qkv_bias = False"),
+        ({"score_factor": 2.0}, "score_factor = 2.0 .*train a model with score_factor = 1.0"),
+        ({"attention": "mla", "score_factor": 2.0}, "score_factor = 2.0 only with yarn"),
     ],
     ids=str,
 )

@@ -1,7 +1,7 @@
 """Convert runs: to and from Hugging Face, and from one attention to another.
 
     python -m tools.convert to-hf RUN DIR           a folder for transformers, and servers that read the same
-    python -m tools.convert from-hf DIR_OR_ID OUT   a Llama-, Qwen3- or dense DeepSeek-style model as a run
+    python -m tools.convert from-hf DIR_OR_ID OUT   a Llama, Qwen2, Qwen3 or dense DeepSeek as a run
     python -m tools.convert to-gqa RUN OUT --n_kv_head=2        mean-pool key and value heads; 1: multi-query
     python -m tools.convert to-mla RUN OUT --kv_lora_rank=64    factorize keys and values into a latent
 
@@ -83,7 +83,8 @@ def to_hf(options: ToHfOptions) -> None:
     out, dtype = Path(options.out), getattr(torch, options.dtype)
     model, tok = load_run(options.run, "cpu", "float32")
     model = model.to(dtype).float()  # what is compared has the precision of what is written
-    content = hugging_face.hf_config(model.config)
+    qwen2 = hugging_face.is_qwen2(tok)
+    content = hugging_face.hf_config(model.config, qwen2)
     if (out / "config.json").exists() and not options.overwrite:
         raise UserError(f"{out} already holds a model; choose another folder, or give --overwrite=True")
     # a document begins after another's end
@@ -101,7 +102,7 @@ def to_hf(options: ToHfOptions) -> None:
         out.mkdir(parents=True, exist_ok=True)
         for name, value in files.items():
             (out / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        weights = hugging_face.hf_state_dict(model, model.config)
+        weights = hugging_face.hf_state_dict(model, model.config, qwen2)
         weights = {name: w.to(dtype).contiguous() for name, w in weights.items()}
         save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     except OSError as e:

@@ -3,12 +3,16 @@
 | ours                            | theirs                                         |
 |---------------------------------|------------------------------------------------|
 | mha, gqa, mqa without QK-norm   | `LlamaForCausalLM`                             |
+| the same with qkv_bias          | `Qwen2ForCausalLM`, or Llama if `not is_qwen2` |
 | mha, gqa, mqa with QK-norm      | `Qwen3ForCausalLM`                             |
 | mla                             | `DeepseekV3ForCausalLM`, every layer dense     |
+
+RoPE scaling is linear, llama3 or yarn in all of them.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -31,10 +35,17 @@ KEYS |= {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num
 KEYS |= {"block_size": "max_position_embeddings", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings"}
 MLA_WIDTHS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 TOLERANCE = 1e-4  # largest difference of logits from Hugging Face's, in fp32, relative above 1
-FAMILIES = {"llama": "mha", "qwen3": "mha", "deepseek_v3": "mla", "youtu": "mla"}
+FAMILIES: dict[Any, str] = dict.fromkeys(("llama", "qwen2", "qwen3"), "mha")
+FAMILIES |= dict.fromkeys(("deepseek_v2", "deepseek_v3", "youtu"), "mla")
+# of each rope_type, ours: theirs, in rope_parameters (called rope_scaling before transformers 5)
+SCALINGS = {"default": {}, "linear": {"rope_factor": "factor"}}
+LONGER = SCALINGS["linear"] | {"rope_trained_length": "original_max_position_embeddings"}
+SCALINGS["llama3"] = LONGER | {"rope_low": "low_freq_factor", "rope_high": "high_freq_factor"}
+SCALINGS["yarn"] = LONGER | {"rope_low": "beta_slow", "rope_high": "beta_fast"}
+SCALINGS["yarn"] |= {"rope_attention_factor": "attention_factor"}
 # what a config.json may not ask for but in this way
 ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
-ONLY |= {"partial_rotary_factor": 1.0, "quantization_config": None}
+ONLY |= {"partial_rotary_factor": 1.0, "quantization_config": None, "truncate": True}
 
 
 @torch.no_grad()
@@ -68,33 +79,49 @@ def check(folder: Path, model: Any, tok: tokenizers.Tokenizer | None) -> str:
     return f"{verdict}, token ids equal"
 
 
-def hf_config(config: GPTConfig) -> dict:
+def is_qwen2(tok: tokenizers.Tokenizer) -> bool:
+    """Whether a model with qkv_bias is exported as Qwen2. transformers reads text for every Qwen2 by NFC and
+    Qwen2's pattern, whatever tokenizer.json says; with another tokenizer it is a Llama whose o_proj.bias is 0.
+    """
+    return getattr(tok, "nfc", False)
+
+
+def hf_config(config: GPTConfig, qwen2: bool = True) -> dict:
     """The contents of config.json for the Hugging Face class that computes what `config` does.
 
-    Raises UserError, naming the knob, if there is no such class.
+    qwen2: see `is_qwen2`. Raises UserError, naming the knob, if there is no such class.
     """
     mla = attention_class(config) is MultiHeadLatentAttention
-    faults = {"a window is not exported; train with window = 0 for Hugging Face": config.window}
+    off = {"window": 0, "kv_conv": 0} | ({"qk_norm": False} if mla else {"score_factor": 1.0})
+    off |= {"qkv_bias": False} if config.qk_norm else {}
+    faults = {
+        f"{config.attention} with {knob} = {getattr(config, knob)} has no Hugging Face class; "
+        f"train a model with {knob} = {value} to export it": getattr(config, knob) not in (None, value)
+        for knob, value in off.items()
+    }
     if mla:
-        repeat, eps = config.qk_rope_repeat, config.norm_eps
+        repeat, eps, score = config.qk_rope_repeat, config.norm_eps, config.score_factor
+        yarn = config.rope_scaling == "yarn" and config.rope_factor > 1
+        only = f"DeepSeek-V3 has score_factor = {score} only with yarn"
+        faults[f"{only}; train a model with score_factor = 1 to export it"] = score != 1 and not yarn
         faults["DeepSeek-V3 needs RoPE; qk_rope_head_dim must be above 0"] = config.qk_rope_head_dim == 0
         faults[f"DeepSeek-V3 has qk_rope_repeat = 1, not {repeat}"] = repeat != 1
         faults[f"DeepSeek-V3's latent norms have norm_eps = 1e-6, not {eps}"] = eps != 1e-6
     else:
         C, H, D = config.n_embd, config.n_head, config.head_dim
         faults[f"partial RoPE has no exact Hugging Face class; train with rotary_dim = {D}"] = config.rotary_dim != D
-        faults[f"Llama wants n_embd = {C} divisible by n_head = {H}"] = not config.qk_norm and C % H
+        faults[f"Llama and Qwen2 want n_embd = {C} divisible by n_head = {H}"] = not config.qk_norm and C % H != 0
     for fault, found in faults.items():
         if found:
             raise UserError(fault)
     content = {theirs: getattr(config, ours) for ours, theirs in KEYS.items()}
-    # rope_theta stands in both places: readers from before transformers 5 look for it outside
-    content |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
     content |= {"hidden_act": "silu", "attention_bias": False, "bos_token_id": None, "eos_token_id": None}
+    content |= hf_rope(config, mla)
     if not mla:
-        name, kind = ("Qwen3", "qwen3") if config.qk_norm else ("Llama", "llama")
+        name = "Qwen3" if config.qk_norm else "Qwen2" if config.qkv_bias and qwen2 else "Llama"
+        content |= {"attention_bias": name == "Llama" and bool(config.qkv_bias)}
         content |= {"num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim}
-        return {"architectures": [f"{name}ForCausalLM"], "model_type": kind} | content
+        return {"architectures": [f"{name}ForCausalLM"], "model_type": name.lower()} | content
     content |= {width: getattr(config, width) for width in MLA_WIDTHS}
     content |= {"num_key_value_heads": config.n_head, "rope_interleave": True, "num_nextn_predict_layers": 0}
     content |= {"first_k_dense_replace": config.n_layer}  # no layer left for experts, whose numbers mean nothing
@@ -103,23 +130,46 @@ def hf_config(config: GPTConfig) -> dict:
     return {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"} | content
 
 
-def hf_state_dict(model: nn.Module | dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Our model, or its state dict, under Hugging Face's names; a tied lm_head is left out."""
-    state = model.state_dict() if isinstance(model, nn.Module) else model
-    hf_config(config)  # is there such a class?
+def hf_rope(config: Any, mla: bool) -> dict:
+    """What config.json says of RoPE scaling, for transformers 5 and for readers of what came before."""
+    kind = config.rope_scaling or "default"
+    scaling = {theirs: getattr(config, ours) for ours, theirs in SCALINGS[kind].items()}
+    # rope_theta stands in two places, see KEYS: readers from before transformers 5 look for it outside
+    new: dict[str, Any] = {"rope_parameters": {"rope_type": kind, "rope_theta": config.rope_theta}}
+    if kind == "default":
+        return new
+    if kind == "yarn":
+        log, root = 0.1 * math.log(config.rope_factor), math.sqrt(config.score_factor)
+        if mla and log:  # get_mscale(mscale_all_dim) = root, and get_mscale(mscale) is attention_factor times that
+            scaling["mscale"] = round((config.rope_attention_factor * root - 1) / log, 12)
+            scaling["mscale_all_dim"] = round((root - 1) / log, 12)
+        # transformers 4 takes the quotient of the two lengths for the factor
+        reach = math.ceil(config.rope_factor * config.rope_trained_length)
+        new["max_position_embeddings"] = max(config.block_size, reach)
+    new["rope_parameters"] |= scaling
+    # `type` is the oldest name; with linear, its readers allow nothing else beside the factor
+    return new | {"rope_scaling": {"type": kind} | scaling | ({} if kind == "linear" else {"rope_type": kind})}
+
+
+def hf_state_dict(model: nn.Module | dict[str, Tensor], config: GPTConfig, qwen2: bool = True) -> dict[str, Tensor]:
+    """Our model, or its state dict, under Hugging Face's names; a tied lm_head is left out. qwen2: see `is_qwen2`."""
+    state = dict(model.state_dict() if isinstance(model, nn.Module) else model)
+    if hf_config(config, qwen2)["attention_bias"]:  # Llama's are four
+        for i in range(config.n_layer):
+            state[f"layers.{i}.self_attn.o_proj.bias"] = state["norm.weight"].new_zeros(config.n_embd)
     weights = {name: order_rope_rows(name, weight, config, to_hf=True) for name, weight in state.items()}
     return {name if name == "lm_head.weight" else f"model.{name}": w for name, w in weights.items()}
 
 
 def from_hf_state_dict(state: dict[str, Tensor], config: GPTConfig, interleaved: bool = True) -> dict:
-    """The inverse of `hf_state_dict`; a tied lm_head, if there is one, is dropped.
+    """The inverse of `hf_state_dict`; a tied lm_head, if there is one, is dropped, and an o_proj.bias of zeros.
 
     interleaved: whether MLA's rows are in pairs (`rope_interleave`), as `hf_state_dict` writes them.
     """
     return {
         name.removeprefix("model."): order_rope_rows(name, w, config, to_hf=False) if interleaved else w
         for name, w in state.items()
-        if not (name == "lm_head.weight" and config.tie_embeddings)
+        if not (name == "lm_head.weight" and config.tie_embeddings or name.endswith("o_proj.bias") and not w.any())
     }
 
 
@@ -178,33 +228,62 @@ def gpt_config(content: dict) -> GPTConfig:
     kind = content.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"model_type {kind!r} is not known here, only {', '.join(FAMILIES)}")
-    rope = content.get("rope_parameters") or {}
-    rope = {"rope_theta": content.get("rope_theta", 10000.0), **(content.get("rope_scaling") or {}), **rope}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
-        raise UserError(f"RoPE scaling {scaling!r} is not supported")
+    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"config.json: rope_parameters should be an object, not {rope!r}")
     for name, value in ONLY.items():
         found = (rope if name in rope else content).get(name)
-        if found not in (None, value):
+        if found not in (None, value) and (kind, name) != ("llama", "attention_bias"):
             raise UserError(f"{name} = {found!r} is not supported, only {value!r}")
     if set(content.get("layer_types") or []) - {"full_attention"}:
         raise UserError("layer_types: only full_attention is supported, no windows")
     content = {"rms_norm_eps": 1e-6, "tie_word_embeddings": kind == "youtu"} | content
-    content["rope_theta"] = rope["rope_theta"]
+    content |= {"rope_theta": rope.get("rope_theta", content.get("rope_theta", 10000.0))}
     try:
         knobs = {ours: content[theirs] for ours, theirs in KEYS.items()}
+        knobs |= rope_knobs(rope, mla=FAMILIES[kind] == "mla")
         if FAMILIES[kind] == "mla":
             dense = knobs["n_layer"] if kind == "youtu" else content["first_k_dense_replace"]
             if dense < knobs["n_layer"]:
                 raise UserError(f"first_k_dense_replace = {dense}: layers of experts are not supported")
+            if knobs["norm_eps"] != 1e-6:
+                raise UserError(f"rms_norm_eps = {knobs['norm_eps']} is not supported with latents, only 1e-06")
             knobs |= {"attention": "mla"} | {name: content[name] for name in MLA_WIDTHS if name in content}
         else:
             groups = content.get("num_key_value_heads") or knobs["n_head"]
             knobs |= {"attention": group_name(knobs["n_head"], groups), "n_kv_head": groups}
             knobs |= {"qk_norm": kind == "qwen3", "head_dim": content.get("head_dim")}
+            knobs |= {"qkv_bias": kind == "qwen2" or content.get("attention_bias")}
     except KeyError as e:
         raise UserError(f"config.json lacks {e.args[0]}") from e
     return from_dict(knobs, "config.json", GPTConfig)[0]
+
+
+def rope_knobs(rope: dict, mla: bool) -> dict:
+    """Our knobs for `rope`, the rope_parameters of a config.json, as transformers reads it.
+
+    Raises UserError, naming what has no counterpart here, and KeyError if it lacks the factor.
+    """
+    given = {name: value for name, value in rope.items() if value is not None}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in tuple(SCALINGS):
+        raise UserError(f"RoPE scaling {kind!r} is not supported, only {', '.join(SCALINGS)}")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *SCALINGS[kind].values()}
+    known |= {"mscale", "mscale_all_dim", "truncate"} if kind == "yarn" else set()
+    for name in sorted(given.keys() - known):
+        raise UserError(f"RoPE scaling {kind!r} with {name} is not supported")
+    if kind == "default":
+        return {}
+    knobs = {ours: given[theirs] for ours, theirs in SCALINGS[kind].items() if theirs in given}
+    knobs |= {"rope_scaling": kind, "rope_factor": given["factor"]}
+    both = [given.get(name) or 0 for name in ("mscale", "mscale_all_dim")]
+    try:
+        mscale, of_all = (0.1 * m * math.log(given["factor"]) + 1 for m in both)
+        if all(both):
+            knobs.setdefault("rope_attention_factor", mscale / of_all)
+        return knobs | ({"score_factor": of_all**2} if mla else {})
+    except (TypeError, ValueError, ArithmeticError):
+        raise UserError(f"config.json: {rope} is not understood as the numbers of RoPE scaling") from None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
