@@ -30,6 +30,7 @@ REQUIRED = ("attention", "tokens", "params/total", "kv_cache/bytes_per_token", "
 REQUIRED += ("best/val_loss", "final/val_loss")  # the latter is written when a run has come to its end
 MEASURED = ("best/val_loss", "best/val_bpb", "decode/tokens_per_s", "train/tokens_per_s")
 NOT_THE_EXPERIMENT = {"seed", "out_dir", "overwrite", "wandb_log", "wandb_project", "wandb_run_name"}
+LOSS_AT = re.compile(r"val/loss_at/(\d+)")
 CURVE_POINTS = 400  # of a curve that are read; a picture shows no more
 MARK = b'"train/loss"'  # in the lines of metrics.jsonl that are points of the curve
 
@@ -94,6 +95,13 @@ class Row:
     def spread(self, key: str) -> float | None:
         """Sample standard deviation over seeds; None for a single run."""
         return statistics.stdev(values) if len(values := self.values(key)) > 1 else None
+
+    def losses_at(self) -> list[tuple[int, float]]:
+        """The mean over seeds of `val/loss_at/N`, by N, at the last evaluation; empty for runs of earlier versions."""
+        found = [match for run in self.runs for match in map(LOSS_AT.fullmatch, run.summary) if match]
+        ends = sorted({int(match[1]) for match in found})
+        means = {end: self.values(f"val/loss_at/{end}") for end in ends}
+        return [(end, statistics.fmean(values)) for end, values in means.items() if values]
 
 
 def is_number(value) -> TypeGuard[float]:
