@@ -82,6 +82,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
 
 
+def mfu(flops_per_s: float, peak: float | None) -> float | None:
+    """Model FLOPs utilization; None without a peak, or with one that training exceeds. A CPU's peak comes out too low
+    if other processes run while it is timed; and masked positions are counted, which a causal kernel skips.
+    """
+    return flops_per_s / peak if peak and flops_per_s <= peak else None
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes held at once so far: on a GPU by torch's allocator, elsewhere by the process."""
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""nanokv/metrics.py: the loss by position in the context."""
+"""nanokv/metrics.py: the loss by position in the context, and when a run has a model FLOPs utilization."""
 
 import math
 from contextlib import nullcontext
@@ -87,3 +87,8 @@ def test_spans_double_up_to_the_context():
     assert metrics.position_spans(8) == [8] and metrics.position_spans(16) == [16]
     assert metrics.position_spans(100) == [16, 16, 32, 36]
     assert metrics.position_spans(256) == [16, 16, 32, 64, 128]
+
+
+def test_mfu_is_left_out_where_the_peak_is_not_one():
+    assert metrics.mfu(5e9, 1e10) == 0.5 and metrics.mfu(1e10, 1e10) == 1
+    assert metrics.mfu(1.25e10, 1e10) is None and metrics.mfu(1e10, None) is None
