@@ -34,6 +34,7 @@ NOT_THE_EXPERIMENT = {"seed", "out_dir", "overwrite", "wandb_log", "wandb_projec
 NOT_THE_EXPERIMENT |= {"wandb_entity", "wandb_group", "wandb_tags"}
 ORIGIN = {"code": "code_sha256", "data": "corpus_sha256"}  # what the figures of a row come from, by column
 ORIGIN |= {what: f"resolved/{what}" for what in ("dtype", "device", "backend")}  # as the knobs were resolved
+LOSS_AT = re.compile(r"val/loss_at/(\d+)")
 CURVE_POINTS = 400  # of a curve that are read; a picture shows no more
 MARK = b'"train/loss"'  # in the lines of metrics.jsonl that are points of the curve
 
@@ -99,6 +100,13 @@ class Row:
     def spread(self, key: str) -> float | None:
         """Sample standard deviation over seeds; None for a single run."""
         return statistics.stdev(values) if len(values := self.values(key)) > 1 else None
+
+    def losses_at(self) -> list[tuple[int, float]]:
+        """The mean over seeds of `val/loss_at/N`, by N, at the last evaluation; empty for runs of earlier versions."""
+        found = [match for run in self.runs for match in map(LOSS_AT.fullmatch, run.summary) if match]
+        ends = sorted({int(match[1]) for match in found})
+        means = {end: self.values(f"val/loss_at/{end}") for end in ends}
+        return [(end, statistics.fmean(values)) for end, values in means.items() if values]
 
 
 def is_number(value) -> TypeGuard[float]:

@@ -443,7 +443,7 @@ def log_progress(run: Run, losses: list[Tensor], grad_norm: Tensor, lr: float) -
     run.spikes.see(run.step, train_loss)
     (first, since), tokens_per_step = run.clock, run.samples_per_step * run.block_size
     rate = (run.step - first) * tokens_per_step / (time.perf_counter() - since)
-    mfu = rate * run.flops_per_token / run.peak_flops if run.peak_flops else None
+    mfu = measure.mfu(rate * run.flops_per_token, run.peak_flops)
     metrics = {"train/loss": train_loss, "train/grad_norm": grad_norm.item(), "lr": lr}
     metrics |= {"train/skipped_steps": run.skipped.total, "train/tokens_per_s": rate, "train/mfu": mfu}
     metrics["memory/peak_bytes"] = measure.peak_memory(run.device)

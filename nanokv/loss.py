@@ -21,9 +21,15 @@ class LanguageModelLoss(nn.Module):
         super().__init__()
         self.model: Any = model
 
-    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """idx and targets (B, T) -> mean cross-entropy, in nats, of the targets that are not -1."""
-        return self.cross_entropy(self.model.hidden(idx).flatten(0, 1), targets.flatten())
+    def forward(self, idx: Tensor, targets: Tensor, spans: tuple[int, ...] = ()) -> Tensor:
+        """idx and targets (B, T) -> mean cross-entropy (), in nats, of the targets that are not -1. With `spans`,
+        numbers of positions that add up to T: the mean of each span, (len(spans),); nan where all targets are -1.
+        """
+        hidden = self.model.hidden(idx)  # (B, T, C)
+        if not spans:
+            return self.cross_entropy(hidden.flatten(0, 1), targets.flatten())
+        parts = zip(hidden.split(spans, 1), targets.split(spans, 1), strict=True)
+        return torch.stack([self.cross_entropy(h.flatten(0, 1), t.flatten()) for h, t in parts])
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The loss of final hidden states (N, C) and targets (N,). Many logits are computed in chunks and again in the

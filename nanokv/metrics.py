@@ -11,6 +11,7 @@ import timeit
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate, count, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
 
 
+def mfu(flops_per_s: float, peak: float | None) -> float | None:
+    """Model FLOPs utilization; None without a peak, or with one that training exceeds. A CPU's peak comes out too low
+    if other processes run while it is timed; and masked positions are counted, which a causal kernel skips.
+    """
+    return flops_per_s / peak if peak and flops_per_s <= peak else None
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes held at once so far: on a GPU by torch's allocator, elsewhere by the process."""
     if device.type == "cuda":
@@ -151,27 +159,37 @@ def code_sha256() -> str:
     return total.hexdigest()
 
 
+def position_spans(block_size: int) -> list[int]:
+    """Numbers of positions in the spans 0-15, 16-31, 32-63, 64-127 ... of a context; the last one ends with it."""
+    ends = [*takewhile(lambda end: end < block_size, (16 << i for i in count())), block_size]
+    return [end - start for start, end in pairwise([0, *ends])]
+
+
 @torch.no_grad()
 def evaluate(loss_model: Any, dataset: Dataset, windows: tuple[int, int, int], autocast, until=lambda: False) -> dict:
-    """Mean loss in nats a token and bits per byte, over the same validation tokens on any number of ranks.
+    """Mean loss in nats a token and bits per byte, over the same validation tokens on any number of ranks; and the
+    loss of each of `position_spans`, by the number of tokens that the last target of a span is predicted from.
     windows: block_size, batch_size and how many batches of all ranks, evenly spaced; 0: the whole split.
     Draws nothing from any random state. Ends early, with what it has, when `until()` says so.
     """
-    device = next(loss_model.parameters()).device
+    device, spans = next(loss_model.parameters()).device, position_spans(windows[0])
     loss_model.eval()
-    loss, count = torch.zeros((), device=device), 0
+    sums, counts = (torch.zeros(len(spans), dtype=dtype, device=device) for dtype in (torch.float32, torch.int64))
     for x, y in dataset.val_batches(*windows, parallel.rank(), parallel.size()):
-        n = int((y >= 0).sum())
+        n = torch.stack([(part >= 0).sum() for part in y.split(spans, 1)]).to(device)
         with autocast:
-            mean = loss_model(x.to(device), y.to(device))
-        if n:  # the mean over none is not a number
-            loss, count = loss + mean * n, count + n
+            means = loss_model(x.to(device), y.to(device), tuple(spans))
+        sums += torch.where(n > 0, means * n, 0)  # the mean over none is not a number
+        counts += n
         if until():
             break
     loss_model.train()
-    loss, count = parallel.all_reduce_sum(loss.item(), count)
-    loss, bytes_per_token = loss / count, dataset.val_bytes_per_token
-    return {"val/loss": loss, "val/bpb": loss / math.log(2) / bytes_per_token if bytes_per_token else None}
+    totals = parallel.all_reduce_sum(*sums.tolist(), *counts.tolist())
+    sums, counts = totals[: len(spans)], totals[len(spans) :]
+    loss, bytes_per_token = sum(sums) / sum(counts), dataset.val_bytes_per_token
+    metrics = {"val/loss": loss, "val/bpb": loss / math.log(2) / bytes_per_token if bytes_per_token else None}
+    by_position = zip(accumulate(spans), sums, counts, strict=True)
+    return metrics | {f"val/loss_at/{end}": total / n for end, total, n in by_position if n}
 
 
 def decode_probe(model: Any, context: int, n=32, repeats=5, cache_dtype: torch.dtype | None = None) -> dict[str, float]:

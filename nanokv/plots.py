@@ -71,9 +71,12 @@ def powers_of_two(axis) -> None:
 
 
 def draw_compare(rows: list, key: str, path: Path) -> None:
-    """Rows of compare.py: quality (`key`) against cache, the frontier as a staircase, seeds as bars; loss curves."""
-    mosaic = [["quality", "tokens"], ["quality", "time"]]
-    figure, panels = pyplot().subplot_mosaic(mosaic, figsize=(9, 4.6), width_ratios=(3, 2))
+    """Rows of compare.py: quality (`key`) against cache, the frontier as a staircase, seeds as bars; loss curves; and
+    the loss by the tokens of context before a target, where runs have it.
+    """
+    names = ["tokens", "time"] + ["context"] * any(row.losses_at() for row in rows)
+    mosaic = [["quality", name] for name in names]
+    figure, panels = pyplot().subplot_mosaic(mosaic, figsize=(9, 2.3 * len(names)), width_ratios=(3, 2))
     axes = panels["quality"]
     powers_of_two(axes)
     stairs = [(row[CACHE], row[key]) for row in rows if row.frontier]
@@ -85,6 +88,10 @@ def draw_compare(rows: list, key: str, path: Path) -> None:
         look = dict(color=color, marker=marker, markersize=6)
         axes.errorbar(*zip(*points, strict=True), capsize=3, elinewidth=1, linestyle="none", **look)
         axes.plot([], [], label=name, linestyle=line, **look)  # for the legend
+        for losses in filter(None, (row.losses_at() for row in mine)):
+            panels["context"].plot(
+                *zip(*losses, strict=True), **look | dict(linestyle=line, linewidth=1.2, markersize=3)
+            )
         best = min(mine, key=lambda row: row[key]).runs[0].curve
         for panel, unit in (("tokens", 1e6), ("time", 60)):
             x, y = [e[panel] / unit for e in best], [e["train/loss"] for e in best]
@@ -96,6 +103,9 @@ def draw_compare(rows: list, key: str, path: Path) -> None:
     axes.legend(loc="upper right")
     panels["tokens"].set(xlabel="training tokens, millions", ylabel="train loss")
     panels["time"].set(xlabel="training time, minutes", ylabel="train loss")
+    if "context" in names:
+        powers_of_two(panels["context"])
+        panels["context"].set(xlabel="context, tokens (at most)", ylabel="val loss")
     if losses := sorted(e["train/loss"] for row in rows for e in row.runs[0].curve):
         for name in ("tokens", "time"):  # not the first steps, beside which the runs look alike
             panels[name].set_ylim(losses[0] - 0.05, losses[int(0.8 * (len(losses) - 1))] + 0.05)

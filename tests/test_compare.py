@@ -242,6 +242,23 @@ def test_names_in_the_picture_do_not_overlap(tmp_path):
     plt.close(figure)
 
 
+def test_a_panel_shows_the_loss_by_context_of_runs_that_have_it(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    a = [make_run(tmp_path / f"mha-s{i}", seed=i, **{"val/loss_at/32": 3.0 + i, "val/loss_at/16": 5.0}) for i in (1, 2)]
+    b = make_run(tmp_path / "mla", "mla", cache=640, **{"val/loss_at/8": 4.0, "val/loss_at/16": None})
+    old = make_run(tmp_path / "old", "mqa", cache=256, **{"val/loss_at/x": 1.0})
+    plots.draw_compare(rows_of(*a, b, old), "best/val_bpb", tmp_path / "p.png")
+    plots.draw_compare(rows_of(old), "best/val_bpb", tmp_path / "p.png")
+    *_, panel = figures[0].axes
+    assert panel.get_xlabel().startswith("context") and panel.get_xscale() == "log"
+    lines = [list(zip(*line.get_data(), strict=True)) for line in panel.lines]
+    assert sorted(lines) == [[(8, 4.0)], [(16, 5.0), (32, 4.5)]]
+    assert [len(figure.axes) for figure in figures] == [4, 3]
+    for figure in figures:
+        plots.pyplot().close(figure)
+
+
 def test_every_attention_has_a_look_of_its_own():
     styles = plots.styles_of(["gta", "mla", "mha", "new", "mqa", "gqa"])
     assert list(styles)[:4] == ["mha", "gqa", "mqa", "mla"] and set(styles) >= {"gta", "new"}

@@ -23,7 +23,7 @@ from nanokv import distributed as parallel
 
 ROOT = Path(__file__).parent.parent
 # widths that 4 ranks cannot cut evenly, and fewer matrices of a shape than ranks
-TINY = ["--n_layer=2", "--n_head=2", "--n_embd=24", "--intermediate_size=22", "--block_size=8"]
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=24", "--intermediate_size=22", "--block_size=24"]
 TINY += ["--batch_size=2", "--gradient_accumulation_steps=4", "--dropout=0.1", "--warmup_iters=2"]
 TINY += ["--device=cpu", "--dtype=float32", "--compile=False", "--sample_tokens=0", "--eval_iters=9"]
 TINY += ["--eval_interval=25", "--log_interval=1", "--max_iters=50", "--lr_decay_iters=50"]
@@ -100,9 +100,10 @@ def environment() -> dict[str, str]:
 
 
 def curve(run_dir: Path) -> list[float]:
-    """Losses of a run, of each step and of each evaluation."""
+    """Losses of a run, of each step and of each evaluation, whole and by position."""
     events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [event[key] for key in ("train/loss", "val/loss") for event in events if key in event]
+    keys = ("train/loss", "val/loss", "val/loss_at/16", "val/loss_at/24")
+    return [event[key] for key in keys for event in events if key in event]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def runs(corpus, tmp_path_factory) -> Path:
 def test_losses_are_the_same_at_any_number_of_ranks(runs, case):
     """One rank accumulates 4 micro-batches, each of four ranks has one; dropout drops the same."""
     alone = curve(runs / f"1-{case[0]}-{case[1]}-ddp")
-    assert len(alone) == 50 + 3
+    assert len(alone) == 50 + 3 * 3
     others = [path for path in runs.glob(f"*-{'-'.join(case)}") if not path.name.startswith("1")]
     assert others
     for path in others:

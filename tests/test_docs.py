@@ -231,7 +231,16 @@ def checkout(corpus, tmp_path_factory) -> Path:
         file.write(small)
     runs = root / "config/gta.txt"
     runs.write_text("".join(runs.read_text("utf-8").splitlines(keepends=True)[:2]), "utf-8")
+    recalled = root / "config/gta_recall.txt"
+    short = " --max_iters=2 --eval_interval=2 --batch_size=4 --warmup_iters=1 --n_embd=32\n"
+    recalled.write_text(recalled.read_text("utf-8").replace("\n", short), "utf-8")
     return root
+
+
+SMALL = {"cache": ["--tokens=256", "--formats=fp32,int8", "--windows=16", "--sinks=0"]}
+SMALL["train"] = ["--block_sizes=32", "--tokens=64", "--steps=1", "--n_layer=1", "--vocab_size=64"]
+SMALL["decode"] = ["--contexts=8", "--batches=1", "--n=1", "--n_layer=1", "--vocab_size=64", "--max_cache=0.1"]
+SMALL["tools.recall"] = ["--pairs=2"]
 
 
 def run(words: list[str], root: Path) -> str:
@@ -239,8 +248,7 @@ def run(words: list[str], root: Path) -> str:
     module = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[words[0]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     words = sum((sorted(glob(word, root_dir=root)) if "*" in word else [word] for word in words), [])
-    if "tools.bench" in words:
-        words += ["--tokens=256", "--formats=fp32,int8", "--windows=16", "--sinks=0"]
+    words += [option for word in words for option in SMALL.get(word, [])]
     done = subprocess.run(
         [sys.executable, *module, *words[1:]], cwd=root, env=environment, capture_output=True, text=True
     )
@@ -253,9 +261,12 @@ def test_the_recipe_of_a_new_attention_is_enough(checkout):
     tests, *others = commands(RECIPE, ("sh",))  # the tests need nothing of the other commands
     with ThreadPoolExecutor() as pool:
         tested = pool.submit(run, tests, checkout)
-        table = [run(words, checkout) for words in others][-1]
+        printed = {" ".join(words): run(words, checkout) for words in others}
     assert int(re.search(r"(\d+) passed", tested.result())[1]) >= 50
     summary = json.loads((checkout / "out/gta/summary.json").read_text())
     assert summary["attention"] == "gta" and summary["kv_cache/elements_per_token_layer"] == 2 * 32 + 16
     assert summary["final/val_loss"] < 5.5
-    assert "gta" in table and (checkout / "compare.png").exists()
+    for command in ("compare.py", "bench train", "bench decode", "recall"):
+        (table,) = [out for words, out in printed.items() if command in words]
+        assert re.search(r"^(\| )?gta", table, re.MULTILINE), table
+    assert (checkout / "compare.png").exists()

@@ -40,6 +40,8 @@ RUN_KEYS = [
     "memory/peak_bytes",
     "val/loss",
     "val/bpb",
+    "val/loss_at/16",
+    "val/loss_at/32",
     "best/val_loss",
     "best/val_bpb",
     "final/val_loss",

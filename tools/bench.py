@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from backends import accelerate
-from model import GPT, GPTConfig
+from model import ATTENTIONS, GPT, GPTConfig
 from nanokv import distributed as parallel
 from nanokv.config import UserError, cli, parse, run_python
 from nanokv.dataset import open_dataset
@@ -61,7 +61,7 @@ class SpeedrunOptions:
 @dataclass
 class TrainOptions:
     peer: str | None = None  # a nanoGPT checkout whose model is measured at the same shape
-    attentions: tuple[str, ...] = ("mha", "mqa", "gqa", "mla")  # which to measure
+    attentions: tuple[str, ...] = tuple(ATTENTIONS)  # which to measure
     block_sizes: tuple[int, ...] = (64, 256, 1024)  # contexts; a step has the same tokens in each
     tokens: int = 4096  # tokens a step, at least one row of a context
     n_layer: int = 4  # blocks
@@ -145,7 +145,7 @@ def losses(run_dir: Path, folder: Path) -> dict[str, float | None]:
 
 
 def train(argv: list[str]) -> None:
-    """Tokens a second, MFU and peak memory of a training step, by attention and context.
+    """Tokens and FLOPs a second and peak memory of a training step, by attention and context.
 
     Under torchrun: tokens a second of all ranks together, and what of a step is communication.
     """

@@ -51,7 +51,7 @@ class DecodeOptions:
     n: int = 16  # tokens of each of the 5 timings of which the median counts, after n to warm up
     generate: int = 0  # also the time to generate this many tokens and a half, a quarter, an eighth of them
     # the models, if neither out_dir nor config names them
-    attentions: tuple[str, ...] = ("mha", "mqa", "gqa", "mla")  # gqa has 2 groups, mla's latent a third of n_embd
+    attentions: tuple[str, ...] = tuple(ATTENTIONS)  # gqa has 2 groups, mla's latent a third of n_embd
     n_layer: int = 6  # blocks
     n_head: int = 6  # heads
     n_embd: int = 384  # width
@@ -96,11 +96,17 @@ def print_row(row: dict, keys: list[str], first: bool) -> None:
 
 
 def model_config(attention: str, qk_norm: bool = False, **knobs) -> GPTConfig:
-    """The config of any attention, with QK-norm where it has it if so told; gqa has 2 groups."""
-    if "qk_norm" in getattr(ATTENTIONS.get(attention), "KNOBS", ()):
-        knobs["qk_norm"] = qk_norm
-    knobs |= {"n_kv_head": 2} if attention == "gqa" else {}
-    return from_dict({"attention": attention, **knobs}, f"--attentions={attention}", GPTConfig)[0]
+    """The config of any attention: knobs that only others declare are left out; 2 groups if it needs a number."""
+    own = getattr(ATTENTIONS.get(attention), "KNOBS", ())
+    foreign = {knob for cls in ATTENTIONS.values() for knob in cls.KNOBS} - set(own)
+    knobs = {"attention": attention, "qk_norm": qk_norm} | knobs
+    knobs = {knob: value for knob, value in knobs.items() if knob not in foreign}
+    try:
+        return from_dict(knobs, f"--attentions={attention}", GPTConfig)[0]
+    except UserError as e:
+        if "needs n_kv_head" not in str(e):
+            raise
+        return from_dict(knobs | {"n_kv_head": 2}, f"--attentions={attention}", GPTConfig)[0]
 
 
 def cache(argv: list[str]) -> None:
@@ -233,8 +239,8 @@ def decode_models(options: DecodeOptions, device: torch.device) -> Iterator[tupl
         if options.config:
             config, _ = load([name, f"--block_size={room}"], GPTConfig, TrainConfig)
         else:
-            latent = {"kv_lora_rank": max(options.n_embd // 3, 1)} if name == "mla" else {}
-            config = model_config(name, options.qk_norm, block_size=room, **shape, **latent)
+            shape["kv_lora_rank"] = max(options.n_embd // 3, 1)
+            config = model_config(name, options.qk_norm, block_size=room, **shape)
         torch.manual_seed(0)
         model = GPT(config).eval()
         for p in model.parameters():  # as they are initialised, what a block adds and all logits are zero
