@@ -82,9 +82,10 @@ def cache_folder() -> Iterator[Path]:
     someone puts another in its place. Raises RuntimeError if there is no home, or if others can write the folder.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = (base if base.is_absolute() else Path.home() / ".cache") / "nanokv"  # the standard ignores others
-    if not folder.is_absolute():
-        raise RuntimeError(f"HOME is not an absolute path: {os.environ.get('HOME')}")
+    base = base if base.is_absolute() else Path.home() / ".cache"  # the standard ignores others
+    if not base.is_absolute():
+        raise RuntimeError(f"HOME is no absolute path: {os.environ.get('HOME')}")
+    folder = base / "nanokv"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
