@@ -3,10 +3,7 @@
 import ast
 import copy
 import io
-import os
 import pickle
-import shlex
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import compiled
 from equivalence import VOCAB, assert_close, small_model, tokens
 from torch import nn
 
@@ -24,8 +22,6 @@ from nanokv.config import UserError
 from nanokv.loss import LanguageModelLoss
 
 ROOT = Path(__file__).parents[1]
-CC = shlex.split(os.environ.get("CC", "cc"))[0]
-compiled = pytest.mark.skipif(shutil.which(CC) is None, reason="no C compiler")
 WIDE = {"n_embd": 64, "n_head": 4}
 
 
