@@ -167,21 +167,14 @@ def compile_for_this_machine(compiler: list[str], arguments: list[str], folder: 
             return output
     lines = error.splitlines() or [""]
     line = next((line for line in lines if "error" in line), lines[-1])
-    raise RuntimeError(f"{compiler[0]} does not compile {line[:200]}")
+    raise RuntimeError(f"{compiler[0]} does not compile: {line[:200]}".removesuffix(": "))
 
 
 def run(command: list[str], folder: Path) -> tuple[int, str, str]:
     """Status, output and errors of a command. Raises RuntimeError if it cannot be run or takes too long."""
     try:
         process = subprocess.Popen(
-            command,
-            stdin=DEVNULL,
-            stdout=PIPE,
-            stderr=PIPE,
-            text=True,
-            errors="replace",
-            cwd=folder,
-            start_new_session=True,
+            command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, errors="replace", cwd=folder, start_new_session=True
         )
     except FileNotFoundError:
         raise RuntimeError(f"no C compiler: {command[0]} is not installed") from None
