@@ -1,7 +1,8 @@
 """Compare runs: how much quality does each byte of KV cache buy? `python compare.py out/*`
 
 Prints a table sorted by cache, the Pareto frontier marked with a * (no other run is as good on as few bytes),
-and draws the picture. Runs that differ in their seed alone are one row: mean ± standard deviation over seeds.
+and draws the picture. Runs that differ in their seed alone are one row: mean ± standard deviation over seeds. Runs
+that differ in code, data, dtype or backend never are: a column tells such rows apart, and a line what all share.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ The table goes to standard output. What cannot be compared is named on standard 
 REQUIRED = ("attention", "tokens", "params/total", "kv_cache/bytes_per_token", "kv_cache/ratio_to_mha")
 REQUIRED += ("best/val_loss", "final/val_loss")  # the latter is written when a run has come to its end
 MEASURED = ("best/val_loss", "best/val_bpb", "decode/tokens_per_s", "train/tokens_per_s")
-NOT_THE_EXPERIMENT = {"seed", "out_dir", "overwrite", "wandb_log", "wandb_project", "wandb_run_name"}
+NOT_THE_EXPERIMENT = {"seed", "out_dir", "overwrite", "wandb_log", "wandb_project", "wandb_run_name", "match_params"}
 NOT_THE_EXPERIMENT |= {"wandb_entity", "wandb_group", "wandb_tags"}
+ORIGIN = {"code": "code_sha256", "data": "corpus_sha256"}  # what the figures of a row come from, by column
+ORIGIN |= {what: f"resolved/{what}" for what in ("dtype", "device", "backend")}  # as the knobs were resolved
 CURVE_POINTS = 400  # of a curve that are read; a picture shows no more
 MARK = b'"train/loss"'  # in the lines of metrics.jsonl that are points of the curve
 
@@ -73,6 +76,7 @@ class Row:
     """Runs that differ in nothing but their seed."""
 
     runs: list[Run]
+    experiment: str  # their knobs and sizes, equal where rows differ in ORIGIN alone
     name: str = ""
     frontier: bool = False
 
@@ -173,11 +177,12 @@ def make_rows(runs: list[Run]) -> list[Row]:
         experiment = {k: v for k, v in run.config.items() if k not in NOT_THE_EXPERIMENT}
         if experiment.get("init_from") == "resume":  # went on after a stop, with what it had begun with
             experiment["init_from"] = "scratch"
-        facts = [run.summary.get(key) for key in ("corpus_sha256", "tokens", CACHE)]
-        same, seed = json.dumps([experiment, facts], sort_keys=True, default=str), run.summary.get("seed")
-        groups.setdefault((same, repeats[same, seed]), []).append(run)
-        repeats[same, seed] += 1  # a seed that is there already is a repetition, a row of its own
-    rows = [Row(group) for group in groups.values()]
+        sizes, origin = ([run.summary.get(key) for key in keys] for keys in (("tokens", CACHE), ORIGIN.values()))
+        same, seed = json.dumps([experiment, sizes], sort_keys=True, default=str), run.summary.get("seed")
+        key = same, str(origin), seed
+        groups.setdefault((*key[:2], repeats[key]), []).append(run)
+        repeats[key] += 1  # a seed that is there already is a repetition, a row of its own
+    rows = [Row(group, same) for (same, *_), group in groups.items()]
     for row in rows:
         if sum(other.name == row.name for other in rows) > 1:
             row.name = row.runs[0].name
@@ -202,6 +207,10 @@ def warnings(rows: list[Row]) -> list[str]:
         usual = statistics.mode(row[key] for row in rows)
         if odd := [f"{row.name} ({shorten(row[key])})" for row in rows if row[key] != usual]:
             lines.append(f"not comparable, {what} than the rest ({shorten(usual)}): {', '.join(odd)}")
+    codes = Counter(experiment for experiment, _ in {(row.experiment, row["code_sha256"]) for row in rows})
+    apart = [row for row in rows if codes[row.experiment] > 1]
+    if odd := [f"{row.name} ({shorten(row['code_sha256'] or 'unknown')})" for row in apart]:
+        lines.append(f"rows kept apart because their code differs: {', '.join(odd)}")
     middle = statistics.median_low(row["params/total"] for row in rows)
     off = {row.name: row["params/total"] - middle for row in rows}
     if odd := [f"{name} ({n / middle:+.1%})" for name, n in off.items() if abs(n) > 0.01 * middle]:
@@ -227,6 +236,7 @@ def cells(row: Row) -> dict[str, str]:
         "attention": row["attention"],
         "parameters": f"{row['params/total']:,}",
         "cache B/token": f"{row[CACHE]:,}",
+        "fixed B/row": f"{row['kv_cache/fixed_bytes'] or 0:,}",  # what a convolution remembers
         "of MHA": f"{row['kv_cache/ratio_to_mha']:.1%}",
         "val loss": measured("best/val_loss", ".4f"),
         "bits/byte": measured("best/val_bpb", ".4f"),
@@ -236,9 +246,27 @@ def cells(row: Row) -> dict[str, str]:
     }
 
 
+def origins(rows: list[Row]) -> list[dict[str, str]]:
+    """The code, data, dtype, device and backend of each row, by column; - where its runs do not say."""
+    names = [{title: str(row[key] or "-") for title, key in ORIGIN.items()} for row in rows]
+    return [name | {hashed: name[hashed][:8] for hashed in ("code", "data")} for name in names]
+
+
 def table(rows: list[Row]) -> list[list[str]]:
-    """The titles of the columns, and a line for each row."""
-    return [list(cells(rows[0])), *(list(cells(row).values()) for row in rows)]
+    """The titles of the columns, and a line for each row; origins only where rows differ, nothing that is 0 in all."""
+    lines = [cells(row) | origin for row, origin in zip(rows, origins(rows), strict=True)]
+    used = {title: {line[title] for line in lines} for title in lines[0]}
+    same = {title for title in ORIGIN if len(used[title]) == 1} | {title for title in used if used[title] == {"0"}}
+    titles = [title for title in used if title not in same]
+    return [titles, *([line[title] for title in titles] for line in lines)]
+
+
+def in_common(rows: list[Row]) -> str:
+    """The origins that all rows share, as a paragraph to follow the table; empty if there are none."""
+    first, *others = origins(rows)
+    same = {title: name for title, name in first.items() if all(other[title] == name for other in others)}
+    shared = [f"{title} {name}" for title, name in same.items() if name != "-"]
+    return f"\n\nAll runs: {'; '.join(shared)}." if shared else ""
 
 
 def as_text(rows: list[Row]) -> str:
@@ -257,7 +285,7 @@ def markdown(lines: list[list[str]], words: int = 1) -> str:
 
 def as_json(rows: list[Row]) -> str:
     facts = [*REQUIRED[:5], "kv_cache/elements_per_token_layer", "params/non_embedding", "dataset"]
-    facts += ["corpus_sha256", "decode/context"]
+    facts += [*ORIGIN.values(), "decode/context"]
     out = []
     for row in rows:
         entry = {"name": row.name, "frontier": row.frontier, "runs": [run.name for run in row.runs]}
@@ -311,8 +339,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--wandb should be ENTITY/PROJECT, not {options.wandb}")
     runs = read_all(wandb_sources(options.wandb) if options.wandb else [partial(read_folder, f) for f in folders])
     rows = make_rows(runs)
-    page = markdown(table(rows), words=2)
-    print({"text": as_text(rows), "markdown": page, "json": as_json(rows)}[options.format])
+    page = markdown(table(rows), words=2) + in_common(rows)
+    print({"text": as_text(rows) + in_common(rows), "markdown": page, "json": as_json(rows)}[options.format])
     for line in warnings(rows):
         print(f"warning: {line}", file=sys.stderr)
     if options.into:

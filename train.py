@@ -4,6 +4,7 @@ On many GPUs or machines: `torchrun --standalone --nproc_per_node=8 train.py con
 """
 
 import math
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -46,6 +47,7 @@ class TrainConfig:
     log_interval: int = 10  # steps between log lines
     always_save_checkpoint: bool = True  # write last/ at every evaluation, not only when the run ends
     save_interval: int = 0  # write last/ every so many steps too; 0: only at evaluations
+    match_params: str | None = None  # run folder or config file; choose intermediate_size to have as many parameters
     seed: int = 1337  # of the initial weights, dropout and the order of the data
     # Weights & Biases
     wandb_log: bool = False  # also log to W&B; falls back to offline without a key or a network
@@ -126,6 +128,8 @@ def train(argv: list[str]) -> dict:
         share = parallel.share(config.gradient_accumulation_steps, config.batch_size)
         dataset = open_dataset(config.dataset, config.tokenizer)
         model_config.vocab_size = dataset.fit(model_config.block_size, model_config.vocab_size)
+        if config.match_params and config.init_from != "resume":  # a resumed run keeps its width
+            match_parameters(model_config, config.match_params)
         model = new_model(model_config, config.seed, hardware.device)
         state, optimizer_state = load_start(config, model, dataset)
         loss_model = accelerate(LanguageModelLoss(model), hardware.dtype)
@@ -174,6 +178,8 @@ def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, Trai
     model_config, config = load(argv, GPTConfig, TrainConfig, usage=USAGE, fill_in=fill_in)
     if parallel.size() > 1 and config.parallel == "fsdp" and config.dtype == "float16":
         raise UserError("float16 needs gradients scaled, which fsdp does not do; use --dtype=bfloat16")
+    if config.match_params and config.init_from not in ("scratch", "resume"):
+        raise UserError("match_params is for a new model, init_from for the weights of another; remove one of them")
     config.wandb_run_name = config.wandb_run_name or Path(config.out_dir).name
     return model_config, config
 
@@ -185,6 +191,25 @@ def read_knobs(run_dir: Path) -> tuple[GPTConfig, TrainConfig]:
 
 def all_knobs(*configs) -> dict[str, Any]:
     return {knob: value for config in configs for knob, value in asdict(config).items()}
+
+
+def match_parameters(model: GPTConfig, source: str) -> None:
+    """Set intermediate_size such that the model has the parameters of `source`, a run folder or a config file, within
+    1 %, and say so. Raises UserError.
+    """
+    is_file = Path(source).suffix == ".py"
+    other, knobs = load([source], GPTConfig, TrainConfig) if is_file else read_knobs(Path(source))
+    if is_file and knobs.match_params:
+        raise UserError(f"{source} has match_params of its own; match {knobs.match_params}, which it names")
+    if other.vocab_size not in (0, model.vocab_size):  # 0: that of the data set, the same for both
+        fault = f"it has a vocabulary of {other.vocab_size:,}, not {model.vocab_size:,}"
+        raise UserError(
+            f"cannot match parameters of {source}: {fault}; train both on one data set, with one vocab_size"
+        )
+    other.vocab_size = model.vocab_size
+    size, target = measure.match_params(GPT, model, other)
+    if parallel.rank() == 0:
+        print(f"intermediate_size = {model.intermediate_size}: {size:,} parameters, to match {target:,} of {source}")
 
 
 def new_model(model_config: GPTConfig, seed: int, device: torch.device) -> GPT:
@@ -232,10 +257,10 @@ def print_changes(run_dir: Path, knobs: dict[str, Any]) -> None:
 def check_fits(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, source: Path) -> None:
     """Raises UserError if a run's weights do not fit this model or the tokens of `dataset`."""
     saved = all_knobs(*read_knobs(source))
-    knobs = asdict(model_config) | {"optimizer": config.optimizer}
+    knobs = asdict(model_config) | {"optimizer": config.optimizer, "match_params": config.match_params}
     free = {"dropout"}
     if config.init_from != "resume":  # these may differ in what only starts from it
-        free |= {"block_size", "optimizer", "window", "window_pattern", "sink_tokens"}
+        free |= {"block_size", "optimizer", "match_params", "window", "window_pattern", "sink_tokens"}
     for knob in sorted(knobs.keys() - free):
         if knobs[knob] != saved[knob]:
             fault = f"does not fit the checkpoint in {source}, which has {knob} = {saved[knob]}"
@@ -262,7 +287,11 @@ def start_log(config: TrainConfig, model: GPT, data: Dataset, hardware: Hardware
     """The run's log, begun with what is true of the whole run: which model on which data."""
     facts = {"attention": model.config.attention, "dataset": config.dataset, "seed": config.seed}
     facts |= {"git_sha": measure.git_sha(), "corpus_sha256": data.meta["corpus_sha256"]}
-    facts |= {"tokenizer_sha256": tokenizers.sha256(data.tokenizer)} | measure.describe_model(model)
+    facts |= {"tokenizer_sha256": tokenizers.sha256(data.tokenizer), "code_sha256": measure.code_sha256()}
+    dtype = str(hardware.dtype).removeprefix("torch.")
+    kernels = re.sub(r"^backend | \(\d+ threads?\)", "", backend)
+    facts |= {"resolved/device": hardware.device.type, "resolved/dtype": dtype, "resolved/backend": kernels}
+    facts |= measure.describe_model(model)
     knobs = asdict(model.config) | asdict(config) | facts
     wandb = {"project": config.wandb_project, "name": config.wandb_run_name, "config": knobs}
     wandb |= {name: value for name in ("entity", "group", "tags") if (value := knobs[f"wandb_{name}"])}
@@ -270,7 +299,7 @@ def start_log(config: TrainConfig, model: GPT, data: Dataset, hardware: Hardware
     resumed_at = step if config.init_from == "resume" else None
     log = RunLogger(folder, facts, resumed_at, wandb if config.wandb_log else None)
     ranks = f"{parallel.size()} ranks of " if parallel.size() > 1 else ""
-    machine = f"{ranks}{hardware.device.type}, {str(hardware.dtype).removeprefix('torch.')}"
+    machine = f"{ranks}{hardware.device.type}, {dtype}"
     parameters, cache = facts["params/total"], facts["kv_cache/bytes_per_token"]
     log.say(f"{facts['attention']}: {parameters:,} parameters, {cache:,} bytes of cache a token (bf16)")
     log.say(f"{config.dataset}: {len(data.train):,} tokens; {machine}; run folder {config.out_dir}")

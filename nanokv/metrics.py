@@ -1,5 +1,6 @@
-"""Figures of a run: parameters, FLOPs, size of the cache, memory, speed, commit. Imports no model."""
+"""Figures of a run: parameters, FLOPs, size of the cache, memory, speed, code. Imports no model."""
 
+import hashlib
 import math
 import resource
 import statistics
@@ -7,6 +8,9 @@ import subprocess
 import sys
 import time
 import timeit
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,14 @@ import torch
 from torch import nn
 
 from nanokv import distributed as parallel
+from nanokv.checkpoint import on_meta
+from nanokv.config import UserError
 from nanokv.dataset import Dataset
 from nanokv.generate import decode_one_token, prefill
 
+ROOT = Path(__file__).resolve().parents[1]
+CODE = ("nanokv", "backends", "tools")  # folders of code, besides the root
+NOT_CODE = ("tests", "data", "config")  # corpus_sha256 and config.json say what a run had of these
 # Dense peak in TFLOP/s in 16 bits, by a word of the device's name (vendors' data sheets, without sparsity).
 PEAK_TFLOPS = {"B200": 2250, "GH200": 989, "H200": 989, "H100": 989, "A100": 312, "V100": 125, "T4": 65}
 PEAK_TFLOPS |= {"L40S": 362, "L4": 121, "A10G": 70, "4090": 165, "3090": 71}
@@ -26,6 +35,25 @@ def n_params(model: nn.Module, embedding: bool = True) -> int:
     """Number of parameters; without `embedding`, less the token embedding and the output head."""
     names = () if embedding else ("embed_tokens.weight", "lm_head.weight")
     return sum(p.numel() for name, p in model.named_parameters() if name not in names)
+
+
+def match_params(make: Callable[[Any], nn.Module], config: Any, like: Any) -> tuple[int, int]:
+    """Set config.intermediate_size such that make(config) has as many parameters as make(like), within 1 %: to a
+    multiple of 8 where one is near enough. Returns both numbers. Raises UserError if no width is near enough.
+    """
+
+    def size(config: Any, **changes: int) -> int:
+        return n_params(on_meta(partial(make, replace(config, **changes))))
+
+    target, smallest = size(like), size(config, intermediate_size=1)
+    exact = 1 + (target - smallest) / (size(config, intermediate_size=2) - smallest)
+    nearest = max(round(exact), 1)
+    for width in (8 * round(exact / 8), nearest):
+        if width > 0 and abs((own := size(config, intermediate_size=width)) - target) <= 0.01 * target:
+            config.intermediate_size = width
+            return own, target
+    fault = f"no intermediate_size gives {target:,} parameters within 1 %; the nearest, {nearest}"
+    raise UserError(f"{fault}, gives {size(config, intermediate_size=nearest):,}; change n_embd or n_layer")
 
 
 def flops_per_token(model: Any, context: int) -> int:
@@ -96,13 +124,31 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def git_sha() -> str | None:
-    """The commit of this code, with a + if files differ from it; None outside a git checkout."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+def git(*command: str) -> str | None:
+    """What git prints, in the root of this code; None where it fails, as outside a git checkout."""
     try:
-        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+        return subprocess.check_output(["git", *command], cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def git_sha() -> str | None:
+    """The commit of this code, with a + if files differ from it; None outside a git checkout."""
+    return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+")
+
+
+def code_sha256() -> str:
+    """One hash over the names and contents of this code's .py, .c and .h files, as they are on the disk: those that
+    git tracks, except in NOT_CODE. Without git, those in the root and in CODE, which are the same files.
+    """
+    names = [name for name in (git("ls-files", "-z", "*.py", "*.c", "*.h") or "").split("\0") if name]
+    found = (path for folder in CODE for path in (ROOT / folder).rglob("*"))
+    paths = [ROOT / name for name in names] or [*ROOT.iterdir(), *found]
+    files = {p.relative_to(ROOT).as_posix(): p for p in paths if p.suffix in (".py", ".c", ".h") and p.is_file()}
+    total = hashlib.sha256()
+    for name in sorted(name for name in files if name.partition("/")[0] not in NOT_CODE):
+        total.update(f"{name} {hashlib.sha256(files[name].read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 @torch.no_grad()

@@ -69,6 +69,42 @@ def test_where_a_run_is_logged_is_not_part_of_the_experiment(tmp_path):
     assert len(row.runs) == 2
 
 
+ORIGIN = {
+    "code_sha256": "a" * 64,
+    "resolved/dtype": "float32",
+    "resolved/device": "cpu",
+    "resolved/backend": "cpu: norm in C",
+}
+
+
+@pytest.mark.parametrize("key", [*ORIGIN, "corpus_sha256"])
+def test_seeds_of_different_origin_are_never_averaged(tmp_path, key):
+    a, b = (make_run(tmp_path / f"mha-s{i}", seed=i, **ORIGIN) for i in (1, 2))
+    (row,) = rows_of(a, b)
+    assert "code" not in compare.table([row])[0] and compare.warnings([row]) == []
+    assert compare.in_common([row]).endswith(
+        "code aaaaaaaa; data c0ffee; dtype float32; device cpu; backend cpu: norm in C."
+    )
+    other = [make_run(tmp_path / f"mha-s{i}", seed=i, **ORIGIN | {key: "bfloat16"}) for i in (3, 4)]
+    old = make_run(tmp_path / "mha-s5", seed=5)  # of a version that did not write these
+    rows = rows_of(a, b, *other, old)
+    assert sorted(len(row.runs) for row in rows) == [1, 2, 2]
+    table = compare.table(rows)
+    column = table[0].index({"corpus_sha256": "data", "code_sha256": "code"}.get(key, key.removeprefix("resolved/")))
+    assert "bfloat16" in {line[column] for line in table[1:]}
+    (apart,) = [line for line in compare.warnings(rows) if "their code differs" in line]
+    assert "mha-s1 (aaaaaaaa)" in apart and "mha-s5 (unknown)" in apart
+    lines = compare.warnings(rows_of(a, b, *other))
+    assert any("their code differs" in line for line in lines) == (key == "code_sha256")
+
+
+def test_bytes_that_do_not_grow_have_a_column_where_there_are_any(tmp_path):
+    plain = make_run(tmp_path / "mha")
+    assert "fixed B/row" not in compare.table(rows_of(plain))[0]
+    titles, *lines = compare.table(rows_of(plain, make_run(tmp_path / "conv", **{"kv_cache/fixed_bytes": 1536})))
+    assert {line[titles.index("fixed B/row")] for line in lines} == {"0", "1,536"}
+
+
 def test_frontier_and_order(tmp_path):
     shapes = {"a": (256, 1.60), "b": (512, 1.55), "c": (512, 1.54), "d": (640, 1.54), "e": (2048, 1.50)}
     rows = rows_of(*(make_run(tmp_path / name, cache=c, bpb=b) for name, (c, b) in shapes.items()))
@@ -134,7 +170,7 @@ def test_what_is_no_run_gets_a_line_and_the_rest_is_compared(tmp_path, capsys):
     for line, (name, fault) in zip(lines, bad.items(), strict=False):
         assert line.startswith("left out ") and name in line and fault in line
     assert lines[len(bad) :] == [f"wrote {tmp_path / 'p.png'}"]
-    assert [line.split()[0] for line in out.splitlines()[2:]] == ["good2", "good1"]
+    assert [line.split()[0] for line in out.splitlines()[2:4]] == ["good2", "good1"]
     with pytest.raises(UserError, match="no finished run"):
         compare.main([str(tmp_path / "empty")])
 
@@ -163,7 +199,7 @@ def test_markdown_and_json_say_what_the_text_says(tmp_path, capsys):
     for style in ("text", "markdown", "json"):
         compare.main([*folders, f"--format={style}", "--picture="])
         tables[style] = capsys.readouterr().out
-    header, _, row = [line.strip("| ").split(" | ") for line in tables["markdown"].strip().splitlines()]
+    header, _, row = [line.strip("| ").split(" | ") for line in tables["markdown"].splitlines()[:3]]
     assert [word for cell in row for word in cell.split()] == tables["text"].splitlines()[2].split()
     assert row[header.index("bits/byte")] == "1.5500 ± 0.0707"
     (entry,) = json.loads(tables["json"])["rows"]
@@ -177,7 +213,7 @@ def test_the_table_goes_into_a_page(tmp_path):
     compare.main([run, "--picture=", f"--into={page}"])
     once = page.read_text()
     assert once.startswith("before\n<!-- compare -->\n| run | attention |") and "old" not in once
-    assert once.endswith("|\n<!-- /compare -->\nafter\n")
+    assert once.endswith("|\n\nAll runs: data c0ffee.\n<!-- /compare -->\nafter\n")
     compare.main([run, "--picture=", f"--into={page}"])
     assert page.read_text() == once
     page.write_text("no marks")

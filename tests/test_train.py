@@ -58,6 +58,10 @@ RUN_KEYS = [
     "git_sha",
     "corpus_sha256",
     "tokenizer_sha256",
+    "code_sha256",
+    "resolved/device",
+    "resolved/dtype",
+    "resolved/backend",
 ]
 
 

@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,13 +27,12 @@ from torch import nn
 
 from backends import accelerate
 from model import GPT, GPTConfig
-from nanokv import checkpoint
 from nanokv import distributed as parallel
 from nanokv.config import UserError, cli, parse, run_python
 from nanokv.dataset import open_dataset
 from nanokv.device import keep_freed_memory, pick_device, pick_dtype
 from nanokv.loss import LanguageModelLoss
-from nanokv.metrics import evaluate, flops_per_token, n_params, peak_memory
+from nanokv.metrics import evaluate, flops_per_token, match_params, peak_memory
 from nanokv.optim import make_optimizers
 from nanokv.plots import draw_lines
 from sample import load_run
@@ -244,12 +243,9 @@ def step_config(side: str, block_size: int, options: TrainOptions) -> GPTConfig:
     base = model_config("mha", block_size=block_size, intermediate_size=options.intermediate_size, **shape)
     if side in ("mha", "nanoGPT"):
         return base
-    mlp = base.intermediate_size or 0
-    config = model_config(side, block_size=block_size, intermediate_size=mlp, **shape)
-    sizes = [n_params(checkpoint.on_meta(partial(GPT, shape))) for shape in (base, config)]
-    columns = (sizes[0] - sizes[1]) / (3 * base.n_embd * base.n_layer)
-    whole = 8 * round(columns / 8)  # products of odd widths are slow
-    return replace(config, intermediate_size=mlp + (whole if abs(whole - columns) < mlp / 100 else round(columns)))
+    config = model_config(side, block_size=block_size, **shape)
+    match_params(GPT, config, base)
+    return config
 
 
 def nanogpt_model(folder: Path, config, device: torch.device):

@@ -103,8 +103,9 @@ def is_done(folder: Path, argv: list[str]) -> bool:
     if not any((folder / name).exists() for name in checkpoint.CHECKPOINTS):
         return False
     wanted, held = (asdict(a) | asdict(b) for a, b in (configure(argv), read_knobs(folder)))
+    any_value = ANY_VALUE | ({"intermediate_size"} if wanted["match_params"] else set())
     for knob in wanted:
-        if knob not in ANY_VALUE and wanted[knob] != held[knob]:
+        if knob not in any_value and wanted[knob] != held[knob]:
             fault = f"was trained with {knob} = {held[knob]}, now {wanted[knob]} is asked for; remove it"
             raise UserError(f"{folder} {fault}")
     return checkpoint.is_finished(folder)
