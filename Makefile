@@ -2,7 +2,7 @@
 # make compare the picture and the table of docs/results.md: quality against cache, resumable
 # make recall  what a small cache forgets: recall against cache, resumable
 # make test    the test suite
-# make machines  the test suite as on other machines: without C, and where `auto` is bfloat16
+# make machines  the test suite as on other machines: without C, other compilers, and where `auto` is bfloat16
 # make lint    ruff
 
 PYTHON ?= python3
@@ -29,6 +29,9 @@ machines: .venv/dev
 	NANOKV_BACKEND=none $(BIN)/python -m pytest -q -n 2 --dist=loadfile
 	PYTHONPATH=tests/bf16_machine $(BIN)/python -m pytest -q -n 2 --dist=loadfile
 	CC=/bin/false XDG_CACHE_HOME=/nonexistent $(BIN)/python -m pytest -q -n 2 --dist=loadfile -m "not slow"
+	CC=clang $(BIN)/python -m pytest -q -n 2 tests/test_backends.py tests/test_cpu_*.py
+	CC=$(CURDIR)/tests/cc_without_openmp $(BIN)/python -m pytest -q -n 2 tests/test_backends.py tests/test_cpu_*.py
+	$(BIN)/python -m pytest -q -n 2 -rs tests/test_c_driver.py tests/test_cpu_library.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .
