@@ -43,9 +43,8 @@ def check_ragged_steps(knobs, dtype, backend: str, steps: int = 40) -> None:
     assert_same(model(idx[:, :1], cache=caches[0])[0], model(idx[:, :1], cache=caches[1])[0], dtype)
 
 
-QUICK = ("fp32", "int4")
 FORMATS = [
-    pytest.param(dtype, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+    pytest.param(dtype, id=name, marks=[] if name == "fp32" else pytest.mark.slow)
     for name, dtype in CACHE_FORMATS.items()
 ]
 
@@ -59,6 +58,7 @@ def test_a_decode_step_is_one_graph(knobs, dtype, window):
     check_ragged_steps({**knobs, **window, "n_layer": layers}, dtype, "eager", steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gqa-conv", "mla-norm", "mla-conv-norm", "mla-conv-shared-norm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int4], ids=["fp32", "int4"])
 def test_a_decode_step_with_norms_and_convolutions_is_one_graph(name, dtype):

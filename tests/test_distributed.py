@@ -136,6 +136,7 @@ def runs(corpus, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_losses_are_the_same_at_any_number_of_ranks(runs, case):
     """One rank accumulates 4 micro-batches, each of four ranks has one; dropout drops the same."""
@@ -147,6 +148,7 @@ def test_losses_are_the_same_at_any_number_of_ranks(runs, case):
         assert curve(path) == pytest.approx(alone, rel=1e-5), path.name
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_two_ranks_to_one_and_four(runs):
     moved = {path.name for path in runs.glob("2-to-*")}
     assert len(moved) == 4
@@ -177,6 +179,7 @@ def wait_for_step(run_dir: Path, step: int) -> None:
     raise TimeoutError(f"{run_dir} has not come to step {step}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_a_killed_rank_brings_the_group_back(runs, corpus, tmp_path, nodes):
     """Two workers of one torchrun, or of two that meet on loopback as two nodes would: one is killed -9,
