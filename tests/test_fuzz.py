@@ -139,6 +139,7 @@ def changed(original: Path, copy: Path, draw: random.Random, bang: Path) -> str:
     return str(path.relative_to(copy))
 
 
+@pytest.mark.slow
 def test_a_run(run_dir, tmp_path):
     """Read as a checkpoint, by the sampler, by the log and, some, by a trainer that resumes."""
     draw, bang, copy = random.Random(1), tmp_path / "bang", tmp_path / "run"
@@ -165,6 +166,7 @@ def test_a_data_set(run_dir, tmp_path):
             next(dataset.val_batches(16, 2))
 
 
+@pytest.mark.slow
 def test_a_configuration(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     draw, bang, path = random.Random(3), tmp_path / "bang", tmp_path / "run.py"

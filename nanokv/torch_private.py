@@ -1,0 +1,50 @@
+"""Functions of torch that have no public name, and what computes the same if a torch release removes them.
+
+backends/cpu_checks.py asks torch for its hidden states. All other private functions are called from here.
+"""
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def one_by_one(method: str) -> Callable[..., list[Tensor]]:
+    """A method of Tensor for each tensor of a list in turn. An argument may be a list too, of one value for each."""
+
+    def for_each(tensors: list[Tensor], *args: Any, **knobs: Any) -> list[Tensor]:
+        rows = zip(*(arg if isinstance(arg, list) else [arg] * len(tensors) for arg in args), strict=True)
+        return [getattr(tensor, method)(*row, **knobs) for tensor, row in zip(tensors, rows, strict=True)]
+
+    return for_each
+
+
+def adamw(params, grads, means, squares, _, steps, *, lr, beta1, beta2, weight_decay, eps, **unused) -> None:
+    """One step of AdamW for lists of tensors, in place. `steps` count this step already."""
+    for p, g, mean, square, step in zip(params, grads, means, squares, steps, strict=True):
+        mean.lerp_(g, 1 - beta1)
+        square.lerp_(g * g, 1 - beta2)
+        p.mul_(1 - lr * weight_decay)
+        p.sub_(lr * mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + eps))
+
+
+STAND_INS: dict[str, Callable] = {
+    "_foreach_add_": one_by_one("add_"),
+    "_foreach_mul_": one_by_one("mul_"),
+    "_foreach_lerp": one_by_one("lerp"),
+    "_foreach_lerp_": one_by_one("lerp_"),
+    "_fused_adamw_": adamw,
+    "cpu._is_avx512_bf16_supported": lambda: False,
+    "cpu._is_amx_tile_supported": lambda: False,
+}
+
+
+def private(name: str) -> Callable:
+    """The function `torch.{name}`, or its stand-in if torch has none of this name."""
+    stand_in = STAND_INS[name]
+    try:
+        return attrgetter(name)(torch)
+    except AttributeError:
+        return stand_in
