@@ -34,8 +34,9 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(cpu_library, "FUNCTIONS", {"answer": (cpu_library.STATUS,)})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CC", COMPILER)
-    for part in (tmp_path, *tmp_path.parents[:2]):  # so that other users reach it
-        part.chmod(0o755)
+    for part in (tmp_path, *tmp_path.parents):  # so that other users reach it
+        if "pytest-of-" in str(part):
+            part.chmod(0o755)
     return tmp_path / "cache/nanokv"
 
 
