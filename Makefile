@@ -2,14 +2,16 @@
 # make compare the picture and the table of docs/results.md: quality against cache, resumable
 # make recall  what a small cache forgets: recall against cache, resumable
 # make test    the test suite
-# make machines  the test suite as on other machines: without C, and where `auto` is bfloat16
-# make lint    ruff
+# make quick   the part of it that takes a minute
+# make machines  the test suite as on other machines: without C, other compilers, and where `auto` is bfloat16
+# make lint    ruff and pyright
 
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= config/mla.py
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist=worksteal
 
-.PHONY: train compare recall test machines lint clean
+.PHONY: train compare recall test quick machines lint clean
 
 train: .venv/run
 	$(BIN)/python train.py $(CONFIG) $(ARGS)
@@ -23,16 +25,23 @@ recall: .venv/run
 	$(BIN)/python -m tools.recall --picture=assets/recall.png --into=docs/results.md
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q -n 2 --dist=loadfile
+	$(PYTEST)
+
+quick: .venv/dev
+	$(PYTEST) -m "not slow"
 
 machines: .venv/dev
-	NANOKV_BACKEND=none $(BIN)/python -m pytest -q -n 2 --dist=loadfile
-	PYTHONPATH=tests/bf16_machine $(BIN)/python -m pytest -q -n 2 --dist=loadfile
-	CC=/bin/false XDG_CACHE_HOME=/nonexistent $(BIN)/python -m pytest -q -n 2 --dist=loadfile -m "not slow"
+	NANOKV_BACKEND=none $(PYTEST)
+	PYTHONPATH=tests/bf16_machine $(PYTEST)
+	CC=/bin/false XDG_CACHE_HOME=/nonexistent $(PYTEST) -m "not slow"
+	CC=clang $(PYTEST) tests/test_backends.py tests/test_cpu_*.py
+	CC=$(CURDIR)/tests/cc_without_openmp $(PYTEST) tests/test_backends.py tests/test_cpu_*.py
+	$(PYTEST) -rs tests/test_c_driver.py tests/test_cpu_library.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -57,8 +57,9 @@ def accelerate(module: M, dtype: torch.dtype | None = None) -> M:
     if choice not in CHOICES:
         raise UserError(f"NANOKV_BACKEND must be one of {', '.join(CHOICES)}, not {choice!r}")
     _notes[module] = why_not(module, choice, dtype)
-    swaps = {piece.pure: piece.fast for piece in pieces() if not piece.edited}
-    return module if _notes[module] else swap(module, swaps)
+    if _notes[module]:
+        return module
+    return swap(module, {piece.pure: piece.fast for piece in pieces() if not left_to_torch(piece)})
 
 
 def pure(module: M) -> M:
@@ -88,15 +89,28 @@ def why_not(module: nn.Module, choice: str, dtype: torch.dtype | None) -> str:
     return reason and f"cpu: torch ({reason})"
 
 
+def left_to_torch(piece: Piece) -> str:
+    """Why a class is not swapped; empty if it is."""
+    if piece.edited:
+        return "its code was edited"
+    slower = piece.name != "decoding" and torch.get_num_threads() > 1 and not cpu_library.has_openmp()
+    return "on one thread, without OpenMP, C is slower" if slower else ""
+
+
 def describe(module: nn.Module) -> str:
     """One line: which backend computes what, and what was left to torch, and why."""
-    types, known, n = {type(part) for part in module.modules()}, pieces(), torch.get_num_threads()
     from backends.cpu_decode import DECODES
 
+    types, known, note = {type(part) for part in module.modules()}, pieces(), _notes.get(module, "none: torch")
     foreign = {"decoding"} if types.isdisjoint(DECODES) else set()  # an attention that is not of model.py
     taken = ", ".join(piece.name for piece in known if piece.fast in types and piece.name not in foreign)
-    left = [f"{piece.name}: torch (its code was edited)" for piece in known if piece.pure in types and piece.edited]
-    if not taken and (_notes.get(module) or not left):
-        return f"backend {_notes.get(module) or 'none: torch'}"
-    by_c = [f"{taken} in C ({n} thread{'s' * (n > 1)})"] if taken else []
-    return "backend cpu: " + "; ".join(by_c + left)
+    if note and not taken:
+        return f"backend {note}"
+    left: dict[str, list[str]] = {}  # reason -> names
+    for piece in known:
+        if piece.pure in types and (reason := left_to_torch(piece)):
+            left.setdefault(reason, []).append(piece.name)
+    n = torch.get_num_threads() if cpu_library.has_openmp() else 1
+    parts = [f"{taken} in C ({n} thread{'s' * (n > 1)})"] if taken else []
+    parts += [f"{', '.join(names)}: torch ({reason})" for reason, names in left.items()]
+    return "backend cpu: " + "; ".join(parts) if parts else "backend none: torch"

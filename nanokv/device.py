@@ -10,6 +10,7 @@ import torch
 
 from nanokv import distributed as parallel
 from nanokv.config import UserError
+from nanokv.torch_private import private
 
 
 def check_device_name(name: str) -> None:
@@ -37,7 +38,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # AVX512-BF16 or AMX; without them bfloat16 is emulated, slower than float32
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        fast = private("cpu._is_avx512_bf16_supported")() or private("cpu._is_amx_tile_supported")()
     return torch.bfloat16 if fast and device.type != "mps" else torch.float32
 
 

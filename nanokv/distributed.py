@@ -172,11 +172,12 @@ def parallelize(loss_model: Any, device, dtype, compile=False, strategy="ddp", a
 
 def sync_gradients(loss_model: nn.Module, now: bool) -> None:
     """Set whether the next backward pass averages gradients over ranks: only the last one of a step does."""
-    module: Any = getattr(loss_model, "_orig_mod", loss_model)  # the module that torch.compile wraps
-    if hasattr(module, "set_requires_gradient_sync"):  # FSDP's
-        module.set_requires_gradient_sync(now)
-    elif isinstance(module, DistributedDataParallel):
-        module.require_backward_grad_sync = now
+    module: Any
+    for module in loss_model.modules():  # also finds those that torch.compile wraps
+        if isinstance(module, DistributedDataParallel):
+            module.require_backward_grad_sync = now
+        elif hasattr(module, "set_requires_gradient_sync"):  # FSDP's
+            module.set_requires_gradient_sync(now, recurse=False)
 
 
 def clip_grad_norm(params: list[nn.Parameter], max_norm: float) -> Tensor:

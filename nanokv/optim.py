@@ -3,15 +3,14 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nanokv import distributed as parallel
 from nanokv.config import UserError
+from nanokv.torch_private import private
 
-kernels: Any = torch  # torch's type stubs lack some of its kernels
 EMBEDDING_LR = 10  # learning rate of an untied embedding / learning_rate
 
 
@@ -78,12 +77,12 @@ class AdamW(Optimizer):
                     self.state[p]["step"] = torch.zeros((), device=p.device)
             states = [self.state[p] for p in params]
             means, squares, steps = (local(state[key] for state in states) for key in ("exp_avg", "exp_avg_sq", "step"))
-            kernels._foreach_add_(steps, 1)
+            private("_foreach_add_")(steps, 1)
             beta1, beta2 = group["betas"]
             knobs = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}
             knobs |= {"eps": 1e-8, "amsgrad": False, "maximize": False}
             grads = local(p.grad for p in params)
-            kernels._fused_adamw_(local(params), grads, means, squares, [], steps, **knobs)
+            private("_fused_adamw_")(local(params), grads, means, squares, [], steps, **knobs)
 
 
 class Muon(Optimizer):
@@ -104,12 +103,12 @@ class Muon(Optimizer):
                         self.state[p]["momentum"] = torch.zeros_like(p)
                 grads = local(p.grad for p in params)
                 momenta = local(self.state[p]["momentum"] for p in params)
-                kernels._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                nesterov = kernels._foreach_lerp(grads, momenta, group["momentum"])
+                private("_foreach_lerp_")(momenta, grads, 1 - group["momentum"])
+                nesterov = private("_foreach_lerp")(grads, momenta, group["momentum"])
                 updates = parallel.each_matrix_once(update, nesterov, params)
                 weights = local(params)
-                kernels._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                kernels._foreach_add_(weights, updates, alpha=-group["lr"])
+                private("_foreach_mul_")(weights, 1 - group["lr"] * group["weight_decay"])
+                private("_foreach_add_")(weights, updates, alpha=-group["lr"])
 
 
 def make_optimizers(model, optimizer, lr=1e-3, muon_lr=0.02, momentum=0.95, weight_decay=0.1, betas=(0.9, 0.95)):

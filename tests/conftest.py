@@ -1,5 +1,9 @@
 """Settings for all tests: one thread, a fixed seed, and the same hypothesis examples in every run."""
 
+import os
+import shlex
+import shutil
+import subprocess
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,8 +19,15 @@ from nanokv import checkpoint
 from train import TrainConfig, configure
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start; two would wait for each other
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+CC = shlex.split(os.environ.get("CC", "")) or ["cc"]
+WORKS = shutil.which(CC[0]) and not subprocess.run([*CC, "-E", "-x", "c", "/dev/null"], capture_output=True).returncode
+# where there is a compiler, C that it does not take is a fault, not a reason to skip a test
+compiled = pytest.mark.skipif(not WORKS, reason="no C compiler")
 
 
 @pytest.fixture

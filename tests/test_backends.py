@@ -3,10 +3,7 @@
 import ast
 import copy
 import io
-import os
 import pickle
-import shlex
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import compiled
 from equivalence import VOCAB, assert_close, small_model, tokens
 from torch import nn
 
@@ -24,8 +22,6 @@ from nanokv.config import UserError
 from nanokv.loss import LanguageModelLoss
 
 ROOT = Path(__file__).parents[1]
-CC = shlex.split(os.environ.get("CC", "cc"))[0]
-compiled = pytest.mark.skipif(shutil.which(CC) is None, reason="no C compiler")
 WIDE = {"n_embd": 64, "n_head": 4}
 
 
@@ -71,10 +67,21 @@ def test_the_line_at_start_up(monkeypatch):
     monkeypatch.setitem(fingerprints.table(), "model.Attend.forward", "other")
     fingerprints.has_known_source.cache_clear()
     line = backends.describe(backends.accelerate(loss))
-    assert line.endswith("; attention: torch (its code was edited); decoding: torch (its code was edited)")
+    assert line.endswith("; attention, decoding: torch (its code was edited)")
     assert Attend in types(loss)
     monkeypatch.undo()
     fingerprints.has_known_source.cache_clear()
+
+
+@compiled
+def test_without_OpenMP_threads_of_torch_train_and_C_decodes(monkeypatch):
+    monkeypatch.setattr(cpu_library, "has_openmp", lambda: False)
+    assert backends.describe(backends.accelerate(wrapped())).endswith("loss, decoding in C (1 thread)")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    loss = backends.accelerate(wrapped())
+    reason = "on one thread, without OpenMP, C is slower"
+    expected = f"backend cpu: decoding in C (1 thread); norm, attention, mlp, loss: torch ({reason})"
+    assert backends.describe(loss) == expected and not {RMSNorm, Attend, MLP} - set(types(loss))
 
 
 def test_what_NANOKV_BACKEND_says(monkeypatch):
@@ -297,33 +304,3 @@ def test_tokens_are_of_the_code_not_of_its_looks():
     # so that a table from one version of Python serves all others
     assert fingerprints.fingerprint(RMSNorm.forward.__code__) == fingerprints.table()["model.RMSNorm.forward"]
     assert fingerprints.fingerprint(None) == "" != fingerprints.fingerprint(small_model.__code__)
-
-
-@pytest.mark.parametrize(
-    "compiler, reason",
-    [
-        ("no-such-compiler", "no C compiler: no-such-compiler is not installed"),
-        ("false", "false does not compile"),
-        ('cc "', "CC is not a command: No closing quotation"),
-        ("cc", ""),
-    ],
-)
-def test_machines_with_and_without_a_compiler(compiler, reason, tmp_path):
-    """Where there is none, or one that fails, a line says so and nothing is left behind."""
-    if compiler == "cc" and shutil.which("cc") is None:
-        pytest.skip("no cc")
-    program = "from backends import cpu_library as c; print(c.library() is not None, c.why_not())"
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CC": compiler}
-
-    def run() -> str:
-        command = [sys.executable, "-c", program]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.stderr == ""
-        return done.stdout.strip()
-
-    for _ in range(2):  # the second time as it was kept
-        assert run().startswith(f"{not reason} {reason}".strip())
-        assert len(list((tmp_path / "cache/nanokv").glob("*"))) == (not reason)
-    (tmp_path / "file").touch()
-    environment["XDG_CACHE_HOME"] = str(tmp_path / "file")  # no place to keep it
-    assert run().startswith("False [Errno 20]" if compiler == "cc" else "False")

@@ -27,6 +27,7 @@ def test_both_sides_of_the_race_read_the_same_text(tmp_path):
         bench.nanogpt_folder(tmp_path / "nowhere.txt", tmp_path / "set")
 
 
+@pytest.mark.slow
 def test_speedrun_times_a_whole_process_and_measures_the_loss_twice(tmp_path, capsys):
     (tmp_path / "book.txt").write_text("".join(chr(97 + i * i % 7) for i in range(4000)))
     knobs = dict(n_layer=1, n_head=1, n_embd=16, block_size=16, max_iters=3, batch_size=2, sample_tokens=0)
@@ -49,6 +50,7 @@ def test_speedrun_times_a_whole_process_and_measures_the_loss_twice(tmp_path, ca
     assert "ours: median" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_train_measures_each_attention_in_its_own_process(tmp_path):
     small = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=64", "--tokens=128", "--steps=2"]
     bench.main(["train", *small, "--block_sizes=32,64", "--attentions=gqa,mla", f"--out_dir={tmp_path}"])
@@ -90,6 +92,7 @@ def test_cache_measures_quality_through_every_format_and_window(tmp_path, capsys
         bench.main(["cache", f"--out_dir={run}", "--formats=int2"])
 
 
+@pytest.mark.slow
 def test_decode_measures_every_context_and_batch_beside_transformers(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tools.bench_cache.read_bandwidth", lambda device: 1e9)

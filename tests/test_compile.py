@@ -43,13 +43,22 @@ def check_ragged_steps(knobs, dtype, backend: str, steps: int = 40) -> None:
     assert_same(model(idx[:, :1], cache=caches[0])[0], model(idx[:, :1], cache=caches[1])[0], dtype)
 
 
+FORMATS = [
+    pytest.param(dtype, id=name, marks=[] if name == "fp32" else pytest.mark.slow)
+    for name, dtype in CACHE_FORMATS.items()
+]
+
+
 @every_attention
-@pytest.mark.parametrize("dtype", CACHE_FORMATS.values(), ids=CACHE_FORMATS.keys())
+@pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("window", WINDOWS, ids=["full", "ring-with-sinks", "every-other-layer"])
 def test_a_decode_step_is_one_graph(knobs, dtype, window):
-    check_ragged_steps({**knobs, **window}, dtype, "eager", steps=40 if dtype == torch.float32 else 12)
+    layers = 2 if "window_pattern" in window else 1
+    steps = 40 if dtype == torch.float32 else 12
+    check_ragged_steps({**knobs, **window, "n_layer": layers}, dtype, "eager", steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gqa-conv", "mla-norm", "mla-conv-norm", "mla-conv-shared-norm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int4], ids=["fp32", "int4"])
 def test_a_decode_step_with_norms_and_convolutions_is_one_graph(name, dtype):

@@ -1,12 +1,9 @@
 """Training pieces in C: values and gradients as torch's in fp64, and only where they apply."""
 
-import os
-import shlex
-import shutil
-
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import compiled
 from equivalence import CASES, VOCAB, assert_close, small_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,12 +14,7 @@ from backends.cpu_train import CausalAttention, CpuAttend, CrossEntropy, Norm, S
 from model import Attend, Linear
 from nanokv.loss import LanguageModelLoss
 
-CC = shlex.split(os.environ.get("CC", "cc"))[0]
-# where there is a compiler, C that it does not take fails here
-pytestmark = [
-    pytest.mark.usefixtures("c_backend"),
-    pytest.mark.skipif(shutil.which(CC) is None, reason="no C compiler"),
-]
+pytestmark = [pytest.mark.usefixtures("c_backend"), compiled]
 WIDE = {"n_embd": 64, "n_head": 4}  # heads as wide as the C attention wants them
 
 

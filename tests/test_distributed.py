@@ -3,6 +3,7 @@
 As a script it runs trainings in groups of forked ranks, so that torch is imported once for all of them.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=24", "--intermediate_size=22", "--block_size=24"]
 TINY += ["--batch_size=2", "--gradient_accumulation_steps=4", "--dropout=0.1", "--warmup_iters=2"]
 TINY += ["--device=cpu", "--dtype=float32", "--compile=False", "--sample_tokens=0", "--eval_iters=9"]
-TINY += ["--eval_interval=25", "--log_interval=1", "--max_iters=50", "--lr_decay_iters=50"]
+TINY += ["--eval_interval=15", "--log_interval=1", "--max_iters=30", "--lr_decay_iters=30"]
 ATTENTIONS = {"mla": ["--attention=mla"], "gqa": ["--attention=gqa", "--n_kv_head=1"]}
 CASES = [
     (attention, optimizer, engine)
@@ -75,6 +76,8 @@ def script(groups: list[tuple[int, list[list[str]]]]) -> None:
     """Groups of ranks, in turn: (number of ranks, trainings)."""
     metrics.decode_probe = lambda *args, **kwargs: {"decode/tokens_per_s": 0.0}  # slow; tested elsewhere
     metrics.peak_flops = lambda *args: None
+    for name in ("_dynamo", "distributed.fsdp", "distributed.tensor"):  # once, not in each rank
+        importlib.import_module(f"torch.{name}")
     for size, runs in groups:
         statuses = [os.waitpid(pid, 0)[1] for pid in fork_ranks(size, runs)]
         codes = {os.waitstatus_to_exitcode(status) for status in statuses}
@@ -96,7 +99,7 @@ def workers(of: subprocess.Popen) -> list[int]:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def curve(run_dir: Path) -> list[float]:
@@ -117,7 +120,7 @@ def runs(corpus, tmp_path_factory) -> Path:
             *(f"--dataset={corpus}", f"--out_dir={out}/{name}-{attention}-{optimizer}-{engine}"),
         ]
 
-    half, rest = ["--max_iters=25"], ["--init_from=resume"]
+    half, rest = ["--max_iters=15"], ["--init_from=resume"]
     moved = BY_TWO[:2]  # one by DDP, one by FSDP
     in_groups(
         (2, [[*argv("2", *case), *(half if case in moved else [])] for case in BY_TWO]),
@@ -134,23 +137,25 @@ def runs(corpus, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_losses_are_the_same_at_any_number_of_ranks(runs, case):
     """One rank accumulates 4 micro-batches, each of four ranks has one; dropout drops the same."""
     alone = curve(runs / f"1-{case[0]}-{case[1]}-ddp")
-    assert len(alone) == 50 + 3 * 3
+    assert len(alone) == 30 + 3 * 3
     others = [path for path in runs.glob(f"*-{'-'.join(case)}") if not path.name.startswith("1")]
     assert others
     for path in others:
         assert curve(path) == pytest.approx(alone, rel=1e-5), path.name
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_two_ranks_to_one_and_four(runs):
     moved = {path.name for path in runs.glob("2-to-*")}
     assert len(moved) == 4
     for name in moved:
         state = checkpoint.load(runs / name, "last").state
-        assert (state["step"], state["samples"]) == (50, 400)
+        assert (state["step"], state["samples"]) == (30, 240)
 
 
 def test_a_signal_to_one_rank_stops_all_after_one_save(corpus, tmp_path):
@@ -167,21 +172,21 @@ def test_a_signal_to_one_rank_stops_all_after_one_save(corpus, tmp_path):
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:
-    for _ in range(1200):
+    for _ in range(12000):
         path = run_dir / "metrics.jsonl"
         if path.exists() and f'{{"step": {step},' in path.read_text():
             return
-        time.sleep(0.1)
+        time.sleep(0.01)
     raise TimeoutError(f"{run_dir} has not come to step {step}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_a_killed_rank_brings_the_group_back(corpus, tmp_path, nodes):
+def test_a_killed_rank_brings_the_group_back(runs, corpus, tmp_path, nodes):
     """Two workers of one torchrun, or of two that meet on loopback as two nodes would: one is killed -9,
     and the weights end as undisturbed.
     """
-    argv = [*TINY, *ATTENTIONS["mla"], f"--dataset={corpus}", "--save_interval=5", "--eval_interval=1000"]
-    in_groups((2, [[*argv, f"--out_dir={tmp_path}/whole"]]))
+    argv = [*TINY, *ATTENTIONS["gqa"], f"--dataset={corpus}", "--save_interval=5"]
     agent = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=3"]
     if nodes == 1:
         agent += ["--standalone", "--nproc_per_node=2"]
@@ -190,11 +195,12 @@ def test_a_killed_rank_brings_the_group_back(corpus, tmp_path, nodes):
         agent += [f"--rdzv-endpoint=localhost:{free_port()}"]
     command = [*agent, "train.py", *argv, f"--out_dir={tmp_path}/cut"]
     agents = [subprocess.Popen(command, cwd=ROOT, env=environment()) for _ in range(nodes)]
-    wait_for_step(tmp_path / "cut", 12)
+    wait_for_step(tmp_path / "cut", 6)
     os.kill(workers(agents[-1])[-1], signal.SIGKILL)
     assert [agent.wait(timeout=300) for agent in agents] == [0] * nodes
-    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
-    ends = [checkpoint.load(tmp_path / name, "last").model for name in ("whole", "cut")]
+    whole = runs / "2-gqa-muon-ddp"
+    assert curve(tmp_path / "cut") == curve(whole)
+    ends = [checkpoint.load(path, "last").model for path in (whole, tmp_path / "cut")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0] | ends[1])
 
 

@@ -211,6 +211,7 @@ def test_sigterm(run, whole, tmp_path, monkeypatch, moment):  # noqa: F811
     resumes(run, tmp_path / "run", whole, monkeypatch)
 
 
+@pytest.mark.slow
 def test_sigterm_while_it_compiles(corpus, tmp_path):
     """A minute or more, with nothing to save yet: it ends at once."""
     line = command(corpus, tmp_path / "run", *KNOBS, "--compile=True")
@@ -225,6 +226,7 @@ def test_sigterm_while_it_compiles(corpus, tmp_path):
     assert time.monotonic() - sent < 30
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments():
     """The script, which anyone can run with --kills=50, in short."""
     script = [sys.executable, "tests/kill9.py", "--kills=3", "--steps_a_life=8"]
@@ -240,8 +242,8 @@ def poison(monkeypatch):
     def poison(change) -> None:
         forward, calls = train.LanguageModelLoss.forward, [0]
 
-        def poisoned(loss_model, idx, targets):
-            loss = forward(loss_model, idx, targets)
+        def poisoned(loss_model, *batch):
+            loss = forward(loss_model, *batch)
             if not loss_model.training:
                 return loss
             calls[0] += 1

@@ -139,6 +139,7 @@ def changed(original: Path, copy: Path, draw: random.Random, bang: Path) -> str:
     return str(path.relative_to(copy))
 
 
+@pytest.mark.slow
 def test_a_run(run_dir, tmp_path):
     """Read as a checkpoint, by the sampler, by the log and, some, by a trainer that resumes."""
     draw, bang, copy = random.Random(1), tmp_path / "bang", tmp_path / "run"

@@ -80,6 +80,53 @@ def test_the_model_and_the_library_name_no_backend():
     assert not re.findall(words, (ROOT / "model.py").read_text())
 
 
+# Private attributes that files read of modules of torch, or of the operating system. backends/cpu_checks.py asks for
+# torch's hidden states, and nanokv/torch_private.py calls private functions of torch by name, each with a stand-in.
+PRIVATE = {"model.py": {"_forward_hooks", "_forward_pre_hooks"}, "nanokv/watchdogs.py": {"_exit"}}
+PRIVATE |= {"backends/cpu_decode.py": {"_parameters", "_modules"}}
+BY_NAME = ("getattr", "hasattr", "setattr", "delattr", "attrgetter", "methodcaller", "import_module")
+GUARDED = {"backends/cpu_checks.py", "nanokv/torch_private.py"}  # which hold such names as text
+
+
+def private_attributes(source: str) -> set[str]:
+    """Names with one leading underscore that a file takes from anything but self: x._name, getattr(x, "_name"),
+    from x import _name, import x._name.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls", "super()"):
+            found.add(node.attr)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            paths = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            found |= {part for path in paths for part in path.split(".")}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in BY_NAME:
+            words = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            found |= {part for word in words for part in word.split(".")}
+    return {name for name in found if re.match("_[^_]", name)}
+
+
+def test_private_functions_of_torch_are_called_in_one_place():
+    for file in set(map(str, tracked(".py"))) - GUARDED:
+        found = private_attributes((ROOT / file).read_text()) - PRIVATE.get(file, set())
+        assert not found, f"{file}: add to nanokv/torch_private.py, with a stand-in: {found}"
+
+
+@pytest.mark.parametrize(
+    "source, found",
+    [
+        ("kernels = torch\nkernels._foreach_add_(x, 1)", {"_foreach_add_"}),
+        ("torch._C._functorch.f()", {"_C", "_functorch"}),
+        ("getattr(model, '_orig_mod', model)", {"_orig_mod"}),
+        ("attrgetter('nn.modules._x')(torch)", {"_x"}),
+        ("from torch._dynamo import a, _b", {"_dynamo", "_b"}),
+        ("import torch._inductor.config", {"_inductor"}),
+        ("self._x = x.__class__\n_ = torch.add", set()),
+    ],
+)
+def test_private_attributes_are_found(source, found):
+    assert private_attributes(source) == found
+
+
 def code_lines(source: str) -> int:
     """Lines that are not blank, not a comment and not a docstring."""
     documented = set()

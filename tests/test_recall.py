@@ -29,6 +29,7 @@ def test_accuracy_is_the_share_of_right_answers(tmp_path):
     assert 0 < right < asked
 
 
+@pytest.mark.slow
 def test_one_command_trains_counts_and_shows(tmp_path, monkeypatch, capsys):
     (tmp_path / "list").write_text("mqa-4 --attention=mqa --head_dim=4\n")
     monkeypatch.setattr(recall, "RECIPE", TINY)

@@ -117,6 +117,7 @@ def test_a_run_with_other_values_is_refused(tmp_path, stand_in):
     assert diary(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"line {i} of {i * i % 91}\n" for i in range(900)))
     prepare.main([f"--input={tmp_path / 'text.txt'}", "--tokenizer=byte", f"--out_dir={tmp_path / 'set'}"])
@@ -177,6 +178,7 @@ def test_faults_of_a_list(tmp_path):
     assert os.listdir(tmp_path) == ["list"]
 
 
+@pytest.mark.slow
 def test_uptraining_is_a_sweep(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("".join(f"line {i} of {i * i % 91}\n" for i in range(900)))
     prepare.main([f"--input={tmp_path / 'text.txt'}", "--tokenizer=byte", f"--out_dir={tmp_path / 'set'}"])

@@ -283,6 +283,7 @@ def test_learning_rate_schedules():
     assert train.learning_rate(3, TrainConfig(decay_lr=False, warmup_iters=2)) == 1
 
 
+@pytest.mark.slow
 def test_wandb_offline_has_every_key_and_resumes_the_same_run(corpus, tmp_path):
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
     knobs = ["--wandb_log=True", "--max_iters=4", "--eval_interval=2", "--log_interval=1", "--attention=mla"]
