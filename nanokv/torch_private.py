@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def one_by_one(method: str) -> Callable[..., list[Tensor]]:
-    """A function that calls a method of Tensor on each tensor of a list. An argument may be a list, a value for each."""
+    """A function that calls a method of Tensor on each tensor of a list. An argument may be a list of values."""
 
     def for_each(tensors: list[Tensor], *args: Any, **knobs: Any) -> list[Tensor]:
         rows = zip(*(arg if isinstance(arg, list) else [arg] * len(tensors) for arg in args), strict=True)
