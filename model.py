@@ -44,8 +44,8 @@ class GPTConfig:
     rope_scaling: str | None = None  # linear, llama3 or yarn: extends the context beyond the trained one
     rope_factor: float = 1.0  # extended context length / trained context length
     rope_trained_length: int | None = None  # llama3, yarn: the trained context in tokens; None: block_size
-    rope_low: float | None = None  # pairs that turn less often in it are slowed by rope_factor; None: 1
-    rope_high: float | None = None  # pairs that turn more often are unchanged; None: 4 (llama3) or 32 (yarn)
+    rope_low: float | None = None  # pairs with fewer turns in that length are slowed by rope_factor; None: 1
+    rope_high: float | None = None  # pairs with more turns are unchanged; None: 4 (llama3) or 32 (yarn)
     rope_attention_factor: float | None = None  # yarn: factor of cosines and sines; None: 0.1 ln(rope_factor) + 1
     score_factor: float = 1.0  # multiplies all attention scores (DeepSeek's mscale squared)
     norm_eps: float = 1e-6  # added to the mean square in every RMSNorm
@@ -289,8 +289,8 @@ class MultiHeadLatentAttention(nn.Module):
     Absorbed form, for decoding: q . (W_uk c) = (W_uk^T q) . c, so W_uk_h is applied to the query, and W_uv_h
     after the sum. The heads attend directly to the cached latents.
 
-    RoPE has a separate key, k_rope, because it would prevent absorption: in the score q^T R_(t-s) W_uk c the
-    rotation R depends on the distance, so the absorbed query W_uk^T R^T q would differ for every cached token.
+    RoPE has a separate key, k_rope. Rotated keys W_uk c would prevent absorption: in the score q^T R_(t-s) W_uk c
+    the rotation R depends on the distance, so the absorbed query W_uk^T R^T q would differ for every cached token.
     All heads share one rope key of width dr. The latent is normed before it is cached, so that W_uk and W_uv
     read a vector of fixed size, however large the residual stream becomes in training.
 
@@ -458,8 +458,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Matrices that write to the residual stream start at zero, so each block starts as the identity. Other
-        matrices have std 1/sqrt(fan-in), so their outputs have the variance of their inputs.
+        """Output matrices of attention and MLP start at zero, so each block starts as the identity. Other matrices
+        of a block have std 1/sqrt(fan-in), so their outputs have the variance of their inputs.
         """
         tied, std = self.config.tie_embeddings, 0.02
         for name, p in self.named_parameters():
