@@ -53,7 +53,7 @@ def steps(monkeypatch):
     return counts
 
 
-@pytest.fixture(params=[2, 3])
+@pytest.fixture(params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def cores(request):
     torch.set_num_threads(request.param)
     yield request.param
@@ -70,7 +70,7 @@ def test_decoding_is_that_of_the_pure_model(knobs, rows, steps):
     assert steps == {"taken": 10, "made": 1}
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("knobs", [*BOTH, CASES["mqa"], *ODD.values()], ids=["gqa", "mla", "mqa", *ODD])
 def test_decoding_by_several_cores(knobs, rows, cores, steps):
     """The context is long enough that keys are cut into shares, so that no core is idle."""
