@@ -1,18 +1,15 @@
-/* Attention of a few queries over many keys, in fp32: the inner loops of cpu_decode.c. */
+/* Attention of a few queries over many keys, which a cache holds in any of its formats: the inner loops of
+   cpu_decode.c. Keys and values become fp32 in registers, a vector at a time. */
 #pragma once
 
-#include "cpu.h"
+#include "cpu_storage.h"
 
-enum { BLOCK = 32 }; /* keys at a time */
-
-/* load, and keep the vector in a register: gcc would read memory again for each of its uses */
-static inline vec load_once(const float *x) {
-    vec y = load(x);
-#ifdef __AVX__
-    __asm__("" : "+x"(y));
+enum { BLOCK = 32, TAIL = 4 * UNIT }; /* keys at a time; bytes of a unit in the largest format */
+#ifdef __AVX512F__
+enum { MOST = 6 }; /* queries at a time: each key is read once for all of them, and their sums stay in registers */
+#else
+enum { MOST = 3 };
 #endif
-    return y;
-}
 
 /* The sums of eight vectors as one, by halves. */
 static inline vec sum_vecs(vec a, vec b, vec c, vec d, vec e, vec f, vec g, vec h) {
@@ -25,97 +22,229 @@ static inline vec sum_vecs(vec a, vec b, vec c, vec d, vec e, vec f, vec g, vec 
     return SHUFFLE(a, c, 0, 2, 8, 10, 4, 6, 12, 14) + SHUFFLE(a, c, 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
-/* p_i[j] = scale * q_i . k_j for three queries and four keys. Each is loaded once for twelve sums: fewer sums would
-   wait for their additions. `ahead` is four rows of keys that come later, to be fetched meanwhile. */
-static __attribute__((noinline)) void dot3x4(const float *const *q, const float *const *k, const float *ahead, long n,
-                                             float scale, float *const *p) {
-    const float *a = q[0], *b = q[1], *c = q[2];
-    vec a0 = {0}, a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0, c0 = a0, c1 = a0, c2 = a0, c3 = a0;
-    long i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        __builtin_prefetch(ahead + 4 * i), __builtin_prefetch(ahead + 4 * i + 16);
-        vec x = load_once(a + i), y = load_once(b + i), z = load_once(c + i), w;
-        w = load_once(k[0] + i), a0 += x * w, b0 += y * w, c0 += z * w;
-        w = load_once(k[1] + i), a1 += x * w, b1 += y * w, c1 += z * w;
-        w = load_once(k[2] + i), a2 += x * w, b2 += y * w, c2 += z * w;
-        w = load_once(k[3] + i), a3 += x * w, b3 += y * w, c3 += z * w;
-    }
-    float sums[4][4]; /* a vector has those of two queries */
-    store(sums[0], sum_vecs(a0, a1, a2, a3, b0, b1, b2, b3)), store(sums[2], sum_vecs(c0, c1, c2, c3, c0, c1, c2, c3));
-    for (; i < n; i++)
-        for (int j = 0; j < 4; j++)
-            for (int u = 0; u < 3; u++) sums[u][j] += q[u][i] * k[j][i];
-    for (int u = 0; u < 3; u++)
-        for (int j = 0; j < 4; j++) p[u][j] = scale * sums[u][j]; /* stored last: several queries may be the same one */
+/* One vector that has the same sum. */
+static inline vec folded(wide a) {
+#ifdef __AVX512F__
+    return (vec)_mm512_castps512_ps256((__m512)a) + (vec)_mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)a, 1));
+#else
+    return (vec)a;
+#endif
 }
 
-/* y_i = keep_i * y_i + p_i v for three queries, `rows` rows of v and 32 of its columns. What is `ahead` of the rows is
-   fetched meanwhile. */
-static __attribute__((noinline)) void mix3(float *const *p, const float *v, long ahead, long step, long rows,
-                                           const float *keep, float *const *y) {
-    float *a = y[0], *b = y[1], *c = y[2], i = keep[0], j = keep[1], k = keep[2];
-    vec a0 = load(a) * i, a1 = load(a + 8) * i, a2 = load(a + 16) * i, a3 = load(a + 24) * i;
-    vec b0 = load(b) * j, b1 = load(b + 8) * j, b2 = load(b + 16) * j, b3 = load(b + 24) * j;
-    vec c0 = load(c) * k, c1 = load(c + 8) * k, c2 = load(c + 16) * k, c3 = load(c + 24) * k;
-    for (long r = 0; r < rows; r++, v += step) {
-        __builtin_prefetch(v + ahead), __builtin_prefetch(v + ahead + 16);
-        vec w;
-        i = p[0][r], j = p[1][r], k = p[2][r];
-        w = load_once(v), a0 += w * i, b0 += w * j, c0 += w * k;
-        w = load_once(v + 8), a1 += w * i, b1 += w * j, c1 += w * k;
-        w = load_once(v + 16), a2 += w * i, b2 += w * j, c2 += w * k;
-        w = load_once(v + 24), a3 += w * i, b3 += w * j, c3 += w * k;
+typedef struct { /* a block of a part's rows, as the kernels read them */
+    const char *codes, *exact, *tail, *exact_tail; /* tail: copies of what is behind the last whole unit of a row */
+    const float *scales, *offsets;                 /* (rows, groups); the offsets times the scales */
+    long rows, step, exact_step, groups;           /* steps: bytes from row to row */
+    long ahead;                                    /* bytes to rows that come later, to be fetched meanwhile */
+} block;
+
+/* n rounded down or up to whole units */
+INLINE long whole_units(long n) { return n / UNIT * UNIT; }
+INLINE long padded(long n) { return whole_units(n + UNIT - 1); }
+
+/* Add to the sums (Q, K) of Q queries and K rows of x their products over n numbers of format f: whole units. */
+INLINE void multiply(enum format f, int Q, int K, wide *sums, const float *q, long q_step, const char *x, long step,
+                     const long *row, const float *scales, const float *offsets, long groups, long n, long ahead) {
+    for (long i = 0; i < n; i += UNIT, q += UNIT) {
+        const char *unit = x + bytes_of(f, i);
+        for (long line = 0; line < K * bytes_of(f, UNIT); line += 64)
+            __builtin_prefetch(x + row[0] * step + ahead + K * bytes_of(f, i) + line);
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+            wide own[MOST];
+#pragma GCC unroll 8
+            for (int u = 0; u < Q; u++) own[u] = *(const wide *)(q + u * q_step + h * WIDE);
+#pragma GCC unroll 8
+            for (int j = 0; j < K; j++) {
+                long g = row[j] * groups + i / GROUP4;
+                wide w = load_half(f, unit + row[j] * step, h, f == INT4 ? scales[g] : 1, f == INT4 ? offsets[g] : 0);
+#pragma GCC unroll 8
+                for (int u = 0; u < Q; u++) sums[u * K + j] += own[u] * w;
+            }
+        }
     }
-    store(a, a0), store(a + 8, a1), store(a + 16, a2), store(a + 24, a3);
-    store(b, b0), store(b + 8, b1), store(b + 16, b2), store(b + 24, b3);
-    store(c, c0), store(c + 8, c1), store(c + 16, c2), store(c + 24, c3);
+}
+
+/* p (Q, BLOCK) = q . k for Q queries and all keys of a block, K at a time, or p += that with `add`. The queries have n
+   numbers for the codes of a key, then those for its exact ones, each padded with zeros to whole units. */
+INLINE void dots(enum format f, int Q, int K, const block *k, const float *q, long q_step, long n, long exact, int add,
+                 float *p) {
+    long whole = whole_units(n), whole_exact = whole_units(exact), G = k->groups;
+    const float *s = k->scales, *o = k->offsets, *q_exact = q + padded(n);
+    for (long j = 0; j < k->rows; j += K) {
+        long row[8];
+        wide sums[24] = {{0}};
+        float total[24];
+#pragma GCC unroll 8
+        for (int u = 0; u < K; u++) row[u] = min(j + u, k->rows - 1); /* rows that are missing of K are the last again */
+        multiply(f, Q, K, sums, q, q_step, k->codes, k->step, row, s, o, G, whole, k->ahead);
+        if (whole < n)
+            multiply(f, Q, K, sums, q + whole, q_step, k->tail, TAIL, row, s + whole / GROUP4, o + whole / GROUP4, G, UNIT, 0);
+        if (f == INT8 || f == FP8) {
+#pragma GCC unroll 24
+            for (int i = 0; i < Q * K; i++) sums[i] *= s[row[i % K] * G];
+        }
+        if (f >= INT8 && whole_exact)
+            multiply(BF16, Q, K, sums, q_exact, q_step, k->exact, k->exact_step, row, s, o, G, whole_exact, 0);
+        if (f >= INT8 && whole_exact < exact)
+            multiply(BF16, Q, K, sums, q_exact + whole_exact, q_step, k->exact_tail, TAIL, row, s, o, G, UNIT, 0);
+#pragma GCC unroll 4
+        for (int i = 0; i < Q * K; i += 8) {
+            int h = i + 4 < Q * K ? 4 : 0;
+            const wide *a = sums + i;
+            store(total + i, sum_vecs(folded(a[0]), folded(a[1]), folded(a[2]), folded(a[3]), folded(a[h]),
+                                      folded(a[h + 1]), folded(a[h + 2]), folded(a[h + 3])));
+        }
+        for (int i = 0; i < Q; i++)
+            for (int u = 0; u < K; u++) p[i * BLOCK + j + u] = total[i * K + u] + (add ? p[i * BLOCK + j + u] : 0);
+    }
+}
+
+/* y (Q, T WIDE) = keep y + p v for Q queries and the first columns of a block of values. */
+INLINE void mix(enum format f, int Q, int T, const block *v, const float *p, const float *keep, float *y, long y_step) {
+    wide sums[24];
+    const char *row = v->codes;
+    const float *scale = v->scales, *offset = v->offsets;
+#pragma GCC unroll 32
+    for (int i = 0; i < Q * T; i++) sums[i] = *(const wide *)(y + i / T * y_step + i % T * WIDE) * keep[i / T];
+    for (long r = 0; r < v->rows; r++, row += v->step, scale += v->groups, offset += v->groups) {
+        for (long line = 0; line < bytes_of(f, T * WIDE); line += 64) __builtin_prefetch(row + v->ahead + line);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) {
+            int at = t / 2 * UNIT, g = at / GROUP4;
+            wide w = load_half(f, row + bytes_of(f, at), t % 2, f == INT4 ? scale[g] : 1, f == INT4 ? offset[g] : 0);
+#pragma GCC unroll 8
+            for (int i = 0; i < Q; i++) sums[i * T + t] += w * p[i * BLOCK + r];
+        }
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < Q * T; i++) *(wide *)(y + i / T * y_step + i % T * WIDE) = sums[i];
+}
+
+/* `dots` and `mix` of n queries, as many at a time as fit, and then one; there may be two rows more of q, p and y. */
+INLINE int how_many(long n) { return MOST == 6 && n > 3 ? 6 : n > 1 ? 3 : 1; }
+
+#define KERNELS(F)                                                                                                     \
+    static __attribute__((noinline)) void dots_##F(long queries, const block *k, const float *q, long step, long n,    \
+                                                   long exact, int add, float *p) {                                    \
+        for (int u; queries > 0; queries -= u, q += u * step, p += u * BLOCK) {                                        \
+            u = how_many(queries);                                                                                     \
+            if (u == 6) dots(F, MOST, 2, k, q, step, n, exact, add, p);                                                \
+            if (u == 3) dots(F, 3, 4, k, q, step, n, exact, add, p);                                                   \
+            if (u == 1) dots(F, 1, 8, k, q, step, n, exact, add, p);                                                   \
+        }                                                                                                              \
+    }                                                                                                                  \
+    static __attribute__((noinline)) void mix_##F(long queries, const block *v, int four, const float *p,              \
+                                                  const float *keep, float *y, long step) {                            \
+        for (int u; queries > 0; queries -= u, p += u * BLOCK, keep += u, y += u * step) {                             \
+            u = how_many(queries);                                                                                     \
+            if (u == 6) four ? mix(F, MOST, 4, v, p, keep, y, step) : mix(F, MOST, 2, v, p, keep, y, step);            \
+            if (u == 3) four ? mix(F, 3, 4, v, p, keep, y, step) : mix(F, 3, 2, v, p, keep, y, step);                  \
+            if (u == 1) four ? mix(F, 1, 4, v, p, keep, y, step) : mix(F, 1, 2, v, p, keep, y, step);                  \
+        }                                                                                                              \
+    }
+KERNELS(FP32)
+KERNELS(BF16)
+KERNELS(FP16)
+KERNELS(INT8)
+KERNELS(FP8)
+KERNELS(INT4)
+static void (*const DOTS[])(long, const block *, const float *, long, long, long, int, float *) = {
+    dots_FP32, dots_BF16, dots_FP16, dots_INT8, dots_FP8, dots_INT4};
+static void (*const MIX[])(long, const block *, int, const float *, const float *, float *, long) = {
+    mix_FP32, mix_BF16, mix_FP16, mix_INT8, mix_FP8, mix_INT4};
+
+/* Where number i of a vector is among its padded ones. */
+INLINE long place(long format, long i) {
+    return format == INT4 ? whole_units(i) + i % 2 * WIDE + i % UNIT / 2 : i;
+}
+
+/* Copies (rows, TAIL bytes) of what n numbers in each row have behind their whole units. */
+static const char *tail_of(enum format f, const char *x, long step, long rows, long n, char *y) {
+    long from = bytes_of(f, whole_units(n)), size = bytes_of(f, n) - from;
+    memset(y, 0, size ? rows * TAIL : 0);
+    for (long r = 0; size && r < rows; r++) memcpy(y + r * TAIL, x + r * step + from, size);
+    return y;
+}
+
+/* Rows of a part, from number `row` on. scales: room for scales and offsets; tail: for those of codes and exact. */
+static block block_of(const part *a, long row, long rows, long ahead, long n, float *scales, char *tail) {
+    long step = bytes_of(a->format, a->width), exact_step = 2 * a->exact_width, g = a->groups, count = rows * g;
+    float *offsets = scales + BLOCK * g;
+    block b = {.codes = a->codes + row * step, .exact = a->exact + row * exact_step, .scales = scales, .offsets = offsets,
+               .rows = rows, .step = step, .exact_step = exact_step, .groups = g, .ahead = ahead * step};
+    b.tail = tail_of(a->format, b.codes, step, rows, n, tail);
+    b.exact_tail = tail_of(BF16, b.exact, exact_step, rows, a->exact_width, tail + BLOCK * TAIL);
+    if (!quantized(a)) return b;
+    widen(BF16, a->scales + 2 * row * g, scales, count);
+    if (a->format == INT4) widen(INT8, a->offsets + row * g, offsets, count);
+    for (long i = 0; i < count; i++) a->format == INT4 ? (offsets[i] *= scales[i]) : (scales[i] *= a->format == FP8 ? 256 : 1);
+    return b;
+}
+
+/* Numbers of room that n queries need, of keys and values of these widths. */
+static long room_for(long n, long d, long dv) {
+    long groups = d / GROUP4 + 1;
+    return (n + 2) * (padded(d) + UNIT + padded(dv) + 2 * UNIT + 2 * BLOCK + 1) + BLOCK * (4 * groups + 2 * UNIT + 1);
 }
 
 /* Softmax over some of the keys, not yet divided by its sum, for n queries q (n, d):
    y (n, dv) = sum_j e^(score_j - top) v_j, sum (n) = sum_j e^(score_j - top), top (n) the largest score.
    Each block of 32 keys and values is read once for all queries ("online softmax", Milakov and Gimelshein 2018).
-   factor: NULL, or what multiplies each query's scores, rows `apart`. `room` has n (BLOCK + 1) numbers. */
-static void share_of_softmax(const float *q, const float *k, const float *v, const float *factor, long apart, float *y,
-                             float *sum, float *top, float *room, long n, long keys, long d, long dv, long step,
+   The keys are rows of the parts k and v, from number `row` on. factor: NULL, or what multiplies the scores of query i,
+   from number i `apart` on. room: see `room_for`. */
+static void share_of_softmax(const float *q, const part *k, const part *v, long row, const part *factor, long first,
+                             long apart, float *y, float *sum, float *top, float *room, long n, long keys, long dv,
                              float scale) {
-    float *p = room, *keep = room + n * BLOCK;
-    memset(y, 0, n * dv * sizeof(float));
-    for (long i = 0; i < n; i++) sum[i] = 0, top[i] = -FLT_MAX;
-    for (long at = 0; at < keys; at += BLOCK, k += BLOCK * step, v += BLOCK * step) {
-        long rows = min(keys - at, BLOCK), ahead = at + BLOCK < keys ? BLOCK * step : 0, c = 0;
-        for (long j = 0; j < rows; j += 4) /* four keys stay in the L1 cache for all queries */
-            for (long i = 0; i < n; i += 3) { /* queries that are missing of three are the last one again */
-                long i1 = min(i + 1, n - 1), i2 = min(i + 2, n - 1);
-                const float *queries[3] = {q + i * d, q + i1 * d, q + i2 * d}, *four[4];
-                float *out[3] = {p + i * BLOCK + j, p + i1 * BLOCK + j, p + i2 * BLOCK + j};
-                for (long u = 0; u < 4; u++) four[u] = k + min(j + u, rows - 1) * step;
-                dot3x4(queries, four, four[0] + ahead, d, scale, out);
-            }
+    long d = k->width, exact = k->exact_width, step = padded(d) + padded(exact), y_step = padded(dv), f = k->format;
+    float *own = room, *p = own + (n + 2) * step, *weights = p + (n + 2) * BLOCK, *out = weights + (n + 2) * BLOCK;
+    float *k_scales = out + (n + 2) * y_step, *v_scales = k_scales + 2 * BLOCK * k->groups;
+    float *tails = v_scales + 2 * BLOCK * v->groups, *factors = tails + 2 * BLOCK * UNIT, *keep = factors + BLOCK;
+    memset(room, 0, (k_scales - room) * sizeof(float)), memset(keep, 0, (n + 2) * sizeof(float));
+    for (long i = 0; i < n; i++) {
+        for (long c = 0; c < d; c++) own[i * step + place(f, c)] = scale * q[i * (d + exact) + c];
+        for (long c = 0; c < exact; c++) own[i * step + padded(d) + c] = scale * q[i * (d + exact) + d + c];
+        sum[i] = 0, top[i] = -FLT_MAX;
+    }
+    for (long at = 0; at < keys; at += BLOCK) {
+        long rows = min(keys - at, BLOCK), ahead = at + BLOCK < keys ? BLOCK : 0, one = f == INT8 || f == FP8;
+        block a = block_of(k, row + at, rows, ahead, d, k_scales, (char *)tails);
+        for (long c = 0; c < d; c += GROUP8, a.codes += GROUP8, a.scales++) { /* a scale at a time */
+            long end = one ? min(c + GROUP8, d) : d;
+            DOTS[f](n, &a, own + c, step, end - c, end == d ? exact : 0, c > 0, p);
+            if (end == d) break;
+        }
         for (long i = 0; i < n; i++) {
-            float *row = p + i * BLOCK;
-            for (long j = 0; factor && j < rows; j++) row[j] *= factor[i * apart + at + j];
-            for (long j = rows; j < BLOCK; j++) row[j] = -FLT_MAX;
-            float best = largest(row, BLOCK, top[i]);
+            float *r = p + i * BLOCK;
+            if (factor) widen(factor->format, factor->codes + bytes_of(factor->format, first + i * apart + at), factors, rows);
+            for (long j = 0; factor && j < rows; j++) r[j] *= factors[j];
+            for (long j = rows; j < BLOCK; j++) r[j] = -FLT_MAX;
+            float best = largest(r, BLOCK, top[i]);
             vec added = {0};
             for (long j = 0; j < BLOCK; j += LANES) {
-                vec e = exponential(load(row + j) - best);
-                store(row + j, e), added += e;
+                vec e = exponential(load(r + j) - best);
+                store(r + j, e), added += e;
             }
             keep[i] = best > top[i] ? expf(top[i] - best) : 1, top[i] = best;
             sum[i] = sum[i] * keep[i] + sum_vec(added);
         }
-        for (; c + 4 * LANES <= dv; c += 4 * LANES) /* 32 columns of the values stay in the L1 cache */
-            for (long i = 0; i < n; i += 3) {
-                long i1 = min(i + 1, n - 1), i2 = min(i + 2, n - 1);
-                float *out[3] = {y + i * dv + c, y + i1 * dv + c, y + i2 * dv + c};
-                float kept[3] = {keep[i], keep[i1], keep[i2]};
-                mix3((float *[]){p + i * BLOCK, p + i1 * BLOCK, p + i2 * BLOCK}, v + c, ahead, step, rows, kept, out);
+        a = block_of(v, row + at, rows, ahead, dv, v_scales, (char *)tails);
+        for (long c = 0; c < dv; c += 2 * UNIT) {
+            block b = a;
+            long left = dv - c, group = one ? c / GROUP8 : 0;
+            if (one && c % GROUP8 == 0)
+                for (long i = 0; i < n; i++)
+                    for (long j = 0; j < rows; j++) weights[i * BLOCK + j] = p[i * BLOCK + j] * a.scales[j * a.groups + group];
+            for (long u = 0; u < min(left, 2 * UNIT); u += UNIT) {
+                int four = left >= 2 * UNIT;
+                b.codes = a.codes + bytes_of(f, c + u), b.scales = a.scales + (c + u) / GROUP4;
+                b.offsets = a.offsets + (c + u) / GROUP4;
+                if (left - u < UNIT) b.codes = a.tail, b.step = TAIL, b.ahead = 0;
+                MIX[f](n, &b, four, one ? weights : p, keep, out + c + u, y_step);
+                if (four) break;
             }
-        for (; c < dv; c++)
-            for (long i = 0; i < n; i++) {
-                float total = keep[i] * y[i * dv + c];
-                for (long j = 0; j < rows; j++) total += p[i * BLOCK + j] * v[j * step + c];
-                y[i * dv + c] = total;
-            }
+        }
     }
+    for (long i = 0; i < n; i++)
+        for (long c = 0; c < dv; c++) y[i * dv + c] = out[i * y_step + place(f, c)];
 }
