@@ -4,12 +4,13 @@
 
 #include "cpu_storage.h"
 
-enum { BLOCK = 32, TAIL = 4 * UNIT }; /* keys at a time; bytes of a unit in the largest format */
-#ifdef __AVX512F__
+enum { BLOCK = 128, AHEAD = 32, TAIL = 4 * UNIT }; /* keys at a time, to fetch ahead; bytes of a unit of fp32 */
+#ifdef __AVX512BW__
 enum { MOST = 6 }; /* queries at a time: each key is read once for all of them, and their sums stay in registers */
 #else
 enum { MOST = 3 };
 #endif
+#define LIFT 0x1p60f /* half of what FP8 codes lack goes to the query or the result, half to the scale */
 
 /* The sums of eight vectors as one, by halves. */
 static inline vec sum_vecs(vec a, vec b, vec c, vec d, vec e, vec f, vec g, vec h) {
@@ -22,18 +23,41 @@ static inline vec sum_vecs(vec a, vec b, vec c, vec d, vec e, vec f, vec g, vec 
     return SHUFFLE(a, c, 0, 2, 8, 10, 4, 6, 12, 14) + SHUFFLE(a, c, 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
-/* One vector that has the same sum. */
-static inline vec folded(wide a) {
-#ifdef __AVX512F__
-    return (vec)_mm512_castps512_ps256((__m512)a) + (vec)_mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)a, 1));
+/* The two halves of a, or a and what stands for nothing. */
+static inline vec lower(wide a) {
+#ifdef __AVX512BW__
+    return (vec)_mm512_castps512_ps256((__m512)a);
 #else
     return (vec)a;
 #endif
 }
 
+static inline vec upper(wide a, vec none) {
+#ifdef __AVX512BW__
+    (void)none;
+    return (vec)_mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)a, 1));
+#else
+    return none;
+#endif
+}
+
+/* One vector that has the same sum. */
+static inline vec folded(wide a) { return lower(a) + upper(a, (vec){0}); }
+
+static inline wide select_wide(iwide which, wide a, wide b) { return (wide)(((iwide)a & which) | ((iwide)b & ~which)); }
+static inline vec larger(vec a, vec b) { return select_vec(a > b, a, b); }
+
+static inline float largest_of(wide x) {
+    vec a = larger(lower(x), upper(x, lower(x)));
+    a = larger(a, SHUFFLE(a, a, 4, 5, 6, 7, 0, 1, 2, 3)), a = larger(a, SHUFFLE(a, a, 2, 3, 0, 1, 6, 7, 4, 5));
+    return larger(a, SHUFFLE(a, a, 1, 0, 3, 2, 5, 4, 7, 6))[0];
+}
+
+EXPONENTIAL(exponential_wide, wide, iwide)
+
 typedef struct { /* a block of a part's rows, as the kernels read them */
     const char *codes, *exact, *tail, *exact_tail; /* tail: copies of what is behind the last whole unit of a row */
-    const float *scales, *offsets;                 /* (rows, groups); the offsets times the scales */
+    const float *scales, *offsets; /* of INT4 (rows, groups), the offsets times the scales; else (groups, BLOCK) */
     long rows, step, exact_step, groups;           /* steps: bytes from row to row */
     long ahead;                                    /* bytes to rows that come later, to be fetched meanwhile */
 } block;
@@ -42,61 +66,57 @@ typedef struct { /* a block of a part's rows, as the kernels read them */
 INLINE long whole_units(long n) { return n / UNIT * UNIT; }
 INLINE long padded(long n) { return whole_units(n + UNIT - 1); }
 
-/* Add to the sums (Q, K) of Q queries and K rows of x their products over n numbers of format f: whole units. */
+/* Add to the sums (Q, K) of Q queries and K rows of x their products over n numbers of format f. */
 INLINE void multiply(enum format f, int Q, int K, wide *sums, const float *q, long q_step, const char *x, long step,
-                     const long *row, const float *scales, const float *offsets, long groups, long n, long ahead) {
-    for (long i = 0; i < n; i += UNIT, q += UNIT) {
-        const char *unit = x + bytes_of(f, i);
-        for (long line = 0; line < K * bytes_of(f, UNIT); line += 64)
-            __builtin_prefetch(x + row[0] * step + ahead + K * bytes_of(f, i) + line);
+                     const char *tail, const long *row, const float *scales, const float *offsets, long groups, long n,
+                     long ahead) {
+    for (long i = 0, whole = whole_units(n), end; i < n; x = tail, step = TAIL, ahead = 0) { /* twice, if there is a tail */
+        end = i < whole ? whole : n, x = i < whole ? x : tail, step = i < whole ? step : TAIL;
+        for (const char *unit = x; i < end; i += UNIT, unit += bytes_of(f, UNIT), q += UNIT) {
+            for (long line = 0; line < K * bytes_of(f, UNIT); line += 64)
+                __builtin_prefetch(x + row[0] * step + ahead + K * (unit - x) + line);
 #pragma GCC unroll 2
-        for (int h = 0; h < 2; h++) {
-            wide own[MOST];
+            for (int h = 0; h < 2; h++) {
+                wide own[MOST];
 #pragma GCC unroll 8
-            for (int u = 0; u < Q; u++) own[u] = *(const wide *)(q + u * q_step + h * WIDE);
+                for (int u = 0; u < Q; u++) own[u] = load_once(q + u * q_step + h * WIDE);
 #pragma GCC unroll 8
-            for (int j = 0; j < K; j++) {
-                long g = row[j] * groups + i / GROUP4;
-                wide w = load_half(f, unit + row[j] * step, h, f == INT4 ? scales[g] : 1, f == INT4 ? offsets[g] : 0);
+                for (int j = 0; j < K; j++) {
+                    long g = row[j] * groups + i / GROUP4;
+                    wide w = load_half(f, unit + row[j] * step, h, f == INT4 ? scales[g] : 1, f == INT4 ? offsets[g] : 0);
 #pragma GCC unroll 8
-                for (int u = 0; u < Q; u++) sums[u * K + j] += own[u] * w;
+                    for (int u = 0; u < Q; u++) sums[u * K + j] += own[u] * w;
+                }
             }
         }
     }
 }
 
-/* p (Q, BLOCK) = q . k for Q queries and all keys of a block, K at a time, or p += that with `add`. The queries have n
-   numbers for the codes of a key, then those for its exact ones, each padded with zeros to whole units. */
-INLINE void dots(enum format f, int Q, int K, const block *k, const float *q, long q_step, long n, long exact, int add,
+/* p (Q, BLOCK) = q . k for Q queries and all keys of a block, K at a time. The queries have n numbers for the codes of a key, then those for its exact ones if it has some, each padded with zeros to whole units. */
+INLINE void dots(enum format f, int Q, int K, int has_exact, const block *k, const float *q, long q_step, long n,
                  float *p) {
-    long whole = whole_units(n), whole_exact = whole_units(exact), G = k->groups;
-    const float *s = k->scales, *o = k->offsets, *q_exact = q + padded(n);
     for (long j = 0; j < k->rows; j += K) {
+        const float *s = k->scales, *o = k->offsets;
         long row[8];
         wide sums[24] = {{0}};
         float total[24];
 #pragma GCC unroll 8
         for (int u = 0; u < K; u++) row[u] = min(j + u, k->rows - 1); /* rows that are missing of K are the last again */
-        multiply(f, Q, K, sums, q, q_step, k->codes, k->step, row, s, o, G, whole, k->ahead);
-        if (whole < n)
-            multiply(f, Q, K, sums, q + whole, q_step, k->tail, TAIL, row, s + whole / GROUP4, o + whole / GROUP4, G, UNIT, 0);
-        if (f == INT8 || f == FP8) {
+        multiply(f, Q, K, sums, q, q_step, k->codes, k->step, k->tail, row, s, o, k->groups, n, k->ahead);
+        if (has_exact) {
 #pragma GCC unroll 24
-            for (int i = 0; i < Q * K; i++) sums[i] *= s[row[i % K] * G];
+            for (int i = 0; i < Q * K; i++) sums[i] *= f == INT4 ? 1 : s[row[i % K]];
+            multiply(BF16, Q, K, sums, q + padded(n), q_step, k->exact, k->exact_step, k->exact_tail, row, s, o, 0,
+                     k->exact_step / 2, 0);
         }
-        if (f >= INT8 && whole_exact)
-            multiply(BF16, Q, K, sums, q_exact, q_step, k->exact, k->exact_step, row, s, o, G, whole_exact, 0);
-        if (f >= INT8 && whole_exact < exact)
-            multiply(BF16, Q, K, sums, q_exact + whole_exact, q_step, k->exact_tail, TAIL, row, s, o, G, UNIT, 0);
 #pragma GCC unroll 4
         for (int i = 0; i < Q * K; i += 8) {
-            int h = i + 4 < Q * K ? 4 : 0;
-            const wide *a = sums + i;
-            store(total + i, sum_vecs(folded(a[0]), folded(a[1]), folded(a[2]), folded(a[3]), folded(a[h]),
-                                      folded(a[h + 1]), folded(a[h + 2]), folded(a[h + 3])));
+            vec a[8];
+#pragma GCC unroll 8
+            for (int u = 0; u < 8; u++) a[u] = folded(sums[i + u < Q * K ? i + u : 0]);
+            store(total + i, sum_vecs(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]));
         }
-        for (int i = 0; i < Q; i++)
-            for (int u = 0; u < K; u++) p[i * BLOCK + j + u] = total[i * K + u] + (add ? p[i * BLOCK + j + u] : 0);
+        for (int i = 0; i < Q; i++) memcpy(p + i * BLOCK + j, total + i * K, K * sizeof(float));
     }
 }
 
@@ -124,14 +144,15 @@ INLINE void mix(enum format f, int Q, int T, const block *v, const float *p, con
 /* `dots` and `mix` of n queries, as many at a time as fit, and then one; there may be two rows more of q, p and y. */
 INLINE int how_many(long n) { return MOST == 6 && n > 3 ? 6 : n > 1 ? 3 : 1; }
 
+#define DOT(F, Q, K) F >= INT8 && exact ? dots(F, Q, K, 1, k, q, step, n, p) : dots(F, Q, K, 0, k, q, step, n, p)
 #define KERNELS(F)                                                                                                     \
     static __attribute__((noinline)) void dots_##F(long queries, const block *k, const float *q, long step, long n,    \
-                                                   long exact, int add, float *p) {                                    \
+                                                   int exact, float *p) {                                              \
         for (int u; queries > 0; queries -= u, q += u * step, p += u * BLOCK) {                                        \
             u = how_many(queries);                                                                                     \
-            if (u == 6) dots(F, MOST, 2, k, q, step, n, exact, add, p);                                                \
-            if (u == 3) dots(F, 3, 4, k, q, step, n, exact, add, p);                                                   \
-            if (u == 1) dots(F, 1, 8, k, q, step, n, exact, add, p);                                                   \
+            if (u == 6) DOT(F, MOST, 2);                                                                               \
+            if (u == 3) DOT(F, 3, MOST == 3 && F >= FP8 ? 2 : 4);                                                      \
+            if (u == 1) DOT(F, 1, MOST == 3 && F == INT4 ? 4 : 8);                                                     \
         }                                                                                                              \
     }                                                                                                                  \
     static __attribute__((noinline)) void mix_##F(long queries, const block *v, int four, const float *p,              \
@@ -149,14 +170,14 @@ KERNELS(FP16)
 KERNELS(INT8)
 KERNELS(FP8)
 KERNELS(INT4)
-static void (*const DOTS[])(long, const block *, const float *, long, long, long, int, float *) = {
+static void (*const DOTS[])(long, const block *, const float *, long, long, int, float *) = {
     dots_FP32, dots_BF16, dots_FP16, dots_INT8, dots_FP8, dots_INT4};
 static void (*const MIX[])(long, const block *, int, const float *, const float *, float *, long) = {
     mix_FP32, mix_BF16, mix_FP16, mix_INT8, mix_FP8, mix_INT4};
 
 /* Where number i of a vector is among its padded ones. */
 INLINE long place(long format, long i) {
-    return format == INT4 ? whole_units(i) + i % 2 * WIDE + i % UNIT / 2 : i;
+    return format >= FP8 ? whole_units(i) + i % 2 * WIDE + i % UNIT / 2 : i;
 }
 
 /* Copies (rows, TAIL bytes) of what n numbers in each row have behind their whole units. */
@@ -167,84 +188,113 @@ static const char *tail_of(enum format f, const char *x, long step, long rows, l
     return y;
 }
 
-/* Rows of a part, from number `row` on. scales: room for scales and offsets; tail: for those of codes and exact. */
-static block block_of(const part *a, long row, long rows, long ahead, long n, float *scales, char *tail) {
-    long step = bytes_of(a->format, a->width), exact_step = 2 * a->exact_width, g = a->groups, count = rows * g;
-    float *offsets = scales + BLOCK * g;
-    block b = {.codes = a->codes + row * step, .exact = a->exact + row * exact_step, .scales = scales, .offsets = offsets,
-               .rows = rows, .step = step, .exact_step = exact_step, .groups = g, .ahead = ahead * step};
-    b.tail = tail_of(a->format, b.codes, step, rows, n, tail);
-    b.exact_tail = tail_of(BF16, b.exact, exact_step, rows, a->exact_width, tail + BLOCK * TAIL);
-    if (!quantized(a)) return b;
-    widen(BF16, a->scales + 2 * row * g, scales, count);
-    if (a->format == INT4) widen(INT8, a->offsets + row * g, offsets, count);
-    for (long i = 0; i < count; i++) a->format == INT4 ? (offsets[i] *= scales[i]) : (scales[i] *= a->format == FP8 ? 256 : 1);
+typedef struct { /* what the attention of n queries works on; there are two more of them than n, see `how_many` */
+    float *q, *p, *weights, *out; /* padded queries, scores, these times the scales of values, padded results */
+    float *scales, *offsets, *factors, *keep;
+    float *tails;
+    long q_step, y_step, size; /* numbers from query to query; of all */
+} workspace;
+
+/* It begins at `room`, or is only measured. d, dv: widths of keys and values. */
+static workspace divide_room(float *room, long n, long d, long dv) {
+    long groups = d / GROUP4 + 1;
+    workspace w = {.q_step = padded(d) + UNIT, .y_step = padded(dv)};
+    struct { float **part; long size; } parts[] = {
+        {&w.q, (n + 2) * w.q_step}, {&w.out, (n + 2) * w.y_step}, {&w.p, (n + 2) * BLOCK}, {&w.weights, (n + 2) * BLOCK},
+        {&w.scales, groups * BLOCK + WIDE}, {&w.offsets, groups * BLOCK + WIDE}, {&w.factors, BLOCK}, {&w.keep, n + 2},
+        {&w.tails, 2 * BLOCK * TAIL / 4}};
+    for (int i = 0; i < 9; i++) *parts[i].part = room ? room + w.size : NULL, w.size += whole_columns(parts[i].size);
+    return w;
+}
+
+/* Rows of a part, from number `row` on, of which n numbers count. */
+static block block_of(const part *a, long row, long rows, long ahead, long n, const workspace *w) {
+    long step = bytes_of(a->format, a->width), exact_step = 2 * a->exact_width, G = a->groups;
+    block b = {.codes = a->codes + row * step, .exact = a->exact + row * exact_step, .scales = w->scales, .rows = rows,
+               .offsets = w->offsets, .step = step, .exact_step = exact_step, .groups = G, .ahead = ahead * step};
+    b.tail = tail_of(a->format, b.codes, step, rows, n, (char *)w->tails);
+    b.exact_tail = tail_of(BF16, b.exact, exact_step, rows, a->exact_width, (char *)w->tails + BLOCK * TAIL);
+    float *first = G > 1 && a->format != INT4 ? w->offsets : w->scales; /* there, to be transposed */
+    if (quantized(a)) widen(BF16, a->scales + 2 * row * G, first, rows * G);
+    for (long i = 0; a->format == FP8 && i < rows * G; i++) first[i] *= LIFT;
+    for (long i = 0; first != w->scales && i < rows * G; i++) w->scales[i % G * BLOCK + i / G] = first[i];
+    if (a->format != INT4) return b;
+    widen(INT8, a->offsets + row * G, w->offsets, rows * G);
+    for (long i = 0; i < rows * G; i += WIDE) *(wide *)(w->offsets + i) *= *(wide *)(w->scales + i);
     return b;
 }
 
-/* Numbers of room that n queries need, of keys and values of these widths. */
-static long room_for(long n, long d, long dv) {
-    long groups = d / GROUP4 + 1;
-    return (n + 2) * (padded(d) + UNIT + padded(dv) + 2 * UNIT + 2 * BLOCK + 1) + BLOCK * (4 * groups + 2 * UNIT + 1);
+/* The scores of a block of keys. factor: of the scores of the first query, from this number on; or NULL. */
+static void score(const part *k, block b, const part *factor, long number, long apart, const workspace *w, long n) {
+    long one = k->format == INT8 || k->format == FP8, size = one ? GROUP8 : k->width;
+    for (long c = 0; c < k->width; c += size, b.codes += GROUP8, b.scales += BLOCK) { /* numbers with one scale */
+        int exact = k->exact_width && c + size >= k->width;
+        float *y = c ? w->weights : w->p; /* weights are not in use yet */
+        DOTS[k->format](n, &b, w->q + c, w->q_step, min(size, k->width - c), exact, y);
+        for (long i = 0; one && !exact && i < n; i++)
+            for (long j = 0; j < BLOCK; j++) y[i * BLOCK + j] *= b.scales[j];
+        for (long i = 0; c && i < n * BLOCK; i++) w->p[i] += y[i];
+    }
+    for (long i = 0; factor && i < n; i++) {
+        widen(factor->format, factor->codes + bytes_of(factor->format, number + i * apart), w->factors, b.rows);
+        for (long j = 0; j < BLOCK; j++) w->p[i * BLOCK + j] *= w->factors[j];
+    }
+}
+
+/* p = e^(p - top) for the scores of some keys, with the top and the sum of those before; returns what these have to be
+   multiplied by, now that the top is another. */
+static float softmax(float *p, long rows, float *sum, float *top) {
+    long n = (rows + WIDE - 1) / WIDE;
+    for (long j = rows; j < n * WIDE; j++) p[j] = -FLT_MAX;
+    wide *x = (wide *)p, most = x[0], added = {0};
+    for (long j = 1; j < n; j++) most = select_wide(x[j] > most, x[j], most);
+    float best = fmaxf(largest_of(most), *top), keep = best > *top ? expf(*top - best) : 1;
+    for (long j = 0; j < n; j++) x[j] = exponential_wide(x[j] - best), added += x[j];
+    *top = best, *sum = *sum * keep + sum_vec(folded(added));
+    return keep;
+}
+
+/* out = keep out + p v, for a block of values */
+static void add_values(const part *v, const block *a, const workspace *w, long n, long dv) {
+    long f = v->format, one = f == INT8 || f == FP8;
+    for (long c = 0, width; c < dv; c += width) { /* columns */
+        block b = *a;
+        int four = c + 2 * UNIT <= dv && (MOST == 6 || n < 3 || (f > FP32 && f < FP8)); /* else registers do not last */
+        width = four ? 2 * UNIT : UNIT;
+        for (long i = 0; one && c % GROUP8 == 0 && i < n; i++)
+            for (long j = 0; j < BLOCK; j++) w->weights[i * BLOCK + j] = w->p[i * BLOCK + j] * w->scales[c / GROUP8 * BLOCK + j];
+        b.codes += bytes_of(f, c), b.scales += c / GROUP4, b.offsets += c / GROUP4;
+        if (dv - c < UNIT) b.codes = a->tail, b.step = TAIL, b.ahead = 0;
+        MIX[f](n, &b, four, one ? w->weights : w->p, w->keep, w->out + c, w->y_step);
+    }
 }
 
 /* Softmax over some of the keys, not yet divided by its sum, for n queries q (n, d):
    y (n, dv) = sum_j e^(score_j - top) v_j, sum (n) = sum_j e^(score_j - top), top (n) the largest score.
-   Each block of 32 keys and values is read once for all queries ("online softmax", Milakov and Gimelshein 2018).
-   The keys are rows of the parts k and v, from number `row` on. factor: NULL, or what multiplies the scores of query i,
-   from number i `apart` on. room: see `room_for`. */
-static void share_of_softmax(const float *q, const part *k, const part *v, long row, const part *factor, long first,
+   Each block of keys and values is read once for all queries ("online softmax", Milakov and Gimelshein 2018).
+   The keys are rows of the parts k and v, from number `row` on. factor: NULL, or what multiplies the scores, those of the
+   first query from this number on, of the next `apart` numbers later. room: for a workspace. */
+static void share_of_softmax(const float *q, const part *k, const part *v, long row, const part *factor, long number,
                              long apart, float *y, float *sum, float *top, float *room, long n, long keys, long dv,
                              float scale) {
-    long d = k->width, exact = k->exact_width, step = padded(d) + padded(exact), y_step = padded(dv), f = k->format;
-    float *own = room, *p = own + (n + 2) * step, *weights = p + (n + 2) * BLOCK, *out = weights + (n + 2) * BLOCK;
-    float *k_scales = out + (n + 2) * y_step, *v_scales = k_scales + 2 * BLOCK * k->groups;
-    float *tails = v_scales + 2 * BLOCK * v->groups, *factors = tails + 2 * BLOCK * UNIT, *keep = factors + BLOCK;
-    memset(room, 0, (k_scales - room) * sizeof(float)), memset(keep, 0, (n + 2) * sizeof(float));
-    for (long i = 0; i < n; i++) {
-        for (long c = 0; c < d; c++) own[i * step + place(f, c)] = scale * q[i * (d + exact) + c];
-        for (long c = 0; c < exact; c++) own[i * step + padded(d) + c] = scale * q[i * (d + exact) + d + c];
+    long d = k->width, exact = k->exact_width, f = k->format;
+    float lift = f == FP8 ? LIFT : 1;
+    workspace w = divide_room(room, n, d + exact, dv);
+    memset(w.q, 0, (n + 2) * w.q_step * sizeof(float)), memset(w.p, 0, (n + 2) * BLOCK * sizeof(float));
+    memset(w.out, 0, (n + 2) * w.y_step * sizeof(float)), memset(w.keep, 0, (n + 2) * sizeof(float));
+    for (long i = 0; i < n; i++, q += d + exact) {
+        for (long c = 0; c < d; c++) w.q[i * w.q_step + place(f, c)] = scale * lift * q[c];
+        for (long c = 0; c < exact; c++) w.q[i * w.q_step + padded(d) + c] = scale * q[d + c];
         sum[i] = 0, top[i] = -FLT_MAX;
     }
     for (long at = 0; at < keys; at += BLOCK) {
-        long rows = min(keys - at, BLOCK), ahead = at + BLOCK < keys ? BLOCK : 0, one = f == INT8 || f == FP8;
-        block a = block_of(k, row + at, rows, ahead, d, k_scales, (char *)tails);
-        for (long c = 0; c < d; c += GROUP8, a.codes += GROUP8, a.scales++) { /* a scale at a time */
-            long end = one ? min(c + GROUP8, d) : d;
-            DOTS[f](n, &a, own + c, step, end - c, end == d ? exact : 0, c > 0, p);
-            if (end == d) break;
-        }
-        for (long i = 0; i < n; i++) {
-            float *r = p + i * BLOCK;
-            if (factor) widen(factor->format, factor->codes + bytes_of(factor->format, first + i * apart + at), factors, rows);
-            for (long j = 0; factor && j < rows; j++) r[j] *= factors[j];
-            for (long j = rows; j < BLOCK; j++) r[j] = -FLT_MAX;
-            float best = largest(r, BLOCK, top[i]);
-            vec added = {0};
-            for (long j = 0; j < BLOCK; j += LANES) {
-                vec e = exponential(load(r + j) - best);
-                store(r + j, e), added += e;
-            }
-            keep[i] = best > top[i] ? expf(top[i] - best) : 1, top[i] = best;
-            sum[i] = sum[i] * keep[i] + sum_vec(added);
-        }
-        a = block_of(v, row + at, rows, ahead, dv, v_scales, (char *)tails);
-        for (long c = 0; c < dv; c += 2 * UNIT) {
-            block b = a;
-            long left = dv - c, group = one ? c / GROUP8 : 0;
-            if (one && c % GROUP8 == 0)
-                for (long i = 0; i < n; i++)
-                    for (long j = 0; j < rows; j++) weights[i * BLOCK + j] = p[i * BLOCK + j] * a.scales[j * a.groups + group];
-            for (long u = 0; u < min(left, 2 * UNIT); u += UNIT) {
-                int four = left >= 2 * UNIT;
-                b.codes = a.codes + bytes_of(f, c + u), b.scales = a.scales + (c + u) / GROUP4;
-                b.offsets = a.offsets + (c + u) / GROUP4;
-                if (left - u < UNIT) b.codes = a.tail, b.step = TAIL, b.ahead = 0;
-                MIX[f](n, &b, four, one ? weights : p, keep, out + c + u, y_step);
-                if (four) break;
-            }
-        }
+        long rows = min(keys - at, BLOCK), ahead = at + BLOCK < keys ? AHEAD : 0;
+        block a = block_of(k, row + at, rows, ahead, d, &w);
+        score(k, a, factor, number + at, apart, &w, n);
+        for (long i = 0; i < n; i++) w.keep[i] = softmax(w.p + i * BLOCK, rows, sum + i, top + i);
+        if (v->codes != k->codes || dv % UNIT) a = block_of(v, row + at, rows, ahead, dv, &w);
+        add_values(v, &a, &w, n, dv);
     }
     for (long i = 0; i < n; i++)
-        for (long c = 0; c < dv; c++) y[i * dv + c] = out[i * y_step + place(f, c)];
+        for (long c = 0; c < dv; c++) y[i * dv + c] = w.out[i * w.y_step + place(f, c)] * lift;
 }

@@ -10,6 +10,7 @@
    divided in the same way at each call with the same number of threads, so results repeat bit for bit.
 
    Shapes: B batch, C width, H query heads, G key heads, D head width, r latent width, dn dr dv as in model.py. */
+#pragma GCC optimize "no-associative-math" /* a b + c d + e would be three operations in place of two */
 #include "cpu_attention.h"
 #ifdef _OPENMP
 #include <omp.h>
@@ -17,8 +18,9 @@
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
-/* Fewest keys that are worth a share of their own; numbers of a row of bf16 weights that are widened at once. */
-enum { MIN_SHARE = 64, CHUNK = 256 };
+/* Fewest keys that are worth a share of their own, and what divides their number; columns of W_uk, and numbers of a row
+   of bf16 weights, that are taken at once. */
+enum { MIN_SHARE = 64, KEYS = 32, SLICE = 32, CHUNK = 256 };
 
 typedef struct {
     const char *weight;
@@ -100,7 +102,7 @@ static buffers divide_scratch(const model *m) {
     s.cosine = take(m, &s, B * m->rope / 2), s.sine = take(m, &s, B * m->rope / 2), s.rms = take(m, &s, B);
     s.packed = take(m, &s, whole_columns(B) * widest_input(m)), s.inner = take(m, &s, whole_columns(B) * inner);
     s.parts = take(m, &s, m->threads > 1 ? B * m->groups * m->threads * queries * (dv + 2) : 0);
-    s.own_size = whole_columns(max(widest_input(m), whole_columns(queries * (d + 2)) + room_for(queries, d, dv)));
+    s.own_size = whole_columns(max(widest_input(m), whole_columns(queries * (d + 2)) + divide_room(NULL, queries, d, dv).size));
     s.own = take(m, &s, s.own_size * m->threads);
     s.fp32_size = whole_columns(max(widest_input(m), max(kv, m->head))) * 3; /* `convolve` uses three parts */
     s.fp32 = take(m, &s, s.fp32_size * m->threads);
@@ -217,7 +219,7 @@ static long slot_of(const layer *l, long p) {
 
 /* The first of the keys in a share of row b, and how many there are: none if it has few keys. */
 static long first_key(const model *m, const layer *l, long b, long share, long shares, long *count) {
-    long keys = min(m->lengths[b] + 1, l->slots), each = ((keys + shares - 1) / shares + BLOCK - 1) / BLOCK * BLOCK;
+    long keys = min(m->lengths[b] + 1, l->slots), each = ((keys + shares - 1) / shares + KEYS - 1) / KEYS * KEYS;
     *count = min(max(keys - share * each, 0), each);
     return share * each;
 }
@@ -343,10 +345,10 @@ static const float *key_norm_weight(const model *m, const layer *l, const buffer
 /* The queries that attend to latents, mixed (B, H, r + dr) = [q_nope W_uk | RoPE(q_rope)], 32 columns at a time. In
    kv_b are each head's W_uk (dn, r) and W_uv (dv, r). The weight of a key's norm, if it is cached, is the query's. */
 static void absorb_queries(const model *m, const layer *l, const buffers *s) {
-    long wide = key_width(m), r = m->rank, blocks = (r + BLOCK - 1) / BLOCK + 1;
+    long wide = key_width(m), r = m->rank, blocks = (r + SLICE - 1) / SLICE + 1;
 #pragma omp for schedule(static)
     for (long t = 0; t < m->heads * blocks; t++) {
-        long h = t / blocks, c = t % blocks * BLOCK, n = min(r - c, BLOCK);
+        long h = t / blocks, c = t % blocks * SLICE, n = min(r - c, SLICE);
         const char *w_uk = at(m, l->kv_b, h * (m->nope + m->dv) * r + c);
         for (long b = 0; b < m->batch; b++) {
             const float *q = s->q + (b * m->heads + h) * m->head;
@@ -357,7 +359,7 @@ static void absorb_queries(const model *m, const layer *l, const buffers *s) {
                 const float *key_weight = key_norm_weight(m, l, s);
                 for (long i = 0; key_weight && i < m->rope; i++) y[r + i] *= key_weight[m->nope + i];
             } else {
-                float sums[BLOCK] = {0}, *q_nope = own_of_thread(s);
+                float sums[SLICE] = {0}, *q_nope = own_of_thread(s);
                 norm_query(m, s, &l->q_norm, q, q_nope, 0, m->nope);
                 const float *key_weight = key_norm_weight(m, l, s);
                 for (long j = 0; key_weight && j < m->nope; j++) q_nope[j] *= key_weight[j];

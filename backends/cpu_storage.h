@@ -3,36 +3,65 @@
 #pragma once
 
 #include "cpu.h"
-#if defined __AVX512F__ || defined __F16C__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
 enum format { FP32, BF16, FP16, INT8, FP8, INT4 };
-#ifdef __AVX512F__
+#ifdef __AVX512BW__
 enum { WIDE = 16 }; /* numbers in the widest vector */
 #else
 enum { WIDE = 8 };
 #endif
-/* INT4 has even numbers in the low halves of its bytes, odd ones in the high halves: the two halves of a unit. */
+/* The halves of a unit are its first and last numbers; of FP8 and INT4 its even and odd ones. */
 enum { UNIT = 2 * WIDE, GROUP4 = 32, GROUP8 = 128 };
 typedef float wide __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef int32_t iwide __attribute__((vector_size(4 * WIDE)));
 typedef int16_t swide __attribute__((vector_size(2 * WIDE), aligned(1), may_alias));
+typedef int16_t sunit __attribute__((vector_size(2 * UNIT)));
 typedef uint16_t uswide __attribute__((vector_size(2 * WIDE), aligned(1), may_alias));
 typedef int8_t cwide __attribute__((vector_size(WIDE), aligned(1), may_alias));
+typedef int8_t cunit __attribute__((vector_size(UNIT), aligned(1), may_alias));
 typedef uint8_t ucwide __attribute__((vector_size(WIDE), aligned(1), may_alias));
+
+/* WIDE integers of 8 or 16 bits at x, as 32 bits; TO_16: UNIT of 8 bits as 16. gcc makes one instruction only of the intrinsics. */
+#ifdef __AVX512BW__
+#define UNSIGNED_8(x) (iwide) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(x)))
+#define SIGNED_8(x) (iwide) _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(x)))
+#define UNSIGNED_16(x) (iwide) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(x)))
+#define TO_16(x) (sunit) _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(x)))
+#elif defined __AVX2__
+#define UNSIGNED_8(x) (iwide) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(x)))
+#define SIGNED_8(x) (iwide) _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(x)))
+#define UNSIGNED_16(x) (iwide) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(x)))
+#define TO_16(x) (sunit) _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(x)))
+#else
+#define UNSIGNED_8(x) __builtin_convertvector(*(const ucwide *)(x), iwide)
+#define SIGNED_8(x) __builtin_convertvector(*(const cwide *)(x), iwide)
+#define UNSIGNED_16(x) __builtin_convertvector(*(const uswide *)(x), iwide)
+#define TO_16(x) __builtin_convertvector(*(const cunit *)(x), sunit)
+#endif
 
 /* Bytes of n numbers. */
 INLINE long bytes_of(enum format f, long n) {
     return f == FP32 ? 4 * n : f < INT8 ? 2 * n : f == INT4 ? (n + 1) / 2 : n;
 }
 
+/* WIDE numbers, kept in a register: gcc would read memory again for each of their uses. */
+INLINE wide load_once(const float *x) {
+    wide y = *(const wide *)x;
+#ifdef __AVX__
+    __asm__("" : "+v"(y));
+#endif
+    return y;
+}
+
 /* fp16 to fp32 */
 INLINE wide from_half(swide x) {
-#ifdef __AVX512F__
+#ifdef __AVX512BW__
     return (wide)_mm512_cvtph_ps((__m256i)x);
-#elif defined __F16C__
+#elif defined __AVX2__ && defined __F16C__
     return (wide)_mm256_cvtph_ps((__m128i)x);
 #else
     iwide bits = __builtin_convertvector(x, iwide), special = (bits & 0x7c00) == 0x7c00; /* infinite or NaN */
@@ -41,29 +70,27 @@ INLINE wide from_half(swide x) {
 #endif
 }
 
-/* Half h of the unit that begins at x: numbers 0 to WIDE - 1 of it, or WIDE to UNIT - 1; of INT4 the even or the odd
-   ones, which are code * scale + offset. INT8 gives the codes, FP8 a 256th of them. */
+/* Half h of the unit that begins at x: numbers 0 to WIDE - 1 of it or the rest; of FP8 and INT4 the even or the odd
+   ones. Of INT4 they are code * scale + offset, of INT8 the codes, of FP8 the codes times 2^-120. */
 INLINE wide load_half(enum format f, const char *x, int h, float scale, float offset) {
     if (f == INT4) {
-        iwide codes = __builtin_convertvector(*(const ucwide *)x, iwide);
-#ifdef __AVX512F__ /* what each of the 16 codes stands for, looked up */
+        iwide codes = UNSIGNED_8(x);
+#ifdef __AVX512BW__ /* what each of the 16 codes stands for, looked up */
         const wide sixteen = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         return (wide)_mm512_permutexvar_ps((__m512i)(h ? codes >> 4 : codes), (__m512)(sixteen * scale + offset));
 #else
         return __builtin_convertvector(h ? codes >> 4 : codes & 15, wide) * scale + offset;
 #endif
     }
+    if (f == FP8) { /* sign, exponent and mantissa move to where fp32 has them; the exponent is then too small by 120 */
+        iwide two = (iwide)(TO_16(x) << 4);
+        return (wide)((h ? two : two << 16) & (int)0x87f00000);
+    }
     x += bytes_of(f, h * WIDE);
-    if (f == BF16) return (wide)(__builtin_convertvector(*(const uswide *)x, iwide) << 16);
+    if (f == BF16) return (wide)(UNSIGNED_16(x) << 16);
     if (f == FP16) return from_half(*(const swide *)x);
-    if (f == INT8) return __builtin_convertvector(__builtin_convertvector(*(const cwide *)x, iwide), wide);
-    if (f == FP8) /* as fp16, whose exponent is larger by 8 */
-        return from_half(__builtin_convertvector(*(const cwide *)x, swide) << 7 & (short)0xbfff);
-    wide y = *(const wide *)x;
-#ifdef __AVX__
-    __asm__("" : "+v"(y)); /* kept in a register: gcc would read memory again for each of its uses */
-#endif
-    return y;
+    if (f == INT8) return __builtin_convertvector(SIGNED_8(x), wide);
+    return load_once((const float *)x);
 }
 
 /* y = n numbers of format FP32, BF16, FP16 or INT8. */
