@@ -57,7 +57,8 @@ def accelerate(module: M, dtype: torch.dtype | None = None) -> M:
     if choice not in CHOICES:
         raise UserError(f"NANOKV_BACKEND must be one of {', '.join(CHOICES)}, not {choice!r}")
     _notes[module] = why_not(module, choice, dtype)
-    swaps = {piece.pure: piece.fast for piece in pieces() if not piece.edited}
+    kinds = {torch.bfloat16: {"decoding"}}.get(computes_in(module, dtype))  # in fp32 all
+    swaps = {p.pure: p.fast for p in pieces() if not p.edited and (kinds is None or p.name in kinds)}
     return module if _notes[module] else swap(module, swaps)
 
 
@@ -81,11 +82,18 @@ def why_not(module: nn.Module, choice: str, dtype: torch.dtype | None) -> str:
     weights = list(module.parameters())
     if not all(w.is_cpu for w in weights):
         return f"{weights[0].device.type}: torch"
-    dtypes = {dtype} if dtype else {w.dtype for w in weights} or {torch.float32}
-    if torch.float32 not in dtypes:
-        return "cpu: torch (C computes in fp32 only)"
+    if computes_in(module, dtype) is None:
+        return "cpu: torch (C takes weights in fp32 or bf16, without autocast)"
     reason = cpu_library.why_not()
     return reason and f"cpu: torch ({reason})"
+
+
+def computes_in(module: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of the weights, fp32 if there are others too, if C reads it and computes for activations in dtype."""
+    dtypes = {w.dtype for w in module.parameters()} or {torch.float32}
+    if torch.float32 in dtypes:
+        return torch.float32 if dtype in (None, torch.float32) else None
+    return torch.bfloat16 if dtypes == {torch.bfloat16} and dtype in (None, torch.bfloat16) else None
 
 
 def describe(module: nn.Module) -> str:
