@@ -67,19 +67,19 @@ INLINE long whole_units(long n) { return n / UNIT * UNIT; }
 INLINE long padded(long n) { return whole_units(n + UNIT - 1); }
 
 /* Add to the sums (Q, K) of Q queries and K rows of x their products over n numbers of format f. */
-INLINE void multiply(enum format f, int Q, int K, wide *sums, const float *q, long q_step, const char *x, long step,
+INLINE void multiply(enum format f, int Q, int K, wide *sums, const float *q, const char *x, long step,
                      const char *tail, const long *row, const float *scales, const float *offsets, long groups, long n,
                      long ahead) {
     for (long i = 0, whole = whole_units(n), end; i < n; x = tail, step = TAIL, ahead = 0) { /* twice, if there is a tail */
         end = i < whole ? whole : n, x = i < whole ? x : tail, step = i < whole ? step : TAIL;
-        for (const char *unit = x; i < end; i += UNIT, unit += bytes_of(f, UNIT), q += UNIT) {
+        for (const char *unit = x; i < end; i += UNIT, unit += bytes_of(f, UNIT), q += Q * UNIT) {
             for (long line = 0; line < K * bytes_of(f, UNIT); line += 64)
                 __builtin_prefetch(x + row[0] * step + ahead + K * (unit - x) + line);
 #pragma GCC unroll 2
             for (int h = 0; h < 2; h++) {
                 wide own[MOST];
 #pragma GCC unroll 8
-                for (int u = 0; u < Q; u++) own[u] = load_once(q + u * q_step + h * WIDE);
+                for (int u = 0; u < Q; u++) own[u] = load_once(q + (h * Q + u) * WIDE);
 #pragma GCC unroll 8
                 for (int j = 0; j < K; j++) {
                     long g = row[j] * groups + i / GROUP4;
@@ -93,8 +93,7 @@ INLINE void multiply(enum format f, int Q, int K, wide *sums, const float *q, lo
 }
 
 /* p (Q, BLOCK) = q . k for Q queries and all keys of a block, K at a time. The queries have n numbers for the codes of a key, then those for its exact ones if it has some, each padded with zeros to whole units. */
-INLINE void dots(enum format f, int Q, int K, int has_exact, const block *k, const float *q, long q_step, long n,
-                 float *p) {
+INLINE void dots(enum format f, int Q, int K, int has_exact, const block *k, const float *q, long n, float *p) {
     for (long j = 0; j < k->rows; j += K) {
         const float *s = k->scales, *o = k->offsets;
         long row[8];
@@ -102,11 +101,11 @@ INLINE void dots(enum format f, int Q, int K, int has_exact, const block *k, con
         float total[24];
 #pragma GCC unroll 8
         for (int u = 0; u < K; u++) row[u] = min(j + u, k->rows - 1); /* rows that are missing of K are the last again */
-        multiply(f, Q, K, sums, q, q_step, k->codes, k->step, k->tail, row, s, o, k->groups, n, k->ahead);
+        multiply(f, Q, K, sums, q, k->codes, k->step, k->tail, row, s, o, k->groups, n, k->ahead);
         if (has_exact) {
 #pragma GCC unroll 24
             for (int i = 0; i < Q * K; i++) sums[i] *= f == INT4 ? 1 : s[row[i % K]];
-            multiply(BF16, Q, K, sums, q + padded(n), q_step, k->exact, k->exact_step, k->exact_tail, row, s, o, 0,
+            multiply(BF16, Q, K, sums, q + Q * padded(n), k->exact, k->exact_step, k->exact_tail, row, s, o, 0,
                      k->exact_step / 2, 0);
         }
 #pragma GCC unroll 4
@@ -144,10 +143,10 @@ INLINE void mix(enum format f, int Q, int T, const block *v, const float *p, con
 /* `dots` and `mix` of n queries, as many at a time as fit, and then one; there may be two rows more of q, p and y. */
 INLINE int how_many(long n) { return MOST == 6 && n > 3 ? 6 : n > 1 ? 3 : 1; }
 
-#define DOT(F, Q, K) F >= INT8 && exact ? dots(F, Q, K, 1, k, q, step, n, p) : dots(F, Q, K, 0, k, q, step, n, p)
+#define DOT(F, Q, K) F >= INT8 && exact ? dots(F, Q, K, 1, k, q + Q * from, n, p) : dots(F, Q, K, 0, k, q + Q * from, n, p)
 #define KERNELS(F)                                                                                                     \
-    static __attribute__((noinline)) void dots_##F(long queries, const block *k, const float *q, long step, long n,    \
-                                                   int exact, float *p) {                                              \
+    static __attribute__((noinline)) void dots_##F(long queries, const block *k, const float *q, long step, long from,  \
+                                                   long n, int exact, float *p) {                                      \
         for (int u; queries > 0; queries -= u, q += u * step, p += u * BLOCK) {                                        \
             u = how_many(queries);                                                                                     \
             if (u == 6) DOT(F, MOST, 2);                                                                               \
@@ -170,7 +169,7 @@ KERNELS(FP16)
 KERNELS(INT8)
 KERNELS(FP8)
 KERNELS(INT4)
-static void (*const DOTS[])(long, const block *, const float *, long, long, int, float *) = {
+static void (*const DOTS[])(long, const block *, const float *, long, long, long, int, float *) = {
     dots_FP32, dots_BF16, dots_FP16, dots_INT8, dots_FP8, dots_INT4};
 static void (*const MIX[])(long, const block *, int, const float *, const float *, float *, long) = {
     mix_FP32, mix_BF16, mix_FP16, mix_INT8, mix_FP8, mix_INT4};
@@ -230,7 +229,7 @@ static void score(const part *k, block b, const part *factor, long number, long 
     for (long c = 0; c < k->width; c += size, b.codes += GROUP8, b.scales += BLOCK) { /* numbers with one scale */
         int exact = k->exact_width && c + size >= k->width;
         float *y = c ? w->weights : w->p; /* weights are not in use yet */
-        DOTS[k->format](n, &b, w->q + c, w->q_step, min(size, k->width - c), exact, y);
+        DOTS[k->format](n, &b, w->q, w->q_step, c, min(size, k->width - c), exact, y);
         for (long i = 0; one && !exact && i < n; i++)
             for (long j = 0; j < BLOCK; j++) y[i * BLOCK + j] *= b.scales[j];
         for (long i = 0; c && i < n * BLOCK; i++) w->p[i] += y[i];
@@ -259,7 +258,8 @@ static void add_values(const part *v, const block *a, const workspace *w, long n
     long f = v->format, one = f == INT8 || f == FP8;
     for (long c = 0, width; c < dv; c += width) { /* columns */
         block b = *a;
-        int four = c + 2 * UNIT <= dv && (MOST == 6 || n < 3 || (f > FP32 && f < FP8)); /* else registers do not last */
+        int fits = MOST == 6 ? n < 4 || f != FP8 : n < 2 || (f > FP32 && f < FP8); /* in the registers */
+        int four = fits && c + 2 * UNIT <= dv;
         width = four ? 2 * UNIT : UNIT;
         for (long i = 0; one && c % GROUP8 == 0 && i < n; i++)
             for (long j = 0; j < BLOCK; j++) w->weights[i * BLOCK + j] = w->p[i * BLOCK + j] * w->scales[c / GROUP8 * BLOCK + j];
@@ -282,9 +282,12 @@ static void share_of_softmax(const float *q, const part *k, const part *v, long 
     workspace w = divide_room(room, n, d + exact, dv);
     memset(w.q, 0, (n + 2) * w.q_step * sizeof(float)), memset(w.p, 0, (n + 2) * BLOCK * sizeof(float));
     memset(w.out, 0, (n + 2) * w.y_step * sizeof(float)), memset(w.keep, 0, (n + 2) * sizeof(float));
-    for (long i = 0; i < n; i++, q += d + exact) {
-        for (long c = 0; c < d; c++) w.q[i * w.q_step + place(f, c)] = scale * lift * q[c];
-        for (long c = 0; c < exact; c++) w.q[i * w.q_step + padded(d) + c] = scale * q[d + c];
+    for (long i = 0, first = 0, Q = how_many(n); i < n; i++, q += d + exact) {
+        if (i == first + Q) first = i, Q = how_many(n - i);
+        for (long c = 0; c < d + exact; c++) { /* vectors of Q queries in turn, as `multiply` reads them */
+            long at = c < d ? place(f, c) : padded(d) + c - d;
+            w.q[first * w.q_step + (at / WIDE * Q + i - first) * WIDE + at % WIDE] = (c < d ? lift : 1) * scale * q[c];
+        }
         sum[i] = 0, top[i] = -FLT_MAX;
     }
     for (long at = 0; at < keys; at += BLOCK) {

@@ -129,7 +129,7 @@ def test_endless_ragged_rings_and_rewinding(knobs, steps):
 
 WIDE = {
     "wide-gqa": dict(attention="gqa", n_head=2, n_kv_head=1, head_dim=150),
-    "wide-mla": dict(attention="mla", n_head=7, kv_lora_rank=300, qk_rope_head_dim=34, qk_norm=True),
+    "wider-mla": dict(attention="mla", n_embd=28, n_head=7, kv_lora_rank=300, qk_rope_head_dim=34, qk_norm=True),
 }
 every_format = pytest.mark.parametrize("dtype", CACHE_FORMATS.values(), ids=CACHE_FORMATS)
 
@@ -161,7 +161,7 @@ def check_format(model: nn.Module, dtype: torch.dtype, rows: int = 2, steps: int
         for a, b in zip(ours.layers, theirs.layers, strict=True):
             for name, x in a.buffers.items():
                 y, exact = b.buffers[name], x.dtype == torch.float32
-                same = (x - y).abs() < 1e-5 if exact else x.view(torch.uint8) == y.view(torch.uint8)
+                same = (x - y).abs() <= 1e-5 * y.abs().clamp(min=1) if exact else x.view(torch.uint8) == y.view(torch.uint8)
                 assert (~same).sum() <= 3 + same.numel() // 500, name
     assert sorted(found)[steps // 2] < 1e-5 and max(found) < 0.1, found
 
@@ -184,8 +184,8 @@ def test_every_cache_format_in_rings(knobs, window, dtype, steps):
 @every_format
 @both
 def test_every_cache_format_over_blocks_of_keys_and_cores(knobs, dtype, cores, steps):
-    check_format(small_model(**knobs, kv_conv=2), dtype, prompt=280, steps=4)
-    assert steps["taken"] == 4
+    check_format(small_model(**knobs, kv_conv=2), dtype, prompt=140, steps=2)
+    assert steps["taken"] == 2
 
 
 @every_format
