@@ -59,7 +59,7 @@ typedef struct { /* a block of a part's rows, as the kernels read them */
     const char *codes, *exact, *tail, *exact_tail; /* tail: copies of what is behind the last whole unit of a row */
     const float *scales, *offsets; /* of INT4 (rows, groups), the offsets times the scales; else (groups, BLOCK) */
     long rows, step, exact_step, groups;           /* steps: bytes from row to row */
-    long ahead;                                    /* bytes to rows that come later, to be fetched meanwhile */
+    long ahead;                                    /* rows until those that are to be fetched meanwhile */
 } block;
 
 /* n rounded down or up to whole units */
@@ -74,7 +74,7 @@ INLINE void multiply(enum format f, int Q, int K, wide *sums, const float *q, co
         end = i < whole ? whole : n, x = i < whole ? x : tail, step = i < whole ? step : TAIL;
         for (const char *unit = x; i < end; i += UNIT, unit += bytes_of(f, UNIT), q += Q * UNIT) {
             for (long line = 0; line < K * bytes_of(f, UNIT); line += 64)
-                __builtin_prefetch(x + row[0] * step + ahead + K * (unit - x) + line);
+                __builtin_prefetch(x + (row[0] + ahead) * step + K * (unit - x) + line);
 #pragma GCC unroll 2
             for (int h = 0; h < 2; h++) {
                 wide own[MOST];
@@ -106,7 +106,7 @@ INLINE void dots(enum format f, int Q, int K, int has_exact, const block *k, con
 #pragma GCC unroll 24
             for (int i = 0; i < Q * K; i++) sums[i] *= f == INT4 ? 1 : s[row[i % K]];
             multiply(BF16, Q, K, sums, q + Q * padded(n), k->exact, k->exact_step, k->exact_tail, row, s, o, 0,
-                     k->exact_step / 2, 0);
+                     k->exact_step / 2, k->ahead);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < Q * K; i += 8) {
@@ -127,7 +127,7 @@ INLINE void mix(enum format f, int Q, int T, const block *v, const float *p, con
 #pragma GCC unroll 32
     for (int i = 0; i < Q * T; i++) sums[i] = *(const wide *)(y + i / T * y_step + i % T * WIDE) * keep[i / T];
     for (long r = 0; r < v->rows; r++, row += v->step, scale += v->groups, offset += v->groups) {
-        for (long line = 0; line < bytes_of(f, T * WIDE); line += 64) __builtin_prefetch(row + v->ahead + line);
+        for (long line = 0; line < bytes_of(f, T * WIDE); line += 64) __builtin_prefetch(row + v->ahead * v->step + line);
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) {
             int at = t / 2 * UNIT, g = at / GROUP4;
@@ -210,7 +210,7 @@ static workspace divide_room(float *room, long n, long d, long dv) {
 static block block_of(const part *a, long row, long rows, long ahead, long n, const workspace *w) {
     long step = bytes_of(a->format, a->width), exact_step = 2 * a->exact_width, G = a->groups;
     block b = {.codes = a->codes + row * step, .exact = a->exact + row * exact_step, .scales = w->scales, .rows = rows,
-               .offsets = w->offsets, .step = step, .exact_step = exact_step, .groups = G, .ahead = ahead * step};
+               .offsets = w->offsets, .step = step, .exact_step = exact_step, .groups = G, .ahead = ahead};
     b.tail = tail_of(a->format, b.codes, step, rows, n, (char *)w->tails);
     b.exact_tail = tail_of(BF16, b.exact, exact_step, rows, a->exact_width, (char *)w->tails + BLOCK * TAIL);
     float *first = G > 1 && a->format != INT4 ? w->offsets : w->scales; /* there, to be transposed */

@@ -95,16 +95,11 @@ INLINE wide load_half(enum format f, const char *x, int h, float scale, float of
 
 /* y = n numbers of format FP32, BF16, FP16 or INT8. */
 INLINE void widen_from(enum format f, const char *x, float *y, long n) {
-    for (long i = 0; i < n; i += WIDE) {
-        char last[4 * WIDE] = {0};
-        const char *from = x + bytes_of(f, i);
-        if (i + WIDE > n) from = memcpy(last, from, bytes_of(f, n - i));
-        wide a = load_half(f, from, 0, 1, 0);
-        if (i + WIDE <= n)
-            *(wide *)(y + i) = a;
-        else
-            memcpy(y + i, &a, (n - i) * sizeof(float));
-    }
+    for (; n >= WIDE; n -= WIDE, x += bytes_of(f, WIDE), y += WIDE) *(wide *)y = load_half(f, x, 0, 1, 0);
+    if (!n) return;
+    char last[4 * WIDE] = {0};
+    wide a = load_half(f, memcpy(last, x, bytes_of(f, n)), 0, 1, 0);
+    memcpy(y, &a, n * sizeof(float));
 }
 
 static void widen(enum format f, const void *x, float *y, long n) {
