@@ -12,16 +12,31 @@ enum { MOST = 3 };
 #endif
 #define LIFT 0x1p60f /* half of what FP8 codes lack goes to the query or the result, half to the scale */
 
-/* The sums of eight vectors as one, by halves. */
-static inline vec sum_vecs(vec a, vec b, vec c, vec d, vec e, vec f, vec g, vec h) {
-    a = SHUFFLE(a, e, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, e, 4, 5, 6, 7, 12, 13, 14, 15);
-    b = SHUFFLE(b, f, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(b, f, 4, 5, 6, 7, 12, 13, 14, 15);
-    c = SHUFFLE(c, g, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(c, g, 4, 5, 6, 7, 12, 13, 14, 15);
-    d = SHUFFLE(d, h, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(d, h, 4, 5, 6, 7, 12, 13, 14, 15);
-    a = SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-    c = SHUFFLE(c, d, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(c, d, 2, 3, 10, 11, 6, 7, 14, 15);
-    return SHUFFLE(a, c, 0, 2, 8, 10, 4, 6, 12, 14) + SHUFFLE(a, c, 1, 3, 9, 11, 5, 7, 13, 15);
+/* The sums of WIDE vectors as one, by halves. */
+#ifdef __AVX512BW__
+#define HALVES(shuffle, a, b, low, high) (_mm512_##shuffle(a, b, low) + _mm512_##shuffle(a, b, high))
+INLINE wide sums_of(const wide *x) {
+    const __m512 *a = (const __m512 *)x;
+    __m512 y[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+        __m512 c = HALVES(shuffle_f32x4, a[k], a[4 + k], 0x44, 0xee), d = HALVES(shuffle_f32x4, a[8 + k], a[12 + k], 0x44, 0xee);
+        y[k] = HALVES(shuffle_f32x4, c, d, 0x88, 0xdd);
+    }
+    y[0] = HALVES(shuffle_ps, y[0], y[1], 0x44, 0xee), y[2] = HALVES(shuffle_ps, y[2], y[3], 0x44, 0xee);
+    return (wide)HALVES(shuffle_ps, y[0], y[2], 0x88, 0xdd);
 }
+#else
+INLINE wide sums_of(const wide *x) {
+    wide y[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++)
+        y[k] = SHUFFLE(x[k], x[4 + k], 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(x[k], x[4 + k], 4, 5, 6, 7, 12, 13, 14, 15);
+    for (int k = 0; k < 4; k += 2)
+        y[k] = SHUFFLE(y[k], y[k + 1], 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(y[k], y[k + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    return SHUFFLE(y[0], y[2], 0, 2, 8, 10, 4, 6, 12, 14) + SHUFFLE(y[0], y[2], 1, 3, 9, 11, 5, 7, 13, 15);
+}
+#endif
 
 /* The two halves of a, or a and what stands for nothing. */
 static inline vec lower(wide a) {
@@ -94,28 +109,32 @@ INLINE void multiply(enum format f, int Q, int K, wide *sums, const float *q, co
 
 /* p (Q, BLOCK) = q . k for Q queries and all keys of a block, K at a time. The queries have n numbers for the codes of a key, then those for its exact ones if it has some, each padded with zeros to whole units. */
 INLINE void dots(enum format f, int Q, int K, int has_exact, const block *k, const float *q, long n, float *p) {
-    for (long j = 0; j < k->rows; j += K) {
-        const float *s = k->scales, *o = k->offsets;
-        long row[8];
+    const int parts = Q > 1 ? 1 : WIDE / K; /* of K keys each: as many sums at once as a vector has numbers */
+    for (long j = 0; j < k->rows; j += parts * K) {
+        long row[16];
         wide sums[24] = {{0}};
-        float total[24];
-#pragma GCC unroll 8
-        for (int u = 0; u < K; u++) row[u] = min(j + u, k->rows - 1); /* rows that are missing of K are the last again */
-        multiply(f, Q, K, sums, q, k->codes, k->step, k->tail, row, s, o, k->groups, n, k->ahead);
-        if (has_exact) {
+        float total[32];
+#pragma GCC unroll 16
+        for (int u = 0; u < parts * K; u++) row[u] = min(j + u, k->rows - 1); /* missing rows are the last one again */
+#pragma GCC unroll 4
+        for (int part = 0; part < parts; part++) {
+            const long *own = row + part * K;
+            wide *to = sums + part * K;
+            multiply(f, Q, K, to, q, k->codes, k->step, k->tail, own, k->scales, k->offsets, k->groups, n, k->ahead);
+            if (!has_exact) continue;
 #pragma GCC unroll 24
-            for (int i = 0; i < Q * K; i++) sums[i] *= f == INT4 ? 1 : s[row[i % K]];
-            multiply(BF16, Q, K, sums, q + Q * padded(n), k->exact, k->exact_step, k->exact_tail, row, s, o, 0,
+            for (int i = 0; i < Q * K; i++) to[i] *= f == INT4 ? 1 : k->scales[own[i % K]];
+            multiply(BF16, Q, K, to, q + Q * padded(n), k->exact, k->exact_step, k->exact_tail, own, NULL, NULL, 0,
                      k->exact_step / 2, k->ahead);
         }
 #pragma GCC unroll 4
-        for (int i = 0; i < Q * K; i += 8) {
-            vec a[8];
-#pragma GCC unroll 8
-            for (int u = 0; u < 8; u++) a[u] = folded(sums[i + u < Q * K ? i + u : 0]);
-            store(total + i, sum_vecs(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]));
+        for (int i = 0; i < Q * K * parts; i += WIDE) {
+            wide a[WIDE];
+#pragma GCC unroll 16
+            for (int u = 0; u < WIDE; u++) a[u] = sums[i + u < Q * K * parts ? i + u : 0];
+            *(wide *)(total + i) = sums_of(a);
         }
-        for (int i = 0; i < Q; i++) memcpy(p + i * BLOCK + j, total + i * K, K * sizeof(float));
+        for (int i = 0; i < Q; i++) memcpy(p + i * BLOCK + j, total + i * K, K * parts * sizeof(float));
     }
 }
 
@@ -151,7 +170,7 @@ INLINE int how_many(long n) { return MOST == 6 && n > 3 ? 6 : n > 1 ? 3 : 1; }
             u = how_many(queries);                                                                                     \
             if (u == 6) DOT(F, MOST, 2);                                                                               \
             if (u == 3) DOT(F, 3, MOST == 3 && F >= FP8 ? 2 : 4);                                                      \
-            if (u == 1) DOT(F, 1, MOST == 3 && F == INT4 ? 4 : 8);                                                     \
+            if (u == 1) DOT(F, 1, F == INT4 ? 4 : 8);                                                     \
         }                                                                                                              \
     }                                                                                                                  \
     static __attribute__((noinline)) void mix_##F(long queries, const block *v, int four, const float *p,              \

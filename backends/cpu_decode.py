@@ -177,7 +177,10 @@ class Step:
         self.frequency = pure.rope_frequencies(config, c.rope).contiguous()
         require(self.frequency.shape == (c.rope // 2,) and c.rope % 2 == 0, "RoPE's width")
         c.rope_factor = 1.0 if config.rope_attention_factor is None else config.rope_attention_factor
-        c.frequency, c.lengths = self.frequency.data_ptr(), self.address(cache.lengths, cache.batch_size, dtype=torch.int64)
+        c.frequency, c.lengths = (
+            self.frequency.data_ptr(),
+            self.address(cache.lengths, cache.batch_size, dtype=torch.int64),
+        )
         c.batch, c.max_len, c.endless = cache.batch_size, cache.max_len, cache.endless
         require([own.plan.window for own in cache.layers] == config.layer_windows(), "other windows")
 
@@ -223,7 +226,10 @@ class Step:
         for ending in ("", "_exact", "_scale", "_offset"):
             of, width, kind = declared.get(name + ending, (heads, 0, None))
             require(of == heads and (name + ending in own.buffers) == bool(width), "other buffers")
-            found[ending] = width, self.address(own.buffers[name + ending], self.c.batch, of, slots, width, dtype=kind) if width else None
+            found[ending] = (
+                width,
+                self.address(own.buffers[name + ending], self.c.batch, of, slots, width, dtype=kind) if width else None,
+            )
         (width, codes), (exact, exact_at), (groups, scales), (_, offsets) = found.values()
         return CPart(codes, exact_at, scales, offsets, FORMATS[dtype], part.width - exact, exact, groups)
 

@@ -164,7 +164,11 @@ def check_format(model: nn.Module, dtype: torch.dtype, rows: int = 2, steps: int
         for a, b in zip(ours.layers, theirs.layers, strict=True):
             for name, x in a.buffers.items():
                 y, exact = b.buffers[name], x.dtype == torch.float32
-                same = (x - y).abs() <= 1e-5 * y.abs().clamp(min=1) if exact else x.view(torch.uint8) == y.view(torch.uint8)
+                same = (
+                    (x - y).abs() <= 1e-5 * y.abs().clamp(min=1)
+                    if exact
+                    else x.view(torch.uint8) == y.view(torch.uint8)
+                )
                 assert (~same).sum() <= 3 + same.numel() // 500, name
     assert sorted(found)[steps // 2] < 1e-5 and max(found) < 0.1, found
 
