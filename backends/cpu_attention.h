@@ -38,7 +38,7 @@ INLINE wide sums_of(const wide *x) {
 }
 #endif
 
-/* The two halves of a, or a and what stands for nothing. */
+/* The two halves of a, or a and b. */
 static inline vec lower(wide a) {
 #ifdef __AVX512BW__
     return (vec)_mm512_castps512_ps256((__m512)a);
@@ -47,17 +47,13 @@ static inline vec lower(wide a) {
 #endif
 }
 
-static inline vec upper(wide a, vec none) {
+static inline vec upper(wide a, vec b) {
 #ifdef __AVX512BW__
-    (void)none;
-    return (vec)_mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)a, 1));
-#else
-    return none;
+    b = (vec)_mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)a, 1));
 #endif
+    (void)a;
+    return b;
 }
-
-/* One vector that has the same sum. */
-static inline vec folded(wide a) { return lower(a) + upper(a, (vec){0}); }
 
 static inline wide select_wide(iwide which, wide a, wide b) { return (wide)(((iwide)a & which) | ((iwide)b & ~which)); }
 static inline vec larger(vec a, vec b) { return select_vec(a > b, a, b); }
@@ -268,7 +264,7 @@ static float softmax(float *p, long rows, float *sum, float *top) {
     for (long j = 1; j < n; j++) most = select_wide(x[j] > most, x[j], most);
     float best = fmaxf(largest_of(most), *top), keep = best > *top ? expf(*top - best) : 1;
     for (long j = 0; j < n; j++) x[j] = exponential_wide(x[j] - best), added += x[j];
-    *top = best, *sum = *sum * keep + sum_vec(folded(added));
+    *top = best, *sum = *sum * keep + sum_vec(lower(added) + upper(added, (vec){0}));
     return keep;
 }
 

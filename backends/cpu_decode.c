@@ -142,7 +142,11 @@ static void weight_tile(enum format f, const char *w, long rows, const float *x,
     float part[ROWS * CHUNK];
     if (f == FP32) tile((const float *)w, n, 1, rows, x, COLUMNS, n, y, COLUMNS, 0, 1);
     for (long i = 0; f == BF16 && i < n; i += CHUNK) {
-        for (long r = 0; r < min(rows, ROWS); r++) widen(BF16, w + 2 * (r * n + i), part + r * CHUNK, min(n - i, CHUNK));
+        for (long r = 0; r < min(rows, ROWS); r++) {
+            const char *row = w + 2 * (r * n + i), *ahead = row + 2 * ROWS * n;
+            for (long line = 0; line < 2 * CHUNK; line += 64) __builtin_prefetch(ahead + line);
+            widen(BF16, row, part + r * CHUNK, min(n - i, CHUNK));
+        }
         tile(part, CHUNK, 1, rows, x + i * COLUMNS, COLUMNS, min(n - i, CHUNK), y, COLUMNS, i > 0, 0);
     }
 }

@@ -412,8 +412,8 @@ def decode(model, change, when, idx) -> Tensor:
 @torch.no_grad()
 def test_a_changed_model_is_decoded_as_changed(change, when, knobs, steps):
     knobs, idx = {**knobs, "tie_embeddings": False}, tokens(2, 13)
-    expected = decode(small_model(**knobs), change, when, idx)
-    assert_close(decode(accelerate(small_model(**knobs)), change, when, idx), expected)
+    expected, tolerance = decode(small_model(**knobs), change, when, idx), 0.1 if change is bfloat16 else 1e-5
+    assert_close(decode(accelerate(small_model(**knobs)), change, when, idx), expected, tolerance)
     if when == "between":
         assert steps["taken"] >= 4  # as long as nothing was changed
         steps.clear()
@@ -422,7 +422,7 @@ def test_a_changed_model_is_decoded_as_changed(change, when, knobs, steps):
         assert steps["taken"] == 9
     else:
         change(model := small_model(**knobs))  # before the classes are swapped
-        assert_close(decode(accelerate(model), lambda model: None, when, idx), expected)
+        assert_close(decode(accelerate(model), lambda model: None, when, idx), expected, tolerance)
 
 
 @torch.no_grad()
