@@ -4,7 +4,7 @@
 
 #include "cpu_storage.h"
 
-enum { BLOCK = 128, AHEAD = 32, TAIL = 4 * UNIT }; /* keys at a time, to fetch ahead; bytes of a unit of fp32 */
+enum { BLOCK = 128, FEWEST = 16, AHEAD = 32, TAIL = 4 * UNIT }; /* keys at a time, to fetch ahead; bytes of a unit of fp32 */
 #ifdef __AVX512BW__
 enum { MOST = 6 }; /* queries at a time: each key is read once for all of them, and their sums stay in registers */
 #else
@@ -79,13 +79,12 @@ INLINE long padded(long n) { return whole_units(n + UNIT - 1); }
 
 /* Add to the sums (Q, K) of Q queries and K rows of x their products over n numbers of format f. */
 INLINE void multiply(enum format f, int Q, int K, wide *sums, const float *q, const char *x, long step,
-                     const char *tail, const long *row, const float *scales, const float *offsets, long groups, long n,
-                     long ahead) {
+                     const char *tail, const float *scales, const float *offsets, long groups, long n, long ahead) {
     for (long i = 0, whole = whole_units(n), end; i < n; x = tail, step = TAIL, ahead = 0) { /* twice, if there is a tail */
         end = i < whole ? whole : n, x = i < whole ? x : tail, step = i < whole ? step : TAIL;
         for (const char *unit = x; i < end; i += UNIT, unit += bytes_of(f, UNIT), q += Q * UNIT) {
             for (long line = 0; line < K * bytes_of(f, UNIT); line += 64)
-                __builtin_prefetch(x + (row[0] + ahead) * step + K * (unit - x) + line);
+                __builtin_prefetch(x + ahead * step + K * (unit - x) + line);
 #pragma GCC unroll 2
             for (int h = 0; h < 2; h++) {
                 wide own[MOST];
@@ -93,8 +92,8 @@ INLINE void multiply(enum format f, int Q, int K, wide *sums, const float *q, co
                 for (int u = 0; u < Q; u++) own[u] = load_once(q + (h * Q + u) * WIDE);
 #pragma GCC unroll 8
                 for (int j = 0; j < K; j++) {
-                    long g = row[j] * groups + i / GROUP4;
-                    wide w = load_half(f, unit + row[j] * step, h, f == INT4 ? scales[g] : 1, f == INT4 ? offsets[g] : 0);
+                    long g = j * groups + i / GROUP4;
+                    wide w = load_half(f, unit + j * step, h, f == INT4 ? scales[g] : 1, f == INT4 ? offsets[g] : 0);
 #pragma GCC unroll 8
                     for (int u = 0; u < Q; u++) sums[u * K + j] += own[u] * w;
                 }
@@ -103,25 +102,25 @@ INLINE void multiply(enum format f, int Q, int K, wide *sums, const float *q, co
     }
 }
 
-/* p (Q, BLOCK) = q . k for Q queries and all keys of a block, K at a time. The queries have n numbers for the codes of a key, then those for its exact ones if it has some, each padded with zeros to whole units. */
+/* p (Q, BLOCK) = q . k for Q queries and all keys of a block, at least FEWEST, K at a time. The queries have n numbers for the codes of a key, then those for its exact ones if it has some, each padded with zeros to whole units. */
 INLINE void dots(enum format f, int Q, int K, int has_exact, const block *k, const float *q, long n, float *p) {
-    const int parts = Q > 1 ? 1 : WIDE / K; /* of K keys each: as many sums at once as a vector has numbers */
-    for (long j = 0; j < k->rows; j += parts * K) {
-        long row[16];
+    const int parts = Q > 1 || f == INT4 ? 1 : WIDE / K; /* of K keys: as many sums at once as a vector has numbers */
+    for (long at = 0; at < k->rows; at += parts * K) {
+        long j = min(at, k->rows - parts * K); /* the last keys may be the second time's */
         wide sums[24] = {{0}};
         float total[32];
-#pragma GCC unroll 16
-        for (int u = 0; u < parts * K; u++) row[u] = min(j + u, k->rows - 1); /* missing rows are the last one again */
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++) {
-            const long *own = row + part * K;
             wide *to = sums + part * K;
-            multiply(f, Q, K, to, q, k->codes, k->step, k->tail, own, k->scales, k->offsets, k->groups, n, k->ahead);
+            long row = j + part * K, exact_row = row * k->exact_step;
+            const float *scales = k->scales + row * (f == INT4 ? k->groups : 1), *offsets = k->offsets + row * k->groups;
+            multiply(f, Q, K, to, q, k->codes + row * k->step, k->step, k->tail + row * TAIL, scales, offsets, k->groups, n,
+                     k->ahead);
             if (!has_exact) continue;
 #pragma GCC unroll 24
-            for (int i = 0; i < Q * K; i++) to[i] *= f == INT4 ? 1 : k->scales[own[i % K]];
-            multiply(BF16, Q, K, to, q + Q * padded(n), k->exact, k->exact_step, k->exact_tail, own, NULL, NULL, 0,
-                     k->exact_step / 2, k->ahead);
+            for (int i = 0; i < Q * K; i++) to[i] *= f == INT4 ? 1 : scales[i % K];
+            multiply(BF16, Q, K, to, q + Q * padded(n), k->exact + exact_row, k->exact_step, k->exact_tail + row * TAIL, NULL,
+                     NULL, 0, k->exact_step / 2, k->ahead);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < Q * K * parts; i += WIDE) {
@@ -166,7 +165,7 @@ INLINE int how_many(long n) { return MOST == 6 && n > 3 ? 6 : n > 1 ? 3 : 1; }
             u = how_many(queries);                                                                                     \
             if (u == 6) DOT(F, MOST, 2);                                                                               \
             if (u == 3) DOT(F, 3, MOST == 3 && F >= FP8 ? 2 : 4);                                                      \
-            if (u == 1) DOT(F, 1, F == INT4 ? 4 : 8);                                                     \
+            if (u == 1) DOT(F, 1, MOST == 3 && F == INT4 ? 4 : 8);                                                     \
         }                                                                                                              \
     }                                                                                                                  \
     static __attribute__((noinline)) void mix_##F(long queries, const block *v, int four, const float *p,              \
@@ -204,7 +203,7 @@ static const char *tail_of(enum format f, const char *x, long step, long rows, l
 
 typedef struct { /* what the attention of n queries works on; there are two more of them than n, see `how_many` */
     float *q, *p, *weights, *out; /* padded queries, scores, these times the scales of values, padded results */
-    float *scales, *offsets, *factors, *keep;
+    float *scales, *offsets, *factors, *keep, *few;
     float *tails;
     long q_step, y_step, size; /* numbers from query to query; of all */
 } workspace;
@@ -215,9 +214,9 @@ static workspace divide_room(float *room, long n, long d, long dv) {
     workspace w = {.q_step = padded(d) + UNIT, .y_step = padded(dv)};
     struct { float **part; long size; } parts[] = {
         {&w.q, (n + 2) * w.q_step}, {&w.out, (n + 2) * w.y_step}, {&w.p, (n + 2) * BLOCK}, {&w.weights, (n + 2) * BLOCK},
-        {&w.scales, groups * BLOCK + WIDE}, {&w.offsets, groups * BLOCK + WIDE}, {&w.factors, BLOCK}, {&w.keep, n + 2},
-        {&w.tails, 2 * BLOCK * TAIL / 4}};
-    for (int i = 0; i < 9; i++) *parts[i].part = room ? room + w.size : NULL, w.size += whole_columns(parts[i].size);
+        {&w.scales, groups * BLOCK + WIDE}, {&w.offsets, groups * BLOCK + WIDE}, {&w.factors, BLOCK},
+        {&w.keep, n + 2}, {&w.few, FEWEST * d}, {&w.tails, 2 * BLOCK * TAIL / 4}};
+    for (int i = 0; i < 10; i++) *parts[i].part = room ? room + w.size : NULL, w.size += whole_columns(parts[i].size);
     return w;
 }
 
@@ -240,7 +239,12 @@ static block block_of(const part *a, long row, long rows, long ahead, long n, co
 
 /* The scores of a block of keys. factor: of the scores of the first query, from this number on; or NULL. */
 static void score(const part *k, block b, const part *factor, long number, long apart, const workspace *w, long n) {
-    long one = k->format == INT8 || k->format == FP8, size = one ? GROUP8 : k->width;
+    long one = k->format == INT8 || k->format == FP8, size = one ? GROUP8 : k->width, rows = b.rows;
+    if (rows < FEWEST) { /* copies, with room for more */
+        char *exact = (char *)w->few + FEWEST * b.step;
+        b.codes = memcpy(w->few, b.codes, rows * b.step), b.rows = FEWEST, b.ahead = 0;
+        if (k->exact_width) b.exact = memcpy(exact, b.exact, rows * b.exact_step);
+    }
     for (long c = 0; c < k->width; c += size, b.codes += GROUP8, b.scales += BLOCK) { /* numbers with one scale */
         int exact = k->exact_width && c + size >= k->width;
         float *y = c ? w->weights : w->p; /* weights are not in use yet */
@@ -250,7 +254,7 @@ static void score(const part *k, block b, const part *factor, long number, long 
         for (long i = 0; c && i < n * BLOCK; i++) w->p[i] += y[i];
     }
     for (long i = 0; factor && i < n; i++) {
-        widen(factor->format, factor->codes + bytes_of(factor->format, number + i * apart), w->factors, b.rows);
+        widen(factor->format, factor->codes + bytes_of(factor->format, number + i * apart), w->factors, rows);
         for (long j = 0; j < BLOCK; j++) w->p[i * BLOCK + j] *= w->factors[j];
     }
 }
