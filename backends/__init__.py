@@ -57,8 +57,8 @@ def accelerate(module: M, dtype: torch.dtype | None = None) -> M:
     if choice not in CHOICES:
         raise UserError(f"NANOKV_BACKEND must be one of {', '.join(CHOICES)}, not {choice!r}")
     _notes[module] = why_not(module, choice, dtype)
-    kinds = {torch.bfloat16: {"decoding"}}.get(computes_in(module, dtype))  # in fp32 all
-    swaps = {p.pure: p.fast for p in pieces() if not p.edited and (kinds is None or p.name in kinds)}
+    half = computes_in(module, dtype) == torch.bfloat16  # which only decoding reads
+    swaps = {p.pure: p.fast for p in pieces() if not p.edited and (p.name == "decoding" or not half)}
     return module if _notes[module] else swap(module, swaps)
 
 

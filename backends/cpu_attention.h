@@ -4,7 +4,8 @@
 
 #include "cpu_storage.h"
 
-enum { BLOCK = 128, FEWEST = 16, AHEAD = 32, TAIL = 4 * UNIT }; /* keys at a time, to fetch ahead; bytes of a unit of fp32 */
+/* Keys at a time, in a kernel at least, and to fetch ahead; bytes of a unit of fp32. */
+enum { BLOCK = 128, FEWEST = 16, AHEAD = 32, TAIL = 4 * UNIT };
 #ifdef __AVX512BW__
 enum { MOST = 6 }; /* queries at a time: each key is read once for all of them, and their sums stay in registers */
 #else
@@ -20,7 +21,8 @@ INLINE wide sums_of(const wide *x) {
     __m512 y[4];
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++) {
-        __m512 c = HALVES(shuffle_f32x4, a[k], a[4 + k], 0x44, 0xee), d = HALVES(shuffle_f32x4, a[8 + k], a[12 + k], 0x44, 0xee);
+        __m512 c = HALVES(shuffle_f32x4, a[k], a[4 + k], 0x44, 0xee);
+        __m512 d = HALVES(shuffle_f32x4, a[8 + k], a[12 + k], 0x44, 0xee);
         y[k] = HALVES(shuffle_f32x4, c, d, 0x88, 0xdd);
     }
     y[0] = HALVES(shuffle_ps, y[0], y[1], 0x44, 0xee), y[2] = HALVES(shuffle_ps, y[2], y[3], 0x44, 0xee);
@@ -80,7 +82,7 @@ INLINE long padded(long n) { return whole_units(n + UNIT - 1); }
 /* Add to the sums (Q, K) of Q queries and K rows of x their products over n numbers of format f. */
 INLINE void multiply(enum format f, int Q, int K, wide *sums, const float *q, const char *x, long step,
                      const char *tail, const float *scales, const float *offsets, long groups, long n, long ahead) {
-    for (long i = 0, whole = whole_units(n), end; i < n; x = tail, step = TAIL, ahead = 0) { /* twice, if there is a tail */
+    for (long i = 0, whole = whole_units(n), end; i < n; x = tail, step = TAIL, ahead = 0) { /* twice, if with a tail */
         end = i < whole ? whole : n, x = i < whole ? x : tail, step = i < whole ? step : TAIL;
         for (const char *unit = x; i < end; i += UNIT, unit += bytes_of(f, UNIT), q += Q * UNIT) {
             for (long line = 0; line < K * bytes_of(f, UNIT); line += 64)
@@ -102,7 +104,8 @@ INLINE void multiply(enum format f, int Q, int K, wide *sums, const float *q, co
     }
 }
 
-/* p (Q, BLOCK) = q . k for Q queries and all keys of a block, at least FEWEST, K at a time. The queries have n numbers for the codes of a key, then those for its exact ones if it has some, each padded with zeros to whole units. */
+/* p (Q, BLOCK) = q . k for Q queries and all keys of a block, at least FEWEST, K at a time. The queries have n numbers
+   for the codes of a key, then those for its exact ones if it has some, each padded with zeros to whole units. */
 INLINE void dots(enum format f, int Q, int K, int has_exact, const block *k, const float *q, long n, float *p) {
     const int parts = Q > 1 || f == INT4 ? 1 : WIDE / K; /* of K keys: as many sums at once as a vector has numbers */
     for (long at = 0; at < k->rows; at += parts * K) {
@@ -113,14 +116,15 @@ INLINE void dots(enum format f, int Q, int K, int has_exact, const block *k, con
         for (int part = 0; part < parts; part++) {
             wide *to = sums + part * K;
             long row = j + part * K, exact_row = row * k->exact_step;
-            const float *scales = k->scales + row * (f == INT4 ? k->groups : 1), *offsets = k->offsets + row * k->groups;
-            multiply(f, Q, K, to, q, k->codes + row * k->step, k->step, k->tail + row * TAIL, scales, offsets, k->groups, n,
-                     k->ahead);
+            const float *scales = k->scales + row * (f == INT4 ? k->groups : 1);
+            const float *offsets = k->offsets + row * k->groups;
+            multiply(f, Q, K, to, q, k->codes + row * k->step, k->step, k->tail + row * TAIL, scales, offsets,
+                     k->groups, n, k->ahead);
             if (!has_exact) continue;
 #pragma GCC unroll 24
             for (int i = 0; i < Q * K; i++) to[i] *= f == INT4 ? 1 : scales[i % K];
-            multiply(BF16, Q, K, to, q + Q * padded(n), k->exact + exact_row, k->exact_step, k->exact_tail + row * TAIL, NULL,
-                     NULL, 0, k->exact_step / 2, k->ahead);
+            multiply(BF16, Q, K, to, q + Q * padded(n), k->exact + exact_row, k->exact_step,
+                     k->exact_tail + row * TAIL, NULL, NULL, 0, k->exact_step / 2, k->ahead);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < Q * K * parts; i += WIDE) {
@@ -141,7 +145,8 @@ INLINE void mix(enum format f, int Q, int T, const block *v, const float *p, con
 #pragma GCC unroll 32
     for (int i = 0; i < Q * T; i++) sums[i] = *(const wide *)(y + i / T * y_step + i % T * WIDE) * keep[i / T];
     for (long r = 0; r < v->rows; r++, row += v->step, scale += v->groups, offset += v->groups) {
-        for (long line = 0; line < bytes_of(f, T * WIDE); line += 64) __builtin_prefetch(row + v->ahead * v->step + line);
+        const char *later = row + v->ahead * v->step;
+        for (long line = 0; line < bytes_of(f, T * WIDE); line += 64) __builtin_prefetch(later + line);
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) {
             int at = t / 2 * UNIT, g = at / GROUP4;
@@ -157,9 +162,10 @@ INLINE void mix(enum format f, int Q, int T, const block *v, const float *p, con
 /* `dots` and `mix` of n queries, as many at a time as fit, and then one; there may be two rows more of q, p and y. */
 INLINE int how_many(long n) { return MOST == 6 && n > 3 ? 6 : n > 1 ? 3 : 1; }
 
-#define DOT(F, Q, K) F >= INT8 && exact ? dots(F, Q, K, 1, k, q + Q * from, n, p) : dots(F, Q, K, 0, k, q + Q * from, n, p)
+#define DOT(F, Q, K)                                                                                                   \
+    F >= INT8 && exact ? dots(F, Q, K, 1, k, q + Q * from, n, p) : dots(F, Q, K, 0, k, q + Q * from, n, p)
 #define KERNELS(F)                                                                                                     \
-    static __attribute__((noinline)) void dots_##F(long queries, const block *k, const float *q, long step, long from,  \
+    static __attribute__((noinline)) void dots_##F(long queries, const block *k, const float *q, long step, long from, \
                                                    long n, int exact, float *p) {                                      \
         for (int u; queries > 0; queries -= u, q += u * step, p += u * BLOCK) {                                        \
             u = how_many(queries);                                                                                     \
@@ -213,7 +219,8 @@ static workspace divide_room(float *room, long n, long d, long dv) {
     long groups = d / GROUP4 + 1;
     workspace w = {.q_step = padded(d) + UNIT, .y_step = padded(dv)};
     struct { float **part; long size; } parts[] = {
-        {&w.q, (n + 2) * w.q_step}, {&w.out, (n + 2) * w.y_step}, {&w.p, (n + 2) * BLOCK}, {&w.weights, (n + 2) * BLOCK},
+        {&w.q, (n + 2) * w.q_step}, {&w.out, (n + 2) * w.y_step}, {&w.p, (n + 2) * BLOCK},
+        {&w.weights, (n + 2) * BLOCK},
         {&w.scales, groups * BLOCK + WIDE}, {&w.offsets, groups * BLOCK + WIDE}, {&w.factors, BLOCK},
         {&w.keep, n + 2}, {&w.few, FEWEST * d}, {&w.tails, 2 * BLOCK * TAIL / 4}};
     for (int i = 0; i < 10; i++) *parts[i].part = room ? room + w.size : NULL, w.size += whole_columns(parts[i].size);
@@ -281,7 +288,8 @@ static void add_values(const part *v, const block *a, const workspace *w, long n
         int four = fits && c + 2 * UNIT <= dv;
         width = four ? 2 * UNIT : UNIT;
         for (long i = 0; one && c % GROUP8 == 0 && i < n; i++)
-            for (long j = 0; j < BLOCK; j++) w->weights[i * BLOCK + j] = w->p[i * BLOCK + j] * w->scales[c / GROUP8 * BLOCK + j];
+            for (long j = 0; j < BLOCK; j++)
+                w->weights[i * BLOCK + j] = w->p[i * BLOCK + j] * w->scales[c / GROUP8 * BLOCK + j];
         b.codes += bytes_of(f, c), b.scales += c / GROUP4, b.offsets += c / GROUP4;
         if (dv - c < UNIT) b.codes = a->tail, b.step = TAIL, b.ahead = 0;
         MIX[f](n, &b, four, one ? w->weights : w->p, w->keep, w->out + c, w->y_step);
@@ -291,8 +299,8 @@ static void add_values(const part *v, const block *a, const workspace *w, long n
 /* Softmax over some of the keys, not yet divided by its sum, for n queries q (n, d):
    y (n, dv) = sum_j e^(score_j - top) v_j, sum (n) = sum_j e^(score_j - top), top (n) the largest score.
    Each block of keys and values is read once for all queries ("online softmax", Milakov and Gimelshein 2018).
-   The keys are rows of the parts k and v, from number `row` on. factor: NULL, or what multiplies the scores, those of the
-   first query from this number on, of the next `apart` numbers later. room: for a workspace. */
+   The keys are rows of the parts k and v, from number `row` on. factor: NULL, or what multiplies the scores, those of
+   the first query from this number on, of the next `apart` numbers later. room: for a workspace. */
 static void share_of_softmax(const float *q, const part *k, const part *v, long row, const part *factor, long number,
                              long apart, float *y, float *sum, float *top, float *room, long n, long keys, long dv,
                              float scale) {

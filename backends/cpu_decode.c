@@ -102,7 +102,8 @@ static buffers divide_scratch(const model *m) {
     s.cosine = take(m, &s, B * m->rope / 2), s.sine = take(m, &s, B * m->rope / 2), s.rms = take(m, &s, B);
     s.packed = take(m, &s, whole_columns(B) * widest_input(m)), s.inner = take(m, &s, whole_columns(B) * inner);
     s.parts = take(m, &s, m->threads > 1 ? B * m->groups * m->threads * queries * (dv + 2) : 0);
-    s.own_size = whole_columns(max(widest_input(m), whole_columns(queries * (d + 2)) + divide_room(NULL, queries, d, dv).size));
+    long room = whole_columns(queries * (d + 2)) + divide_room(NULL, queries, d, dv).size;
+    s.own_size = whole_columns(max(widest_input(m), room));
     s.own = take(m, &s, s.own_size * m->threads);
     s.fp32_size = whole_columns(max(widest_input(m), max(kv, m->head))) * 3; /* `convolve` uses three parts */
     s.fp32 = take(m, &s, s.fp32_size * m->threads);
@@ -444,7 +445,8 @@ static void begin(const model *m, const buffers *s, const int64_t *ids, long ste
         widen(m->weights, at(m, m->embedding, ids[b * step] * m->width), s->x + b * m->width, m->width);
         for (long i = 0; i < half; i++) {
             float angle = (float)m->lengths[b] * m->frequency[i];
-            s->cosine[b * half + i] = cosf(angle) * m->rope_factor, s->sine[b * half + i] = sinf(angle) * m->rope_factor;
+            s->cosine[b * half + i] = cosf(angle) * m->rope_factor;
+            s->sine[b * half + i] = sinf(angle) * m->rope_factor;
         }
     }
 }
@@ -474,14 +476,15 @@ int decode_step(const model *m, const int64_t *ids, long step, float *hidden) {
         }
 #pragma omp for schedule(static)
         for (long b = 0; b < m->batch; b++)
-            norm_row(s.x + b * m->width, in_fp32(m, &s, m->final_norm.weight, m->width), hidden + b * m->width, m->width,
-                     m->final_norm.eps);
+            norm_row(s.x + b * m->width, in_fp32(m, &s, m->final_norm.weight, m->width), hidden + b * m->width,
+                     m->width, m->final_norm.eps);
     }
     for (long b = 0; b < m->batch; b++) m->lengths[b]++;
     return 0;
 }
 
-/* y (B, rows) = x W^T for few rows of x (B, n), by `threads` threads; packed: room for `pack`, if B > 1; format: of w. */
+/* y (B, rows) = x W^T for few rows of x (B, n), by `threads` threads; packed: room for `pack`, if B > 1. w is in
+   a format. */
 void few_rows_linear(const char *w, const float *x, float *packed, float *y, long batch, long rows, long n, long format,
                      long threads) {
     (void)threads; /* not used without OpenMP */

@@ -25,7 +25,8 @@ typedef int8_t cwide __attribute__((vector_size(WIDE), aligned(1), may_alias));
 typedef int8_t cunit __attribute__((vector_size(UNIT), aligned(1), may_alias));
 typedef uint8_t ucwide __attribute__((vector_size(WIDE), aligned(1), may_alias));
 
-/* WIDE integers of 8 or 16 bits at x, as 32 bits; TO_16: UNIT of 8 bits as 16. gcc makes one instruction only of the intrinsics. */
+/* WIDE integers of 8 or 16 bits at x, as 32 bits; TO_16: UNIT of 8 bits as 16. gcc makes one instruction of
+   the intrinsics only. */
 #ifdef __AVX512BW__
 #define UNSIGNED_8(x) (iwide) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(x)))
 #define SIGNED_8(x) (iwide) _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(x)))
@@ -112,7 +113,7 @@ static void widen(enum format f, const void *x, float *y, long n) {
 /* x rounded to a sign, 8, 5 or 4 bits of exponent (its bias given) and some of mantissa, half to even. */
 INLINE uint32_t narrow(float x, int mantissa, int bias) {
     union { float f; uint32_t bits; } a = {x}, tiny = {ldexpf(1, 24 - bias - mantissa)};
-    uint32_t sign = a.bits >> 31 << (bias == 7 ? 7 : 15), shift = 23 - mantissa, most = (bias == 7 ? 1u << 7 : 1u << 15) - 1;
+    uint32_t size = bias == 7 ? 7 : 15, sign = a.bits >> 31 << size, shift = 23 - mantissa, most = (1u << size) - 1;
     a.bits &= 0x7fffffff;
     if (a.bits > 0x7f800000) return sign | most; /* NaN */
     if (a.bits < (uint32_t)(128 - bias) << 23) { /* subnormal: an addition rounds it */
@@ -144,7 +145,10 @@ static int quantized(const part *a) { return a->format >= INT8; }
 static void quantize(const part *a, const float *x, long n, char *codes, char *scale, char *offset) {
     float low = x[0], high = x[0], s;
     int nan = 0; /* a number that is not finite: then all of them are read as NaN */
-    for (long i = 0; i < n; i++) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high, nan |= !(fabsf(x[i]) <= FLT_MAX);
+    for (long i = 0; i < n; i++) {
+        low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+        nan |= !(fabsf(x[i]) <= FLT_MAX);
+    }
     float largest = fmaxf(fabsf(low), fabsf(high)), most = a->format == FP8 ? 448 : 127;
     s = a->format == INT4 ? fmaxf((high - low) / 15, largest / 127) : largest / most;
     narrow_row(BF16, &(float){nan ? NAN : fmaxf(s, 1e-30f)}, scale, 1);
