@@ -18,11 +18,11 @@ from nanokv.config import UserError
 
 M = TypeVar("M", bound=nn.Module)
 CHOICES = ("auto", "none", "cpu", "cuda")
-_notes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # why nothing was taken
+_notes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # why nothing was swapped
 
 
 class Piece(NamedTuple):
-    """A class of model.py or nanokv, and the subclass that computes the same sooner."""
+    """A class of model.py or nanokv, and the subclass that computes the same faster."""
 
     name: str
     pure: type[nn.Module]
@@ -49,7 +49,7 @@ def pieces() -> list[Piece]:
 def accelerate(module: M, dtype: torch.dtype | None = None) -> M:
     """Swap in the faster classes, in place, as NANOKV_BACKEND says: `auto` (the fastest), `none`, `cpu` or
     `cuda`. Returns the module. Only modules whose type is exactly one that a backend knows are swapped.
-    dtype: of activations, where autocast makes it another than that of the weights.
+    dtype: of activations, if autocast makes it differ from that of the weights.
 
     Raises UserError for another value of NANOKV_BACKEND.
     """

@@ -27,7 +27,7 @@ from nanokv.cache import CACHE_FORMATS, KVCache, LayerCache, Plan
 from nanokv.quantization import INT4
 
 FEW_ROWS = 128  # of hidden states; for more a BLAS is faster, which first reorders the matrix
-RETRY = 8  # decode steps that model.py takes after a change, before it is tried to make a Step again
+RETRY = 8  # decode steps that model.py takes after a change, before a new Step is tried
 
 # What cpu_decode.c computes instead. If one of these was edited, it is not used: see fingerprints.py.
 STANDS_FOR = (
@@ -258,7 +258,7 @@ class Step:
             list(map(type, self.objects)),
             [list(map(part, self.tensors)) for part in TENSOR],
             [*CACHE(cache), *map(PLAN, used)],
-            list(map(len, map(vars, [cache, *used]))),  # a patched method is an attribute more
+            list(map(len, map(vars, [cache, *used]))),  # a patched method adds an attribute
             list(map(vars, CLASSES + DECODES)),
             [function.__code__ for function in self.functions],
             list(self.model.layers._modules.values()),  # dictionaries compare without their order
@@ -274,7 +274,7 @@ class Step:
 
     def run(self, idx: Tensor, cache: KVCache) -> Tensor | None:
         """Token ids (B, 1) -> hidden states (B, 1, C) in the weights' dtype, or None if model.py has to do it,
-        which then finds the cache as it was. Raises ValueError if the cache is full.
+        whose cache is then unchanged. Raises ValueError if the cache is full.
         """
         c, lib, threads, held = self.c, cpu_library.library(), torch.get_num_threads(), (cache.host_copy, cache.first)
         if threads != self.threads:
@@ -299,7 +299,7 @@ def step_for(model: GPT, cache: KVCache) -> Step | None:
     step = STEPS.get(cache, 0)
     if isinstance(step, Step) and step.holds(model, cache):
         return step
-    if step:  # it holds no longer, or was tried lately
+    if step:  # it no longer holds, or was tried recently
         STEPS[cache] = RETRY if isinstance(step, Step) else step - 1
         return None
     try:

@@ -108,7 +108,7 @@ def not_ours(opened: int) -> str:
 
 
 def key(compiler: list[str], folder: Path) -> str:
-    """Of all that the library depends on: a cache folder may be shared by machines that differ."""
+    """A hash of all that the library depends on: machines that differ may share a cache folder."""
     settings = FLAGS, FOR_THIS_MACHINE, compiler, platform.platform()
     macros = compile_for_this_machine(compiler, MACROS, folder)
     sources = b"".join(source.read_bytes() for source in SOURCES)

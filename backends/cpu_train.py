@@ -1,7 +1,7 @@
 """Training in C on a CPU: RMSNorm, causal attention, SwiGLU and the cross-entropy, forward and backward.
 
-Each class computes as its pure class where C cannot. Gradients of gradients are torch's own, of the same
-function written with torch. Dimensions in comments: N rows, C width, I width inside the MLP, V vocabulary;
+If C cannot take an input, the class calls its pure class. torch computes second derivatives, from the same
+function written in torch. Dimensions in comments: N rows, C width, I width inside the MLP, V vocabulary;
 others as in model.py.
 """
 
@@ -65,7 +65,7 @@ class CpuAttend(Attend):
             (B, H, T, D), G = q.shape, k.size(1)
             fits = k.shape == (B, G, T, D) and v.shape[:3] == (B, G, T) and H % G == 0 and self.scale > 0
             whole = D % COLUMNS == v.size(-1) % COLUMNS == 0 and T <= LONGEST
-            if fits and whole and torch.get_num_threads() <= B * G:  # a key head for each core
+            if fits and whole and torch.get_num_threads() <= B * G:  # at least one key head for each thread
                 return CausalAttention.apply(q, k, v, self.scale)
         return super().forward(q, k, v, mask, cache, key_factor)
 
@@ -106,7 +106,7 @@ class Strided(ctypes.Structure):
 
 
 def call_strided(name: str, tensors: tuple[Tensor, ...], logs: Tensor, *numbers: float) -> None:
-    tensors = tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)  # kept until the call ends
+    tensors = tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)  # keeps the tensors alive during the call
     call(name, [*(Strided(t.data_ptr(), *t.stride()[:3]) for t in tensors), logs], *numbers)
 
 
@@ -121,7 +121,7 @@ class CpuMLP(MLP):
 
 
 class SwiGLU(torch.autograd.Function):
-    """x (..., C), gate and up (I, C), down (C, I) -> down (silu(gate x) * up x). One product for both."""
+    """x (..., C), gate and up (I, C), down (C, I) -> down (silu(gate x) * up x). One matrix product computes gate and up."""
 
     @staticmethod
     @custom_fwd(device_type="cpu")
@@ -161,7 +161,7 @@ class CpuLanguageModelLoss(LanguageModelLoss):
 
 
 def are_tokens(targets: Tensor, rows: int, vocabulary: int) -> bool:
-    """Whether targets (N,) are token ids or -1; if not, it is torch's to refuse them."""
+    """Whether targets (N,) are token ids or -1; if not, torch computes, and raises the error."""
     fits = readable(targets, torch.int64) and targets.shape == (rows,)
     return fits and bool(targets.min() >= -1 and targets.max() < vocabulary)
 

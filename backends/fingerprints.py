@@ -1,4 +1,4 @@
-"""How a backend knows the functions that it stands for: by fingerprints of their syntax trees.
+"""How a backend detects edits of the functions that it replaces: by fingerprints of their syntax trees.
 
 So comments, docstrings and formatting do not count, and a fingerprint is the same in every Python version.
 `python -m backends.fingerprints` writes the table anew, after the backends follow a change of model.py.

@@ -4,7 +4,7 @@
 
 #include <stdio.h>
 
-void few_rows_linear(const float *w, const float *x, float *packed, float *y, long batch, long rows, long n,
+void few_rows_linear(const char *w, const float *x, float *packed, float *y, long batch, long rows, long n, long format,
                      long threads);
 
 static int wrong = 0;
@@ -126,7 +126,7 @@ static void attention(long B, long H, long G, long T, long D, long Dv, float sca
 static void linear(long batch, long rows, long n) {
     float *w = randoms(rows * n, 1), *x = randoms(batch * n, 1), *y = zeros(batch * rows), *packed = zeros(128 * n);
     double *expected = doubles(batch * rows);
-    few_rows_linear(w, x, packed, y, batch, rows, n, 2);
+    few_rows_linear((const char *)w, x, packed, y, batch, rows, n, 0, 2); /* 0: fp32 */
     for (long b = 0; b < batch; b++)
         for (long r = 0; r < rows; r++)
             for (long i = 0; i < n; i++) expected[b * rows + r] += (double)w[r * n + i] * x[b * n + i];

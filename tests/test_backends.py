@@ -60,7 +60,8 @@ def test_classes_are_swapped_and_nothing_else():
 @compiled
 def test_a_model_in_bf16_is_decoded_in_C_and_nothing_else():
     model = backends.accelerate(small_model(torch.bfloat16))
-    assert backends.describe(model) == "backend cpu: decoding in C (1 thread)" and type(model.norm) is RMSNorm
+    line = "backend cpu: decoding in C (1 thread); norm, attention, mlp: torch (in bf16, C only decodes)"
+    assert backends.describe(model) == line and type(model.norm) is RMSNorm
     assert backends.pure(model).__class__ is GPT
 
 
