@@ -2,7 +2,7 @@
 # make compare the picture and the table of docs/results.md: quality against cache, resumable
 # make recall  what a small cache forgets: recall against cache, resumable
 # make test    the test suite
-# make quick   the part of it that takes a minute
+# make quick   the tests of it that are not marked slow: about 90 seconds on 2 cores
 # make machines  the test suite as on other machines: without C, other compilers, and where `auto` is bfloat16
 # make lint    ruff and pyright
 

@@ -192,11 +192,14 @@ class Oracle:
 
 
 GREEDY, DRAWN = {"temperature": 0}, {"temperature": 0.9, "top_k": 40, "min_p": 0.01}
+SLIDING = {"window": 24, "window_pattern": "SL"}, {"window": 20}
 DRAFTS = {"lookup": GREEDY, "itself": DRAWN, "another": DRAWN, "mistaken": GREEDY}
 
 
 @pytest.mark.parametrize("draft,options", DRAFTS.items(), ids=DRAFTS)
-@pytest.mark.parametrize("window", [{}, {"window": 24, "window_pattern": "SL"}, {"window": 20}], ids=str)
+@pytest.mark.parametrize(
+    "window", [{}, *(pytest.param(w, marks=pytest.mark.slow) for w in SLIDING)], ids=["whole", "some", "all"]
+)
 def test_a_draft_changes_no_token(model, draft, options, window):
     """Past the context's end, where the cache begins anew, and in windows, where it slides."""
     model.config = replace(model.config, **window)
