@@ -106,7 +106,7 @@ class Strided(ctypes.Structure):
 
 
 def call_strided(name: str, tensors: tuple[Tensor, ...], logs: Tensor, *numbers: float) -> None:
-    tensors = tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)  # keeps the tensors alive during the call
+    tensors = tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)  # kept alive for the call
     call(name, [*(Strided(t.data_ptr(), *t.stride()[:3]) for t in tensors), logs], *numbers)
 
 
@@ -121,7 +121,7 @@ class CpuMLP(MLP):
 
 
 class SwiGLU(torch.autograd.Function):
-    """x (..., C), gate and up (I, C), down (C, I) -> down (silu(gate x) * up x). One matrix product computes gate and up."""
+    """x (..., C), gate and up (I, C), down (C, I) -> down (silu(gate x) * up x). One product makes both."""
 
     @staticmethod
     @custom_fwd(device_type="cpu")
