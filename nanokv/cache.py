@@ -92,8 +92,9 @@ class LayerLayout:
         return (self.last() + spare) * sum(heads * width * of.itemsize for heads, width, of in buffers)
 
     def slots(self, max_len: int, spare: int = 0) -> int:
-        """Tokens that the layer has room for in a cache of max_len tokens."""
-        return min(self.sinks + self.window + spare, max_len) if self.window else max_len
+        """Tokens that the layer has room for in a cache of max_len tokens, or of an endless one."""
+        held = self.sinks + self.window
+        return held + spare if self.window and held <= max_len else max_len
 
 
 def kv_bytes_per_token(layouts: Sequence[LayerLayout], dtype: torch.dtype) -> int:
