@@ -1,8 +1,8 @@
 """Compare runs: how much quality does each byte of KV cache buy? `python compare.py out/*`
 
-Prints a table sorted by cache, the Pareto frontier marked with a * (no other run is as good on as few bytes),
-and draws the picture. Runs that differ in their seed alone are one row: mean ± standard deviation over seeds. Runs
-that differ in code, data, dtype or backend never are: a column tells such rows apart, and a line what all share.
+Prints a table sorted by cache and draws the picture. A * marks the Pareto frontier: no other run is as good with as
+few bytes. Runs that differ only in their seed are one row: mean ± standard deviation over seeds. Runs that differ in
+code, data, dtype, device or backend are separate rows: a column shows the difference, and a line what all share.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ USAGE = """python compare.py RUN_FOLDER... [--key=value ...]
 
 The table goes to standard output. What cannot be compared is named on standard error, a line each."""
 REQUIRED = ("attention", "tokens", "params/total", "kv_cache/bytes_per_token", "kv_cache/ratio_to_mha")
-REQUIRED += ("best/val_loss", "final/val_loss")  # the latter is written when a run has come to its end
+REQUIRED += ("best/val_loss", "final/val_loss")  # final/val_loss is written when a run ends
 MEASURED = ("best/val_loss", "best/val_bpb", "decode/tokens_per_s", "train/tokens_per_s")
 NOT_THE_EXPERIMENT = {"seed", "out_dir", "overwrite", "wandb_log", "wandb_project", "wandb_run_name", "match_params"}
 NOT_THE_EXPERIMENT |= {"wandb_entity", "wandb_group", "wandb_tags"}
-ORIGIN = {"code": "code_sha256", "data": "corpus_sha256"}  # what the figures of a row come from, by column
-ORIGIN |= {what: f"resolved/{what}" for what in ("dtype", "device", "backend")}  # as the knobs were resolved
+ORIGIN = {"code": "code_sha256", "data": "corpus_sha256"}  # column: key of what produced a row's figures
+ORIGIN |= {what: f"resolved/{what}" for what in ("dtype", "device", "backend")}  # not the knobs, which may be auto
 LOSS_AT = re.compile(r"val/loss_at/(\d+)")
-CURVE_POINTS = 400  # of a curve that are read; a picture shows no more
-MARK = b'"train/loss"'  # in the lines of metrics.jsonl that are points of the curve
+CURVE_POINTS = 400  # points that are read of a curve; a picture cannot show more
+MARK = b'"train/loss"'  # marks the lines of metrics.jsonl that are points of the curve
 
 
 @dataclass
 class Options:
     format: Literal["text", "markdown", "json"] = "text"  # of the table
-    picture: str = "compare.png"  # where the picture goes; empty: nowhere
-    into: str = ""  # a Markdown file, whose text from <!-- compare --> to <!-- /compare --> becomes the table
+    picture: str = "compare.png"  # file of the picture; empty: no picture
+    into: str = ""  # a Markdown file: the table replaces its text from <!-- compare --> to <!-- /compare -->
     wandb: str = ""  # ENTITY/PROJECT: the finished runs of a W&B project instead of folders
     workspace: bool = False  # also save a workspace with the scatter panel in that project
 
@@ -74,27 +74,27 @@ class Run:
 
 @dataclass
 class Row:
-    """Runs that differ in nothing but their seed."""
+    """Runs that differ only in their seed."""
 
     runs: list[Run]
-    experiment: str  # their knobs and sizes, equal where rows differ in ORIGIN alone
+    experiment: str  # their knobs and sizes; rows with the same ones differ only in ORIGIN
     name: str = ""
     frontier: bool = False
 
     def __post_init__(self):
         names = [Path(run.name).name for run in self.runs]
         self.name = names[0]
-        if len(names) > 1:  # what they have in common: mla-s1 and mla-s2 are mla
+        if len(names) > 1:  # the common part of the names: mla for mla-s1 and mla-s2
             self.name = re.sub(r"[-_.]*(seed|s)?[-_.]*$", "", os.path.commonprefix(names)) or names[0]
 
     def __getitem__(self, key: str) -> Any:
-        """The mean over seeds of what is MEASURED (None if no run has it), or a fact of the runs."""
+        """For a key in MEASURED: the mean over seeds, None if no run has it. For others: the first run's value."""
         if key not in MEASURED:
             return self.runs[0].summary.get(key)
         return statistics.fmean(values) if (values := self.values(key)) else None
 
     def values(self, key: str) -> list[float]:
-        """Of each run that has it."""
+        """The values of `key` in the runs that have it."""
         return [value for run in self.runs if is_number(value := run.summary.get(key))]
 
     def spread(self, key: str) -> float | None:
@@ -135,7 +135,7 @@ def read_curve(path: Path) -> list[dict]:
 
 @contextmanager
 def wandb_errors(task: str) -> Iterator[None]:
-    """Makes UserErrors of W&B's: no package, no key, no network, no such project."""
+    """Turns W&B's errors into UserErrors: no package, no key, no network, no such project."""
     try:
         yield
     except ImportError as e:
@@ -179,11 +179,11 @@ def read_all(sources: list[Callable[[], Run]]) -> list[Run]:
 
 
 def make_rows(runs: list[Run]) -> list[Row]:
-    """Runs by experiment, sorted by cache and then by quality, with the Pareto frontier marked."""
+    """Group runs into rows, sorted by cache and then by quality, with the Pareto frontier marked."""
     groups, repeats = {}, Counter()
     for run in runs:
         experiment = {k: v for k, v in run.config.items() if k not in NOT_THE_EXPERIMENT}
-        if experiment.get("init_from") == "resume":  # went on after a stop, with what it had begun with
+        if experiment.get("init_from") == "resume":  # a resumed run keeps the init_from of its start
             experiment["init_from"] = "scratch"
         sizes, origin = (
             [run.summary.get(key) for key in keys] for keys in (("tokenizer_sha256", "tokens", CACHE), ORIGIN.values())
@@ -191,7 +191,7 @@ def make_rows(runs: list[Run]) -> list[Row]:
         same, seed = json.dumps([experiment, sizes], sort_keys=True, default=str), run.summary.get("seed")
         key = same, str(origin), seed
         groups.setdefault((*key[:2], repeats[key]), []).append(run)
-        repeats[key] += 1  # a seed that is there already is a repetition, a row of its own
+        repeats[key] += 1  # a second run of the same seed is a repetition and gets its own row
     rows = [Row(group, same) for (same, *_), group in groups.items()]
     for row in rows:
         if sum(other.name == row.name for other in rows) > 1:
@@ -206,12 +206,12 @@ def make_rows(runs: list[Run]) -> list[Row]:
 
 
 def quality_key(rows: list[Row]) -> str:
-    """Bits per byte, which compares tokenizers too; the loss where the data is no text."""
+    """Bits per byte, which can be compared across tokenizers; the loss if the data is not text."""
     return "best/val_bpb" if all(row["best/val_bpb"] is not None for row in rows) else "best/val_loss"
 
 
 def warnings(rows: list[Row]) -> list[str]:
-    """Why rows are not comparable, a line for each reason; rows are held against what most of them have."""
+    """Why rows are not comparable, a line for each reason. Each row is compared with the most common value."""
     lines = []
     for key, what in (("corpus_sha256", "other data"), ("tokens", "another number of tokens")):
         usual = statistics.mode(row[key] for row in rows)
@@ -246,7 +246,7 @@ def cells(row: Row) -> dict[str, str]:
         "attention": row["attention"],
         "parameters": f"{row['params/total']:,}",
         "cache B/token": f"{row[CACHE]:,}",
-        "fixed B/row": f"{row['kv_cache/fixed_bytes'] or 0:,}",  # what a convolution remembers
+        "fixed B/row": f"{row['kv_cache/fixed_bytes'] or 0:,}",  # the last tokens that kv_conv keeps
         "of MHA": f"{row['kv_cache/ratio_to_mha']:.1%}",
         "val loss": measured("best/val_loss", ".4f"),
         "bits/byte": measured("best/val_bpb", ".4f"),
@@ -257,13 +257,13 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def origins(rows: list[Row]) -> list[dict[str, str]]:
-    """The code, data, dtype, device and backend of each row, by column; - where its runs do not say."""
+    """The code, data, dtype, device and backend of each row, by column; "-" if unknown."""
     names = [{title: str(row[key] or "-") for title, key in ORIGIN.items()} for row in rows]
     return [name | {hashed: name[hashed][:8] for hashed in ("code", "data")} for name in names]
 
 
 def table(rows: list[Row]) -> list[list[str]]:
-    """The titles of the columns, and a line for each row; origins only where rows differ, nothing that is 0 in all."""
+    """The titles of the columns, and a line for each row. Leaves out origins that all rows share, and zero columns."""
     lines = [cells(row) | origin for row, origin in zip(rows, origins(rows), strict=True)]
     used = {title: {line[title] for line in lines} for title in lines[0]}
     same = {title for title in ORIGIN if len(used[title]) == 1} | {title for title in used if used[title] == {"0"}}
@@ -306,7 +306,7 @@ def as_json(rows: list[Row]) -> str:
 
 
 def put_into(path: Path, table: str, mark: str = "compare") -> None:
-    """Replace the table in a Markdown file. Raises UserError if the file does not say where it goes."""
+    """Replace the table in a Markdown file. Raises UserError if the file has no marks around a table."""
     begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     try:
         text = path.read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 Pre-norm blocks of RMSNorm, attention, RMSNorm and SwiGLU; rotary position embedding, full or partial, without a
 length limit. The KV cache is in nanokv/cache.py; each attention class declares what it caches. Parameter names
-are those of Hugging Face's classes for the same function (Llama, Qwen2, Qwen3, dense DeepseekV3), less `model.`.
+are those of Hugging Face's Llama, Qwen2, Qwen3 and dense DeepseekV3 classes, without the prefix `model.`.
 
 Dimensions in comments: B batch, T new tokens, S tokens that attention reads, C n_embd, H n_head, G n_kv_head,
 D head width, V vocabulary.
@@ -24,36 +24,36 @@ from nanokv.cache import KVCache, LayerCache, LayerLayout, Part, kv_bytes_per_to
 from nanokv.config import at_least
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, see `rope_angles`
-Mask = Tensor | None  # (B or 1, 1, T, S), true where a query may look; None: causal, T = S
+Mask = Tensor | None  # (B or 1, 1, T, S), true where a query sees a key; None: causal, T = S
 
 
 @dataclass
 class GPTConfig:
-    """Shape of a model. The attention class fills in its fields that are None. Raises ValueError."""
+    """The shape of a model. The attention class replaces its fields that are None by values. Raises ValueError."""
 
     # model
     attention: str = "mha"  # which attention: mha, mqa, gqa or mla
     block_size: int = 256  # context length that the model is trained on, in tokens
-    vocab_size: int = 0  # number of token ids; 0 takes it from the data set
+    vocab_size: int = 0  # number of token ids; 0: that of the data set
     n_layer: int = 6  # number of blocks
     n_head: int = 6  # query heads in a layer
     n_embd: int = 384  # width of the residual stream
-    intermediate_size: int | None = None  # width of the MLP; None: 8/3 n_embd, down to a multiple of 64
+    intermediate_size: int | None = None  # width of the MLP; None: 8/3 n_embd, rounded down to a multiple of 64
     dropout: float = 0.0  # on attention weights, on each residual branch and on the embedding
     rope_theta: float = 10000.0  # base of RoPE's frequencies
-    rope_scaling: str | None = None  # linear, llama3 or yarn: reach beyond the trained context
-    rope_factor: float = 1.0  # how many times the trained context
+    rope_scaling: str | None = None  # linear, llama3 or yarn: extends the context beyond the trained one
+    rope_factor: float = 1.0  # extended context length / trained context length
     rope_trained_length: int | None = None  # llama3, yarn: the trained context in tokens; None: block_size
-    rope_low: float | None = None  # pairs with fewer turns in it are slowed down by rope_factor; None: 1
-    rope_high: float | None = None  # pairs with more turns stay; None: 4 (llama3) or 32 (yarn)
-    rope_attention_factor: float | None = None  # yarn: on cosines and sines; None: 0.1 ln(rope_factor) + 1
-    score_factor: float = 1.0  # on all attention scores (the square of DeepSeek's mscale)
+    rope_low: float | None = None  # pairs with fewer turns in that length are slowed by rope_factor; None: 1
+    rope_high: float | None = None  # pairs with more turns are unchanged; None: 4 (llama3) or 32 (yarn)
+    rope_attention_factor: float | None = None  # yarn: factor of cosines and sines; None: 0.1 ln(rope_factor) + 1
+    score_factor: float = 1.0  # multiplies all attention scores (DeepSeek's mscale squared)
     norm_eps: float = 1e-6  # added to the mean square in every RMSNorm
     tie_embeddings: bool = False  # one matrix for the token embedding and the output head
-    qk_norm: bool | Literal["shared"] | None = None  # RMSNorm of heads' queries and keys; None: not in mla
-    kv_conv: int | None = None  # previous vectors mixed into what is cached, see CausalConv; None: 0
+    qk_norm: bool | Literal["shared"] | None = None  # RMSNorm of queries and keys, see docs/mla.md; None: not in mla
+    kv_conv: int | None = None  # previous tokens mixed into each cached vector, see CausalConv; None: 0
     # sliding window
-    window: int = 0  # last tokens that a layer marked S sees, the current one included; 0: full attention
+    window: int = 0  # number of last tokens that an S layer sees, the current one included; 0: full attention
     window_pattern: str = "S"  # repeated over the layers: S sliding window, L full; SSSL: every fourth is full
     sink_tokens: int = 0  # first tokens that an S layer sees besides its window (attention sinks)
     # mha, mqa, gqa
@@ -106,8 +106,8 @@ class GPTConfig:
 
 
 def rope_frequencies(config: GPTConfig, width: int, device=None) -> Tensor:
-    """RoPE's frequencies (width / 2), in radians a token, in fp32 (Su et al. 2021): theta^(-2j / width) of pair j,
-    changed by rope_scaling; with `qk_rope_repeat`, the frequencies of width / repeat, that often.
+    """RoPE's frequencies (width / 2), in fp32 and radians per token (Su et al. 2021): theta^(-2j / width) for pair j,
+    then changed by rope_scaling. With `qk_rope_repeat`, those for width / repeat, repeated that many times.
     """
     repeat = config.qk_rope_repeat or 1
     exponent = torch.arange(0, width // repeat, 2, device=device, dtype=torch.float32) / -max(width // repeat, 1)
@@ -129,15 +129,15 @@ def rotate(x: Tensor, rope: Rope, start: int = 0) -> Tensor:
 
 
 def visible(q: Tensor, k: Tensor, window: int, sinks: int) -> Tensor:
-    """The attention mask: whether a query at position q sees a key at position k (-1: no key there). Causal;
-    with a window, only the last `window` keys and the first `sinks`. Shapes broadcast.
+    """The attention mask: whether a query at position q sees a key at position k (-1: no key). Causal. With a
+    window, a query sees only the last `window` keys and the first `sinks` keys. Shapes broadcast.
     """
     seen = (k >= 0) & (k <= q)
     return seen & ((k > q - window) | (k < sinks)) if window else seen
 
 
 class Linear(nn.Linear):
-    """row_groups: the rows of each kind of a fused matrix, in turn, which Muon orthogonalizes separately."""
+    """row_groups: sizes of the row groups that alternate in a fused matrix. Muon orthogonalizes each separately."""
 
     def __init__(self, width: int, out: int, row_groups: tuple[int, ...] = (), bias: bool = False):
         super().__init__(width, out, bias)
@@ -145,7 +145,7 @@ class Linear(nn.Linear):
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether it computes x weight^T and nothing else: no subclass, adapter, bias, hook or patch."""
+    """Whether `linear` computes x weight^T and nothing else: no subclass, adapter, bias, hook or patch."""
     changed = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
     return type(linear) is Linear and linear.bias is None and not changed
 
@@ -163,8 +163,8 @@ class RMSNorm(nn.Module):
 
 
 class CausalConv(nn.Module):
-    """x_t + sum of w_i x_(t - i), i = 1..N, with w_i per channel, zero at first (compare Primer, arXiv 2109.08668).
-    The cache keeps the last N vectors of x for it, however long the text grows.
+    """x_t + sum of w_i x_(t - i), i = 1..N. Weights are per channel and start at zero (compare Primer, arXiv
+    2109.08668). The cache keeps the last N vectors x, however long the text grows.
     """
 
     def __init__(self, part: str, width: int, taps: int):
@@ -180,7 +180,7 @@ class CausalConv(nn.Module):
 
 
 class Attend(nn.Module):
-    """softmax(scale q k^T) v. It takes the layer's cache, so that a kernel in its place can read the codes."""
+    """softmax(scale q k^T) v. It gets the layer's cache, so that a faster kernel can read quantized codes."""
 
     def __init__(self, scale: float, dropout: float = 0.0):
         super().__init__()
@@ -188,7 +188,7 @@ class Attend(nn.Module):
 
     def forward(self, q: Tensor, k, v, mask: Mask = None, cache: LayerCache | None = None, key_factor=None) -> Tensor:
         """q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv) -> (B, H, T, Dv); H / G heads share a key head.
-        k, v, key_factor: tensors, or names of the cache's parts. key_factor (B, H, S): on each key's scores.
+        k, v, key_factor: tensors, or names of cache parts. key_factor (B, H, S) multiplies each key's scores.
         """
         if cache is not None and not isinstance(k, Tensor):
             same, k = k == v, cache.read(k, like=q)
@@ -197,14 +197,14 @@ class Attend(nn.Module):
         (B, H, T, D), G = q.shape, k.size(1)
         dropout = self.dropout if self.training else 0.0
         if key_factor is not None:
-            if mask is None:  # aligned top-left: queries and keys start together
+            if mask is None:  # causal, T = S
                 mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[None, None]
             scores = (q.reshape(B, G, H // G * T, D) @ k.mT).view(B, H, T, -1) * (self.scale * key_factor[:, :, None])
             weights = F.dropout(scores.masked_fill(~mask, -torch.inf).float().softmax(-1).type_as(v), dropout)
             return (weights.view(B, G, H // G * T, -1) @ v).view(B, H, T, -1)
         if mask is None:
             return F.scaled_dot_product_attention(q, k, v, None, dropout, True, scale=self.scale, enable_gqa=G < H)
-        # the heads that share a key become more queries of it, so that no key is repeated in memory
+        # treat the heads that share a key as further queries of one head, so that keys are not copied in memory
         q, mask = q.reshape(B, G, H // G * T, D), mask.repeat(1, 1, H // G, 1)
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
         return y.reshape(B, H, T, -1)
@@ -237,7 +237,7 @@ class GroupedQueryAttention(nn.Module):
         self.attend = Attend(config.score_factor * config.head_dim**-0.5, config.dropout)
 
     @staticmethod
-    def resolve(config: GPTConfig) -> None:  # fill in the knobs that were left None
+    def resolve(config: GPTConfig) -> None:  # replace the knobs that are None by values
         H, G = config.n_head, config.n_kv_head
         expected = {"mha": H, "mqa": 1}.get(config.attention, G)
         if expected is None:
@@ -286,16 +286,16 @@ class MultiHeadLatentAttention(nn.Module):
         score_h = (q_nope_h . W_uk_h c + q_rope_h . k_rope) / sqrt(dn + dr)        out_h = sum p W_uv_h c
 
     Expanded form, for training: compute W_uk_h c and W_uv_h c of every token, then ordinary attention.
-    Absorbed form, for decoding: q . (W_uk c) = (W_uk^T q) . c, so W_uk_h moves to the query, and likewise
-    W_uv_h behind the sum; the heads attend to the cached latents themselves.
+    Absorbed form, for decoding: q . (W_uk c) = (W_uk^T q) . c, so W_uk_h is applied to the query, and W_uv_h
+    after the sum. The heads attend directly to the cached latents.
 
-    RoPE is applied to a separate key, k_rope, since it would keep W_uk from moving: in q^T R_(t-s) W_uk c the
-    rotation R depends on the distance, so W_uk^T R^T q would be another vector for every cached token. One
-    rope key of width dr is shared by all heads. The latent is normed before it is cached, so that both
-    up-projections read a vector of fixed size, however the residual stream grows during training.
+    RoPE has a separate key, k_rope. Rotated keys W_uk c would prevent absorption: in the score q^T R_(t-s) W_uk c
+    the rotation R depends on the distance, so the absorbed query W_uk^T R^T q would differ for every cached token.
+    All heads share one rope key of width dr. The latent is normed before it is cached, so that W_uk and W_uv
+    read a vector of fixed size, however large the residual stream becomes in training.
 
-    qk_norm (arXiv 2606.16310) divides a head's key [W_uk c | k_rope] by its rms, which RoPE leaves alone. That
-    number is cached for each head and multiplies the key's scores; the norm's weight moves to the query.
+    qk_norm=True (arXiv 2606.16310) divides a head's key [W_uk c | k_rope] by its rms, which RoPE does not change.
+    1 / rms is cached for each head and multiplies the key's scores; the norm's weight multiplies the query.
     """
 
     KNOBS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
@@ -323,7 +323,7 @@ class MultiHeadLatentAttention(nn.Module):
             self.k_norm = RMSNorm(self.dr if config.qk_norm == "shared" else self.dn + self.dr, config.norm_eps)
         if config.kv_conv:
             self.latent_conv = CausalConv("latent_conv", self.rank + self.dr, config.kv_conv)
-        # the scale is that of the expanded keys in the absorbed form too, whose keys are wider
+        # the absorbed form has wider keys, but the same scores, so it uses the scale of the expanded form
         self.attend = Attend(config.score_factor * (self.dn + self.dr) ** -0.5, config.dropout)
 
     @staticmethod
@@ -346,10 +346,10 @@ class MultiHeadLatentAttention(nn.Module):
         return parts | ({"latent_conv": Part(1, width, last=config.kv_conv)} if config.kv_conv else {})
 
     def prefers_absorbed(self, T: int) -> bool:
-        """Whether T new tokens cost fewer multiply-adds absorbed than expanded. Per head and cached token:
-        T (2 r + dr) absorbed; T (dn + dr + dv) and, once, r (dn + dv) expanded.
+        """Whether T new tokens take fewer multiply-adds absorbed than expanded. Per head and cached token, the
+        absorbed form takes T (2 r + dr), the expanded form T (dn + dr + dv) + r (dn + dv).
         """
-        if not is_plain(self.kv_b_proj):  # an adapter or a hook: its weight alone is not enough
+        if not is_plain(self.kv_b_proj):  # with an adapter or a hook, its weight is not all that it computes
             return False
         return T * (2 * self.rank - self.dn - self.dv) < self.rank * (self.dn + self.dv)
 
@@ -376,7 +376,7 @@ class MultiHeadLatentAttention(nn.Module):
         return self.expanded(q, c, k_rope, mask, *(cache.read(name, like=x) for name in factor))
 
     def keys_and_values(self, c: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
-        """Each head's own, made from the latents c (B, 1, S, r) -> (B, H, S, dn + dr), (B, H, S, dv)"""
+        """Keys (B, H, S, dn + dr) and values (B, H, S, dv) of each head, from the latents c (B, 1, S, r)."""
         kv = self.kv_b_proj(c[:, 0]).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         k_nope, v = kv.split((self.dn, self.dv), -1)
         return torch.cat((k_nope, k_rope.expand(-1, self.n_head, -1, -1)), -1), v
@@ -390,8 +390,8 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def absorbed(self, q: Tensor, latent: str, mask: Mask, cache: LayerCache, factor: str | None = None) -> Tensor:
-        """The same as multi-query attention over the latents -> (B, T, C). One read serves as the key
-        [c | k_rope] and as the value, of which the first r columns, c, count.
+        """The same result by multi-query attention over the cached latents -> (B, T, C). [c | k_rope] is read
+        once and is both key and value; of the output, only the first r columns (from c) are used.
         """
         if factor is not None:
             q = (q * self.k_norm.weight).type_as(q)
@@ -458,8 +458,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Each block starts as the identity: what writes to the residual stream is zero. Other matrices keep the
-        variance of what they read (std 1/sqrt(fan-in)).
+        """Output matrices of attention and MLP start at zero, so each block starts as the identity. Other matrices
+        of a block have std 1/sqrt(fan-in), so their outputs have the variance of their inputs.
         """
         tied, std = self.config.tie_embeddings, 0.02
         for name, p in self.named_parameters():
@@ -469,7 +469,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=std if tied else 1.0)
             elif p.ndim == 2:
                 nn.init.normal_(p, std=p.size(1) ** -0.5)
-        if tied:  # else each token would predict itself: its own logit starts at std * C * norm
+        if tied:  # a small norm: a token's own logit starts at std * C * norm, so with 1 it would predict itself
             nn.init.constant_(self.norm.weight, 0.5 / (std * self.config.n_embd))
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -481,7 +481,7 @@ class GPT(nn.Module):
         else:
             positions, caches = cache.advance(*idx.shape), cache.layers  # (B, T)
         for window, layer in dict(zip(windows, caches, strict=True)).items():  # one mask per window
-            if window or not (layer is None or layer.first):  # else plain causal attention, without a mask
+            if window or not (layer is None or layer.first):  # else causal attention, which needs no mask
                 q, k = (positions, positions) if layer is None else layer.positions
                 masks[window] = visible(q[:, None, :, None], k[:, None, None], window, config.sink_tokens)
         rope = rope_angles(positions, self.layers[0].self_attn.rope_width, config)
@@ -495,7 +495,7 @@ class GPT(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None):
         """Token ids (B, T) -> logits (B, T, V) and, given targets (B, T), their mean cross-entropy in nats,
-        else None. Targets of -1 do not count. With a cache, the T tokens follow those that it holds.
+        else None. Targets of -1 do not count. With a cache, the T tokens follow the tokens in the cache.
         """
         logits = self.head(self.hidden(idx, cache))
         if targets is None:
@@ -503,8 +503,8 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def new_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None, spare: int = 0):
-        """An empty cache for batch_size rows of max_len tokens; dtype: None is that of the weights; spare: how
-        far `rewind` may go back. ValueError if dtype is no cache format.
+        """An empty cache for batch_size rows of max_len tokens. dtype: None is that of the weights. spare: how many
+        tokens `rewind` may remove in layers with windows. Raises ValueError if dtype is not a cache format.
         """
         weight = self.embed_tokens.weight
         return KVCache(self.config.kv_layouts(), batch_size, max_len, dtype or weight.dtype, weight.device, spare)

@@ -37,26 +37,26 @@ Samples go to standard output, what they cost to standard error."""
 class Options:
     """The command line. Raises ValueError, one line, if a value is out of its range."""
 
-    out_dir: str  # the run: its folder, or the best/ or last/ in it; --out_dir= may be left out
-    which: Literal["best", "last"] = "best"  # which checkpoint; last where there is no best
-    device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: the best there is
+    out_dir: str  # the run folder, or best/ or last/ in it; --out_dir= may be omitted
+    which: Literal["best", "last"] = "best"  # which checkpoint; last if the run has no best
+    device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: the best available
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the weights
-    cache_dtype: Literal["auto", "fp32", "bf16", "fp16", "int8", "fp8", "int4"] = "auto"  # auto: as the weights
+    cache_dtype: Literal["auto", "fp32", "bf16", "fp16", "int8", "fp8", "int4"] = "auto"  # auto: dtype of the weights
     # prompts
     start: str = ""  # the prompt: text, FILE:path, or - for stdin; empty: a new document
-    split_lines: bool = False  # each line of --start that is not empty is a prompt; all run as one batch
-    num_samples: int = 1  # samples of each prompt; sample i draws with seed + i
+    split_lines: bool = False  # each non-empty line of --start is a prompt; all run as one batch
+    num_samples: int = 1  # samples of each prompt; sample i uses seed + i
     batch_size: int = 64  # samples that run at a time; bounds the memory of their cache
     # sampling
     max_new_tokens: int = 500  # tokens of a sample; it ends earlier at <|endoftext|> or at a stop string
     temperature: float = 0.8  # below 1: likelier tokens more often; 0: greedy
     greedy: bool = False  # always the likeliest token, as --temperature=0
     top_k: int = 200  # draw from the k likeliest tokens; 0: from all
-    top_p: float = 1.0  # draw from the fewest likeliest tokens that have this share of the probability
+    top_p: float = 1.0  # draw from the smallest set of likeliest tokens with this total probability
     min_p: float = 0.0  # draw from tokens at least min_p times as likely as the likeliest
     stop: str = ""  # end a sample at this text, which is not printed; || between several, \n for a newline
     seed: int = 1337  # of the sampling
-    draft: str | None = None  # what guesses ahead, to be faster: a smaller run, or lookup in the text so far
+    draft: str | None = None  # speculative decoding: a smaller run that proposes tokens, or lookup (in the text)
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
@@ -67,16 +67,16 @@ class Options:
 
 
 def load_run(path: str | Path, device: str = "auto", dtype: str = "auto", which: str = "best") -> tuple[GPT, Tokenizer]:
-    """Model, in eval mode on `device`, and tokenizer of a run.
+    """The model, in eval mode on `device`, and the tokenizer of a run.
 
-    `path` is the run's folder, or the best/ or last/ in it; `which` counts for the former, and falls back to
-    last where there is no best. Raises UserError if it is no run, or a damaged one.
+    `path` is the run folder, or best/ or last/ in it. `which` chooses the checkpoint if `path` is the run folder; it
+    falls back to last if there is no best. Raises UserError if `path` is not a run or is damaged.
     """
     (run_dir, which), place = checkpoint.find(path, which), pick_device(device)
     config = only_fields(GPTConfig, checkpoint.read_config(run_dir), str(run_dir / "config.json"))
     weights = checkpoint.load_weights(run_dir, which)
     try:
-        if config.n_layer > len(weights):  # a damaged number, which would take for ever to build
+        if config.n_layer > len(weights):  # n_layer is damaged: to build so many layers would take forever
             raise RuntimeError(f"{len(weights)} tensors do not fill {config.n_layer} layers")
         model = checkpoint.build(partial(GPT, config), weights)
     except (RuntimeError, ValueError) as error:
@@ -88,7 +88,7 @@ def load_run(path: str | Path, device: str = "auto", dtype: str = "auto", which:
 
 
 def read_prompts(start: str, split_lines: bool) -> list[str]:
-    """The prompts that --start stands for. Raises UserError if they cannot be read or there are none."""
+    """The prompts that --start gives. Raises UserError if they cannot be read or there are none."""
     where = start if start.startswith("FILE:") else "on standard input" if start == "-" else "--start"
     try:
         if start == "-":
@@ -108,7 +108,7 @@ def read_prompts(start: str, split_lines: bool) -> list[str]:
 
 
 def print_samples(steps: Iterator[list[int | None]], prompts: list[str], streams: list[TextStream]) -> None:
-    """Print samples one after another, each as it comes; what the next ones have meanwhile waits its turn."""
+    """Print samples one after another, each while it is generated. The text of later ones is held until their turn."""
     ready = list(prompts)  # of each row, the text not yet printed
     current = 0
 
@@ -147,8 +147,8 @@ def report(stats: Stats, config: GPTConfig, dtype: torch.dtype, rows: int) -> st
 
 
 def print_all(options: Options, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]) -> str:
-    """Generate and print every sample; returns the report on what they cost. Ctrl-C ends it early."""
-    # what is printed is what was encoded; an empty prompt's <|endoftext|> is not text
+    """Generate and print every sample; returns the report on speed and cache. Ctrl-C ends it early."""
+    # print a prompt as it was encoded, without the <|endoftext|> that stands for an empty one
     shown = ["" if tuple(ids) == stop_ids(tokenizer) else tokenizer.decode(ids) for ids in prompts]
     stop = [text for text in options.stop.replace("\\n", "\n").split("||") if text]
     cache_dtype = CACHE_FORMATS.get(options.cache_dtype, model.embed_tokens.weight.dtype)

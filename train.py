@@ -39,15 +39,15 @@ class TrainConfig:
 
     # the run
     out_dir: str | None = None  # run folder; None: out/<config file's name>, or out/<attention>
-    overwrite: bool = False  # start afresh in a folder that holds a run, which is then lost
-    init_from: str = "scratch"  # 'scratch', 'resume' (go on from out_dir), or a run folder to start from
+    overwrite: bool = False  # replace the run that out_dir already holds; that run is deleted
+    init_from: str = "scratch"  # 'scratch', 'resume' (continue the run in out_dir), or a run folder to start from
     eval_interval: int = 250  # steps between evaluations
     eval_iters: int = 0  # val batches an evaluation, evenly spaced; 0: the whole val split
     eval_only: bool = False  # evaluate once and exit
     log_interval: int = 10  # steps between log lines
     always_save_checkpoint: bool = True  # write last/ at every evaluation, not only when the run ends
-    save_interval: int = 0  # write last/ every so many steps too; 0: only at evaluations
-    match_params: str | None = None  # run folder or config file; choose intermediate_size to have as many parameters
+    save_interval: int = 0  # also write last/ every this many steps; 0: only at evaluations
+    match_params: str | None = None  # run folder or config file; sets intermediate_size to get as many parameters
     seed: int = 1337  # of the initial weights, dropout and the order of the data
     # Weights & Biases
     wandb_log: bool = False  # also log to W&B; falls back to offline without a key or a network
@@ -60,11 +60,11 @@ class TrainConfig:
     dataset: str = "stdlib"  # a folder in data/, or the path of a prepared folder
     tokenizer: str | None = None  # byte, char, bpe, gpt2, or a run folder; None: the data set's own
     gradient_accumulation_steps: int = 1  # micro-batches a step, on all ranks together
-    batch_size: int = 16  # sequences of block_size tokens in a micro-batch; ranks share them if it must be
-    data_timeout: float = 30.0  # seconds that a micro-batch may take to read before a line says so
+    batch_size: int = 16  # sequences in a micro-batch; ranks split it if there are more ranks than micro-batches
+    data_timeout: float = 30.0  # seconds after which a line reports that a micro-batch is slow to read
     # optimizer
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the hidden matrices, with AdamW for the rest
-    learning_rate: float = 1e-3  # AdamW's peak learning rate; an untied embedding has ten times that
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for the blocks' matrices, AdamW for the rest
+    learning_rate: float = 1e-3  # AdamW's peak learning rate; an untied embedding has ten times this rate
     muon_lr: float = 0.02  # Muon's peak learning rate; it follows the same schedule
     muon_momentum: float = 0.95  # Muon's momentum; 0.9 suits runs of a few hundred steps
     max_iters: int = 2000  # steps to train
@@ -72,19 +72,19 @@ class TrainConfig:
     beta1: float = 0.9  # AdamW's decay of the mean of gradients
     beta2: float = 0.95  # AdamW's decay of the mean of squared gradients
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
-    max_skipped_steps: int = 20  # end the run when so many steps in a row have a gradient that is not finite
+    max_skipped_steps: int = 20  # end the run after this many steps in a row without a finite gradient
     # learning rate schedule
     decay_lr: bool = True  # False: constant after the warm-up
-    schedule: Literal["cosine", "wsd"] = "wsd"  # wsd: warm up, stay, then decay in a straight line
+    schedule: Literal["cosine", "wsd"] = "wsd"  # wsd: warm up, stay constant, decay linearly
     warmup_iters: int = 100  # steps of linear warm-up
     lr_decay_iters: int | None = None  # the step at which min_lr is reached; None: max_iters
-    min_lr: float | None = None  # AdamW's last learning rate, Muon's in proportion; None: a tenth
-    cooldown: float = 0.4  # wsd: the share of lr_decay_iters that decays
+    min_lr: float | None = None  # AdamW's final learning rate, Muon's in proportion; None: learning_rate / 10
+    cooldown: float = 0.4  # wsd: the share of lr_decay_iters, at its end, in which the rate decays
     # machine
-    device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: the best there is
+    device: str = "auto"  # cpu, cuda, cuda:N, mps; auto: the best available
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of activations; weights stay float32
     compile: bool | Literal["auto"] = "auto"  # torch.compile the model; auto: where it saves time
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # what each rank holds: ddp: the model, fsdp: its share of it
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # ddp: each rank holds the whole model; fsdp: a share of it
     activation_checkpointing: bool = False  # compute blocks again in the backward pass, to save memory
     # after the last step
     sample_tokens: int = 200  # tokens of the sample to print; 0: no sample
@@ -114,15 +114,15 @@ def main(argv: list[str]) -> None:
 
 
 def train(argv: list[str]) -> dict:
-    """Train as the command line says; returns the run's summary. Raises UserError for whatever is wrong with knobs,
-    data or run folder, before anything in the folder is changed; later, with the last checkpoint in place, for faults
-    of disk and data and for training that has come apart. A signal ends it with a checkpoint and SystemExit.
+    """Train as the command line says; returns the run's summary. Raises UserError for faults of knobs, data or run
+    folder, before it changes anything in the folder. During training it raises UserError for faults of disk or data and
+    for non-finite gradients or weights; the last checkpoint stays. After a signal it saves and raises SystemExit.
     """
     restarted = parallel.restarted()
     with parallel.collective_errors():
         model_config, config = configure(argv, restarted)
         if parallel.size() > 1 and parallel.local_rank() == 0:
-            open_dataset(config.dataset, config.tokenizer)  # prepares one that is missing, once a node
+            open_dataset(config.dataset, config.tokenizer)  # prepares a missing data set, once per node
     with parallel.collective_errors():
         hardware = pick_hardware(config.device, config.dtype, config.compile)
         share = parallel.share(config.gradient_accumulation_steps, config.batch_size)
@@ -151,8 +151,8 @@ def train(argv: list[str]) -> dict:
 
 
 def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, TrainConfig]:
-    """The knobs of a command line, the rest as in the run that init_from names. A run that is resumed keeps its values:
-    only those on the command line itself count, not those of the config file. `restarted`: of a launch to resume.
+    """The knobs that are given; others from the run that init_from names, or their defaults. A resumed run takes only
+    those on the command line, not those in the config file. restarted: torchrun may have restarted this launch.
     """
     files = [Path(arg).stem for arg in argv if not arg.startswith("-")]
 
@@ -170,9 +170,9 @@ def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, Trai
             return asdict(read_knobs(Path(source))[0]) | values
         before = all_knobs(*read_knobs(Path(values["out_dir"])))
         if before["lr_decay_iters"] == before["max_iters"]:
-            del before["lr_decay_iters"]  # follows max_iters, which may grow now
+            del before["lr_decay_iters"]  # it follows max_iters, which may have changed
         if before["min_lr"] == before["learning_rate"] / 10:
-            del before["min_lr"]  # follows learning_rate
+            del before["min_lr"]  # it follows learning_rate
         return before | on_line | {"out_dir": values["out_dir"], "init_from": "resume"}
 
     model_config, config = load(argv, GPTConfig, TrainConfig, usage=USAGE, fill_in=fill_in)
@@ -185,7 +185,7 @@ def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, Trai
 
 
 def read_knobs(run_dir: Path) -> tuple[GPTConfig, TrainConfig]:
-    """The knobs of a run. Raises UserError if the folder is no run, or its config is damaged."""
+    """The knobs of a run. Raises UserError if the folder is not a run, or its config is damaged."""
     return from_dict(checkpoint.read_config(run_dir), str(run_dir / "config.json"), GPTConfig, TrainConfig)
 
 
@@ -194,8 +194,8 @@ def all_knobs(*configs) -> dict[str, Any]:
 
 
 def match_parameters(model: GPTConfig, source: str) -> None:
-    """Set intermediate_size such that the model has the parameters of `source`, a run folder or a config file, within
-    1 %, and say so. Raises UserError.
+    """Set intermediate_size so that the model has as many parameters as `source` (a run folder or a config file),
+    within 1 %, and print it. Raises UserError.
     """
     is_file = Path(source).suffix == ".py"
     other, knobs = load([source], GPTConfig, TrainConfig) if is_file else read_knobs(Path(source))
@@ -216,7 +216,7 @@ def new_model(model_config: GPTConfig, seed: int, device: torch.device) -> GPT:
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, where a matrix product is left in fp32
+    torch.set_float32_matmul_precision("high")  # fp32 matrix products use TF32 on GPUs
     with torch.device(device):
         return GPT(model_config)
 
@@ -247,7 +247,7 @@ def load_start(config: TrainConfig, model: GPT, dataset: Dataset) -> tuple[dict,
 
 
 def print_changes(run_dir: Path, knobs: dict[str, Any]) -> None:
-    """A line for each knob that a run is resumed with another value of."""
+    """Print a line for each knob whose value is not that of the run to resume."""
     before = all_knobs(*read_knobs(run_dir))
     for knob, value in knobs.items():
         if parallel.rank() == 0 and value != before[knob] and knob != "init_from":
@@ -259,7 +259,7 @@ def check_fits(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, s
     saved = all_knobs(*read_knobs(source))
     knobs = asdict(model_config) | {"optimizer": config.optimizer, "match_params": config.match_params}
     free = {"dropout"}
-    if config.init_from != "resume":  # these may differ in what only starts from it
+    if config.init_from != "resume":  # a new run that starts from these weights may change these
         free |= {"block_size", "optimizer", "match_params", "window", "window_pattern", "sink_tokens"}
     for knob in sorted(knobs.keys() - free):
         if knobs[knob] != saved[knob]:
@@ -271,12 +271,12 @@ def check_fits(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, s
 
 
 def claim(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, step: int) -> None:
-    """Make the run folder this run's."""
+    """Create the run folder or take it over, and write config and tokenizer. Raises UserError."""
     run_dir, newest = Path(str(config.out_dir)), parallel.all_reduce_max(step)
     with parallel.collective_errors():
         if step != newest:
             raise UserError(f"{run_dir} is not the same on all nodes: it must be on storage that they share")
-        tokenizer = dataset.tokenizer  # raises, if it is lost, before the folder is changed
+        tokenizer = dataset.tokenizer  # raises if it is missing, before the folder is changed
         if parallel.rank() == 0:
             checkpoint.claim(run_dir, config.init_from == "resume", config.overwrite, parallel.launch())
             checkpoint.write_config(run_dir, model_config, config)
@@ -285,7 +285,7 @@ def claim(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, step: 
 
 
 def start_log(config: TrainConfig, model: GPT, data: Dataset, hardware: Hardware, backend: str, step: int) -> RunLogger:
-    """The run's log, begun with what is true of the whole run: which model on which data."""
+    """Start the run's log, with the facts that hold for the whole run: model, data, code and machine."""
     facts = {"attention": model.config.attention, "dataset": config.dataset, "seed": config.seed}
     facts |= {"git_sha": measure.git_sha(), "corpus_sha256": data.meta["corpus_sha256"]}
     facts |= {"tokenizer_sha256": tokenizers.sha256(data.tokenizer), "code_sha256": measure.code_sha256()}
@@ -311,19 +311,19 @@ def start_log(config: TrainConfig, model: GPT, data: Dataset, hardware: Hardware
 
 
 class Run:
-    """A run under way: what `train` has set up for the loop, and how far the loop has come."""
+    """A run in progress: what `train` has set up for the loop, and the progress of the loop."""
 
     def __init__(self, config, dataset, model, loss_model, optimizers, hardware, share, log, stop, state):
         self.config, self.dataset, self.model = config, dataset, model
-        self.loss_model = loss_model  # LanguageModelLoss(model) as the ranks train it
+        self.loss_model = loss_model  # LanguageModelLoss(model), parallelized and compiled
         self.optimizers, self.autocast = optimizers, hardware.autocast()
         self.device, self.dtype = hardware.device, hardware.dtype
         self.micro_steps, self.rows = share  # of this rank: micro-batches a step, sequences in each of them
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.log, self.stop, self.state = log, stop, state  # what the last checkpoint says of the run
-        self.step, self.samples = state["step"], state["samples"]  # taken; sequences trained on by all ranks
+        self.log, self.stop, self.state = log, stop, state  # state: that of the last checkpoint
+        self.step, self.samples = state["step"], state["samples"]  # steps taken; sequences trained on by all ranks
         self.started = time.perf_counter() - state["time"]
         self.block_size = model.config.block_size
         self.windows = self.block_size, config.batch_size, config.eval_iters  # of an evaluation
@@ -331,14 +331,14 @@ class Run:
         self.flops_per_token = measure.flops_per_token(model, self.block_size)
         peak = measure.peak_flops(self.device, self.dtype) if parallel.rank() == 0 else None
         self.peak_flops = peak and parallel.size() * peak
-        self.clock = self.step, time.perf_counter()  # from which on the speed is measured
+        self.clock = self.step, time.perf_counter()  # the speed is measured from here
         self.saver = checkpoint.Saver(Path(config.out_dir))
         self.skipped = SkippedSteps(config.max_skipped_steps, state["skipped_steps"], log.say)
         self.spikes, self.watchdog = LossSpikes(log.say), StallWatchdog(config.data_timeout, log.say)
 
 
 def training_loop(run: Run) -> bool:
-    """Train to the last step, or until a signal ends it; returns whether one did."""
+    """Train to the last step or until a signal. Returns whether a signal ended it."""
     config, losses = run.config, []  # of the micro-batches since the last line of the log
     while True:
         with parallel.collective_errors():
@@ -348,7 +348,7 @@ def training_loop(run: Run) -> bool:
             evaluated, improved = evaluate_and_log(run)
         due = evaluated and (at_end or config.always_save_checkpoint)
         if config.save_interval and run.step % config.save_interval == 0 and run.step != run.state["step"]:
-            due = True  # and not what was saved last, or resumed from
+            due = True  # this step is not yet saved
         if improved or due:
             save(run, *["best"] * improved, *["last"] * due)
         stopped = run.stop.agreed()
@@ -361,7 +361,7 @@ def training_loop(run: Run) -> bool:
             parallel.sync_gradients(run.loss_model, micro_step == run.micro_steps - 1)
             with run.autocast:
                 loss = run.loss_model(x, y)
-            loss = loss * (1 + 0 * loss.detach())  # one that is not finite makes its gradient so
+            loss = loss * (1 + 0 * loss.detach())  # if it is not finite, neither is its gradient
             run.scaler.scale(loss / run.micro_steps).backward()
             losses.append(loss.detach())
         grad_norm, finite = optimizer_step(run, factor)
@@ -374,21 +374,23 @@ def training_loop(run: Run) -> bool:
 
 
 def batch(run: Run, micro_step: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (rows, block_size) of this rank; dropout draws from a state that they name."""
+    """Inputs and targets (rows, block_size) of this rank. Seeds dropout by the number of the first sample."""
     first, seed = run.samples + (micro_step * parallel.size() + parallel.rank()) * run.rows, run.config.seed
     with run.watchdog:
         x, y = run.dataset.train_batch(first, run.rows, run.block_size, seed)
-    torch.manual_seed((seed * 0x9E3779B1 + first) % 2**63)  # so that no random state need be kept
+    torch.manual_seed((seed * 0x9E3779B1 + first) % 2**63)  # so that a checkpoint needs no random state
     return x.to(run.device), y.to(run.device)
 
 
 def optimizer_step(run: Run, factor: float) -> tuple[Tensor, bool]:
-    """Step at all rates times `factor` if the gradient is finite. Returns its norm () before clipping, and if it is."""
+    """If the gradient is finite, step with all learning rates times `factor`. Returns the norm () of the gradient
+    before clipping, and whether it is finite.
+    """
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     max_norm = run.config.grad_clip if run.config.grad_clip > 0 else math.inf
     grad_norm = parallel.clip_grad_norm(list(run.model.parameters()), max_norm)
-    finite = run.skipped.step(run.step + 1, grad_norm.item())  # waits for the device: the CPU decides
+    finite = run.skipped.step(run.step + 1, grad_norm.item())  # waits for the device, since the CPU decides
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -400,8 +402,8 @@ def optimizer_step(run: Run, factor: float) -> tuple[Tensor, bool]:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The factor on every learning rate at `step`: linear warm-up, then cosine decay, or stable and a linear
-    decay over the last `cooldown` share of the steps (warm-up/stable/decay); down to min_lr / learning_rate.
+    """The factor of every learning rate at `step`: linear warm-up, then cosine decay (`cosine`), or constant and then
+    linear decay in the last `cooldown` share of lr_decay_iters (`wsd`). Both decay to min_lr / learning_rate.
     """
     last, linear = config.lr_decay_iters or config.max_iters, config.schedule == "wsd"
     floor = (config.min_lr or 0.0) / config.learning_rate if config.learning_rate else 0.0
@@ -415,7 +417,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def evaluate_and_log(run: Run) -> tuple[bool, bool]:
-    """Whether the model was evaluated (a signal ends it early), and whether it is the best so far."""
+    """Returns whether the evaluation finished (a signal stops it), and whether the model is the best so far."""
     metrics = measure.evaluate(run.loss_model, run.dataset, run.windows, run.autocast, run.stop.agreed)
     if run.stop.agreed():
         return False, False
@@ -431,7 +433,7 @@ def evaluate_and_log(run: Run) -> tuple[bool, bool]:
 
 
 def record(run: Run, metrics: dict) -> None:
-    """Log metrics, with what they are plotted against."""
+    """Log metrics together with step, tokens, time and FLOPs, the x axes of plots."""
     tokens, seconds = run.samples * run.block_size, time.perf_counter() - run.started
     run.log({"step": run.step, "tokens": tokens, "time": seconds, "flops": tokens * run.flops_per_token} | metrics)
 
@@ -465,7 +467,7 @@ def save(run: Run, *names: str) -> None:
 
 
 def report(run: Run, stopped: bool) -> dict:
-    """End the run: print a sample, quality and cache side by side; or, if it was stopped, save and exit."""
+    """End the run. If a signal stopped it, save and exit. Else print a sample, then quality and cache side by side."""
     if stopped:
         save(run, "last")
     with parallel.collective_errors():

@@ -59,7 +59,8 @@ def accelerate(module: M, dtype: torch.dtype | None = None) -> M:
     _notes[module] = why_not(module, choice, dtype)
     if _notes[module]:
         return module
-    return swap(module, {piece.pure: piece.fast for piece in pieces() if not left_to_torch(piece)})
+    half = computes_in(module, dtype) == torch.bfloat16
+    return swap(module, {piece.pure: piece.fast for piece in pieces() if not left_to_torch(piece, half)})
 
 
 def pure(module: M) -> M:
@@ -82,19 +83,28 @@ def why_not(module: nn.Module, choice: str, dtype: torch.dtype | None) -> str:
     weights = list(module.parameters())
     if not all(w.is_cpu for w in weights):
         return f"{weights[0].device.type}: torch"
-    dtypes = {dtype} if dtype else {w.dtype for w in weights} or {torch.float32}
-    if torch.float32 not in dtypes:
-        return "cpu: torch (C computes in fp32 only)"
+    if computes_in(module, dtype) is None:
+        return "cpu: torch (C takes weights in fp32 or bf16, without autocast)"
     reason = cpu_library.why_not()
     return reason and f"cpu: torch ({reason})"
 
 
-def left_to_torch(piece: Piece) -> str:
-    """Why a class is not swapped; empty if it is."""
+def left_to_torch(piece: Piece, half: bool) -> str:
+    """Why a class is not swapped; empty if it is. half: weights and activations are in bf16."""
     if piece.edited:
         return "its code was edited"
+    if half and piece.name != "decoding":
+        return "in bf16, C only decodes"
     slower = piece.name != "decoding" and torch.get_num_threads() > 1 and not cpu_library.has_openmp()
     return "on one thread, without OpenMP, C is slower" if slower else ""
+
+
+def computes_in(module: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of the weights, fp32 if there are others too, if C reads it and computes for activations in dtype."""
+    dtypes = {w.dtype for w in module.parameters()} or {torch.float32}
+    if torch.float32 in dtypes:
+        return torch.float32 if dtype in (None, torch.float32) else None
+    return torch.bfloat16 if dtypes == {torch.bfloat16} and dtype in (None, torch.bfloat16) else None
 
 
 def describe(module: nn.Module) -> str:
@@ -106,9 +116,9 @@ def describe(module: nn.Module) -> str:
     taken = ", ".join(piece.name for piece in known if piece.fast in types and piece.name not in foreign)
     if note and not taken:
         return f"backend {note}"
-    left: dict[str, list[str]] = {}  # reason -> names
+    half, left = computes_in(module, None) == torch.bfloat16, dict[str, list[str]]()  # reason -> names
     for piece in known:
-        if piece.pure in types and (reason := left_to_torch(piece)):
+        if piece.pure in types and (reason := left_to_torch(piece, half)):
             left.setdefault(reason, []).append(piece.name)
     n = torch.get_num_threads() if cpu_library.has_openmp() else 1
     parts = [f"{taken} in C ({n} thread{'s' * (n > 1)})"] if taken else []

@@ -63,14 +63,16 @@ static inline float dot(const float *a, const float *b, long n) {
 
 /* e^x for x <= 0, relative error 2e-7: 2^whole through the exponent bits, the rest by its Taylor series. 0 below -87;
    NaN stays NaN. */
-static inline vec exponential(vec x) {
-    ivec in_range = ~(x < -87); /* true for NaN too */
-    x = (vec)((ivec)x & in_range) * 1.44269504f;
-    ivec whole = __builtin_convertvector(x - 0.5f, ivec);
-    vec r = (x - __builtin_convertvector(whole, vec)) * 0.693147181f;
-    vec p = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
-    return (vec)((ivec)(p * (vec)((whole + 127) << 23)) & in_range);
-}
+#define EXPONENTIAL(name, vec, ivec)                                                                                   \
+    static inline vec name(vec x) {                                                                                    \
+        ivec in_range = ~(x < -87); /* true for NaN too */                                                             \
+        x = (vec)((ivec)x & in_range) * 1.44269504f;                                                                   \
+        ivec whole = __builtin_convertvector(x - 0.5f, ivec);                                                          \
+        vec r = (x - __builtin_convertvector(whole, vec)) * 0.693147181f;                                              \
+        vec p = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));      \
+        return (vec)((ivec)(p * (vec)((whole + 127) << 23)) & in_range);                                               \
+    }
+EXPONENTIAL(exponential, vec, ivec)
 
 /* Maximum of n scores and `best`. */
 static inline float largest(const float *scores, long n, float best) {

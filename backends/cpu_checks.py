@@ -99,7 +99,7 @@ def as_written(module: nn.Module, known: type) -> bool:
     return not changed and not (module.training and own.get("dropout"))
 
 
-def plain_weight(linear: Any) -> Any:
-    """The weight of a Linear; None if it computes more than x weight^T, or C cannot read the weight."""
+def plain_weight(linear: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """The weight of a Linear; None if it computes more than x weight^T, or C cannot read the weight in dtype."""
     plain = as_written(linear, Linear) and Linear.forward is nn.Linear.forward and linear.bias is None
-    return linear.weight if plain and readable(linear.weight) else None
+    return linear.weight if plain and readable(linear.weight, dtype) else None

@@ -1,4 +1,5 @@
-/* One decoding step of a whole model in one call, in fp32: the next token of each row in, final hidden states out.
+/* One decoding step of a whole model in one call: the next token of each row in, final hidden states out. Weights are
+   fp32 or bf16, the cache has any of its formats; what is computed is fp32.
 
    It computes GPT.hidden of model.py for one token a row over a KVCache: embedding, blocks (grouped-query attention, or
    MLA in its absorbed form; SwiGLU), final norm. cpu_decode.py fills in the structs and calls it. At batch 1 reading
@@ -9,6 +10,7 @@
    divided in the same way at each call with the same number of threads, so results repeat bit for bit.
 
    Shapes: B batch, C width, H query heads, G key heads, D head width, r latent width, dn dr dv as in model.py. */
+#pragma GCC optimize "no-associative-math" /* a b + c d + e would be three operations in place of two */
 #include "cpu_attention.h"
 #ifdef _OPENMP
 #include <omp.h>
@@ -16,31 +18,33 @@
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
-enum { MIN_SHARE = 64 }; /* fewest keys that are worth a share of their own */
+/* Fewest keys that are worth a share of their own, and what divides their number; columns of W_uk, and numbers of a row
+   of bf16 weights, that are taken at once. */
+enum { MIN_SHARE = 64, KEYS = 32, SLICE = 32, CHUNK = 256 };
 
 typedef struct {
-    const float *weight;
+    const char *weight;
     float eps;
 } norm;
 
 typedef struct { /* model.CausalConv */
-    const float *weight; /* (taps, n) */
-    float *past;         /* (B, slots, n) a ring: the vector at position p is in slot p % slots */
+    const char *weight; /* (taps, n) */
+    part past;          /* (B, slots, n) a ring: the vector at position p is in slot p % slots */
     long taps, slots;
 } conv;
 
 typedef struct { /* one block; what its attention does not have is NULL */
     norm attention_norm, mlp_norm, q_norm, k_norm, q_a_norm, kv_a_norm;
     conv k_conv, v_conv; /* k_conv: for MLA, of the latent and the rope key */
-    const float *q_a, *q, *k, *v, *kv_a, *kv_b, *o; /* q: q_proj, or q_b_proj after q_a */
-    const float *gate, *up, *down;
-    float *keys, *values; /* its cache: (B, G, slots, D) each; for MLA both are [c | k_rope] (B, slots, r + dr) */
-    float *key_factor;    /* (B, H, slots) what MLA's qk_norm caches: 1 / rms of each head's key */
+    const char *q_a, *q, *k, *v, *kv_a, *kv_b, *o; /* q: q_proj, or q_b_proj after q_a */
+    const char *gate, *up, *down;
+    part keys, values; /* its cache: (B, G, slots, D) each; for MLA both are [c | k_rope] (B, slots, r + dr) */
+    part key_factor;   /* (B, H, slots) what MLA's qk_norm caches: 1 / rms of each head's key */
     long inner, slots, window, sinks;
 } layer;
 
 typedef struct {
-    const float *embedding; /* (V, C) */
+    const char *embedding; /* (V, C) */
     norm final_norm;
     const layer *layers;
     const float *frequency; /* (rope / 2) RoPE's, in radians a token */
@@ -50,18 +54,30 @@ typedef struct {
     long head, rope, dv;     /* width of a head's query; how much of it RoPE rotates; width of its result */
     long rank, q_rank, nope; /* of MLA only: r, width of the query's latent or 0, dn */
     long threads;
-    float scale, rope_factor;    /* of scores; of cosines and sines */
+    long weights;             /* their format, FP32 or BF16 */
+    float scale, rope_factor; /* of scores; of cosines and sines */
 } model;
 
 /* Intermediate results, in m->scratch. "packed": what matrix products read at B > 1, see `pack`. */
 typedef struct {
     float *x, *q, *k, *v, *q_latent, *mixed, *context, *out, *cosine, *sine, *rms, *packed, *inner, *parts;
-    float *own;    /* of each thread, `own_size` apart: a normalized row, then a group's queries, then `p` and so on */
-    long own_size; /* numbers */
-    long size;     /* of all of them, in numbers */
+    float *own; /* of each thread, `own_size` apart: a normalized row, then a group's queries and room for attention */
+    float *fp32; /* of each thread, `fp32_size` apart: small weights in fp32, see `in_fp32` */
+    long own_size, fp32_size, size; /* numbers; of all of them */
 } buffers;
 
 static float *own_of_thread(const buffers *s) { return s->own + omp_get_thread_num() * s->own_size; }
+static float *fp32_of_thread(const buffers *s) { return s->fp32 + omp_get_thread_num() * s->fp32_size; }
+
+/* n weights in fp32, valid until the thread's next call. */
+static const float *in_fp32(const model *m, const buffers *s, const char *w, long n) {
+    if (m->weights == FP32 || !w) return (const float *)w;
+    widen(BF16, w, fp32_of_thread(s), n);
+    return fp32_of_thread(s);
+}
+
+/* Where number i of the weights w is. */
+static const char *at(const model *m, const char *w, long i) { return w + bytes_of(m->weights, i); }
 
 /* Widths of the keys and values that attention reads: a head's, or for MLA the latent's. */
 static long key_width(const model *m) { return m->rank ? m->rank + m->rope : m->head; }
@@ -86,8 +102,11 @@ static buffers divide_scratch(const model *m) {
     s.cosine = take(m, &s, B * m->rope / 2), s.sine = take(m, &s, B * m->rope / 2), s.rms = take(m, &s, B);
     s.packed = take(m, &s, whole_columns(B) * widest_input(m)), s.inner = take(m, &s, whole_columns(B) * inner);
     s.parts = take(m, &s, m->threads > 1 ? B * m->groups * m->threads * queries * (dv + 2) : 0);
-    s.own_size = whole_columns(max(widest_input(m), queries * (d + BLOCK + 3)));
+    long room = whole_columns(queries * (d + 2)) + divide_room(NULL, queries, d, dv).size;
+    s.own_size = whole_columns(max(widest_input(m), room));
     s.own = take(m, &s, s.own_size * m->threads);
+    s.fp32_size = whole_columns(max(widest_input(m), max(kv, m->head))) * 3; /* `convolve` uses three parts */
+    s.fp32 = take(m, &s, s.fp32_size * m->threads);
     return s;
 }
 
@@ -110,28 +129,43 @@ static void pack(const float *x, const float *rms, const float *weight, float *y
 static const float *normalize(const model *m, const buffers *s, const float *x, const norm *w, long n) {
     if (m->batch == 1) {
         float *y = own_of_thread(s);
-        norm_row(x, w->weight, y, n, w->eps);
+        norm_row(x, in_fp32(m, s, w->weight, n), y, n, w->eps);
         return y;
     }
 #pragma omp for schedule(static)
     for (long b = 0; b < m->batch; b++) s->rms[b] = 1 / sqrtf(dot(x + b * n, x + b * n, n) / n + w->eps);
-    pack(x, s->rms, w->weight, s->packed, m->batch, n);
+    pack(x, s->rms, in_fp32(m, s, w->weight, n), s->packed, m->batch, n);
     return s->packed;
+}
+
+/* A tile of W x^T: w the first of `rows` rows of weights, n numbers each; x packed; y (ROWS, COLUMNS). */
+static void weight_tile(enum format f, const char *w, long rows, const float *x, long n, float *y) {
+    float part[ROWS * CHUNK];
+    if (f == FP32) tile((const float *)w, n, 1, rows, x, COLUMNS, n, y, COLUMNS, 0, 1);
+    for (long i = 0; f == BF16 && i < n; i += CHUNK) {
+        for (long r = 0; r < min(rows, ROWS); r++) {
+            const char *row = w + 2 * (r * n + i), *ahead = row + 2 * ROWS * n;
+            for (long line = 0; line < 2 * CHUNK; line += 64) __builtin_prefetch(ahead + line);
+            widen(BF16, row, part + r * CHUNK, min(n - i, CHUNK));
+        }
+        tile(part, CHUNK, 1, rows, x + i * COLUMNS, COLUMNS, min(n - i, CHUNK), y, COLUMNS, i > 0, 0);
+    }
 }
 
 /* y = x W^T, or plus + x W^T: x (B, n), packed if B > 1; w (rows, n); y and plus (B, rows). Threads do not wait at its
    end: the caller puts a barrier behind the last of several products. */
-static void project(long batch, const float *w, const float *x, const float *plus, float *y, long rows, long n) {
+static void project(enum format f, long batch, const char *w, const float *x, const float *plus, float *y, long rows,
+                    long n) {
     if (batch == 1) {
 #pragma omp for schedule(static) nowait
-        for (long r = 0; r < rows; r++) y[r] = (plus ? plus[r] : 0) + dot(w + r * n, x, n);
+        for (long r = 0; r < rows; r++) y[r] = (plus ? plus[r] : 0) + weight_dot(f, w + bytes_of(f, r * n), x, n);
         return;
     }
 #pragma omp for schedule(static) nowait
     for (long r = 0; r < rows; r += ROWS)
         for (long c = 0; c < batch; c += COLUMNS) {
             float sums[ROWS][COLUMNS];
-            tile(w + r * n, n, 1, rows - r, x + c * n, COLUMNS, n, sums[0], COLUMNS, 0, 1);
+            weight_tile(f, w + bytes_of(f, r * n), rows - r, x + c * n, n, sums[0]);
             for (long b = c; b < batch && b < c + COLUMNS; b++)
                 for (long i = r; i < rows && i < r + ROWS; i++)
                     y[b * rows + i] = (plus ? plus[b * rows + i] : 0) + sums[i - r][b - c];
@@ -139,14 +173,15 @@ static void project(long batch, const float *w, const float *x, const float *plu
 }
 
 /* y = silu(gate x) * up x, packed as x is: a tile of a product has that order already. */
-static void gate_up(const layer *l, const float *x, float *y, long batch, long n) {
-    const float *gate = l->gate, *up = l->up;
+static void gate_up(enum format f, const layer *l, const float *x, float *y, long batch, long n) {
     if (batch == 1) {
 #pragma omp for schedule(static)
         for (long r = 0; r < l->inner; r += LANES) {
             float g[LANES] = {0}, u[LANES] = {0};
-            for (long i = 0; i < LANES && r + i < l->inner; i++)
-                g[i] = dot(gate + (r + i) * n, x, n), u[i] = dot(up + (r + i) * n, x, n);
+            for (long i = 0; i < LANES && r + i < l->inner; i++) {
+                long row = bytes_of(f, (r + i) * n);
+                g[i] = weight_dot(f, l->gate + row, x, n), u[i] = weight_dot(f, l->up + row, x, n);
+            }
             gated(g, u, NULL, y + r, NULL, l->inner - r);
         }
         return;
@@ -155,8 +190,8 @@ static void gate_up(const layer *l, const float *x, float *y, long batch, long n
     for (long r = 0; r < l->inner; r += ROWS)
         for (long c = 0; c < batch; c += COLUMNS) {
             float g[ROWS][COLUMNS], u[ROWS][COLUMNS], *out = y + c * l->inner + r * COLUMNS;
-            tile(gate + r * n, n, 1, l->inner - r, x + c * n, COLUMNS, n, g[0], COLUMNS, 0, 1);
-            tile(up + r * n, n, 1, l->inner - r, x + c * n, COLUMNS, n, u[0], COLUMNS, 0, 1);
+            weight_tile(f, l->gate + bytes_of(f, r * n), l->inner - r, x + c * n, n, g[0]);
+            weight_tile(f, l->up + bytes_of(f, r * n), l->inner - r, x + c * n, n, u[0]);
             for (long i = 0; i < ROWS * COLUMNS && r * COLUMNS + i < l->inner * COLUMNS; i += LANES)
                 gated(g[0] + i, u[0] + i, NULL, out + i, NULL, LANES);
         }
@@ -164,8 +199,8 @@ static void gate_up(const layer *l, const float *x, float *y, long batch, long n
 
 /* x += down_proj(silu(gate_proj h) * up_proj h), h = norm(x). */
 static void mlp(const model *m, const layer *l, const buffers *s) {
-    gate_up(l, normalize(m, s, s->x, &l->mlp_norm, m->width), s->inner, m->batch, m->width);
-    project(m->batch, l->down, s->inner, s->x, s->x, m->width, l->inner);
+    gate_up(m->weights, l, normalize(m, s, s->x, &l->mlp_norm, m->width), s->inner, m->batch, m->width);
+    project(m->weights, m->batch, l->down, s->inner, s->x, s->x, m->width, l->inner);
 #pragma omp barrier
 }
 
@@ -189,7 +224,7 @@ static long slot_of(const layer *l, long p) {
 
 /* The first of the keys in a share of row b, and how many there are: none if it has few keys. */
 static long first_key(const model *m, const layer *l, long b, long share, long shares, long *count) {
-    long keys = min(m->lengths[b] + 1, l->slots), each = ((keys + shares - 1) / shares + BLOCK - 1) / BLOCK * BLOCK;
+    long keys = min(m->lengths[b] + 1, l->slots), each = ((keys + shares - 1) / shares + KEYS - 1) / KEYS * KEYS;
     *count = min(max(keys - share * each, 0), each);
     return share * each;
 }
@@ -199,12 +234,12 @@ static long first_key(const model *m, const layer *l, long b, long share, long s
 static void attend(const model *m, const layer *l, const buffers *s, const float *q, float *y, long b, long g,
                    long share, long shares) {
     long n = m->heads / m->groups, d = key_width(m), dv = value_width(m), group = b * m->groups + g, count;
-    long first = first_key(m, l, b, share, shares, &count), at = (group * l->slots + first) * d;
-    float *own = own_of_thread(s) + n * d, *sum = own + n * (BLOCK + 1), *top = sum + n;
+    long first = first_key(m, l, b, share, shares, &count);
+    float *sum = own_of_thread(s) + n * d, *top = sum + n, *room = own_of_thread(s) + whole_columns(n * (d + 2));
     float *part = s->parts + (group * shares + share) * n * (dv + 2), *out = y + group * n * dv;
     if (shares > 1) out = part, sum = part + n * dv, top = sum + n;
-    const float *factor = l->key_factor ? l->key_factor + (b * m->heads + g * n) * l->slots + first : NULL;
-    share_of_softmax(q, l->keys + at, l->values + at, factor, l->slots, out, sum, top, own, n, count, d, dv, d, m->scale);
+    share_of_softmax(q, &l->keys, &l->values, group * l->slots + first, l->key_factor.codes ? &l->key_factor : NULL,
+                     (b * m->heads + g * n) * l->slots + first, l->slots, out, sum, top, room, n, count, dv, m->scale);
     if (shares == 1)
         for (long i = 0; i < n * dv; i++) out[i] /= sum[i / dv];
 }
@@ -231,7 +266,7 @@ static void combine(const model *m, const buffers *s, float *y, long shares) {
 static void project_out(const model *m, const layer *l, const buffers *s) {
     long n = m->heads * m->dv;
     if (m->batch > 1) pack(s->out, NULL, NULL, s->packed, m->batch, n);
-    project(m->batch, l->o, m->batch > 1 ? s->packed : s->out, s->x, s->x, m->width, n);
+    project(m->weights, m->batch, l->o, m->batch > 1 ? s->packed : s->out, s->x, s->x, m->width, n);
 #pragma omp barrier
 }
 
@@ -246,20 +281,23 @@ static void rotate(const model *m, const buffers *s, float *x, long b) {
 }
 
 /* x (n) of row b plus what the convolution takes from the vectors before it; x itself goes to the ring. */
-static void convolve(const model *m, const conv *w, float *x, long b, long n) {
-    long p = m->lengths[b];
-    float *past = w->past + b * w->slots * n;
-    for (long c = 0; c < n; c++) {
-        float sum = x[c];
-        for (long i = 1; i <= min(w->taps, p); i++) sum += w->weight[(i - 1) * n + c] * past[(p - i) % w->slots * n + c];
-        past[p % w->slots * n + c] = x[c], x[c] = sum;
+static void convolve(const model *m, const buffers *s, const conv *w, float *x, long b, long n) {
+    long p = m->lengths[b], first = b * w->slots;
+    float *old = fp32_of_thread(s) + s->fp32_size / 3, *sum = old + s->fp32_size / 3;
+    memcpy(sum, x, n * sizeof(float));
+    for (long i = 1; i <= min(w->taps, p); i++) {
+        const float *weight = in_fp32(m, s, at(m, w->weight, (i - 1) * n), n);
+        widen(w->past.format, w->past.codes + bytes_of(w->past.format, (first + (p - i) % w->slots) * n), old, n);
+        for (long c = 0; c < n; c++) sum[c] += weight[c] * old[c];
     }
+    store_row(&w->past, first + p % w->slots, x);
+    memcpy(x, sum, n * sizeof(float));
 }
 
 /* The heads at x of row b: qk_norm if the layer has one, then RoPE. */
 static void norm_and_rotate(const model *m, const buffers *s, const norm *w, float *x, long b, long heads) {
     for (; heads--; x += m->head) {
-        if (w->weight) norm_row(x, w->weight, x, m->head, w->eps);
+        if (w->weight) norm_row(x, in_fp32(m, s, w->weight, m->head), x, m->head, w->eps);
         rotate(m, s, x, b);
     }
 }
@@ -269,14 +307,15 @@ static void norm_and_rotate(const model *m, const buffers *s, const norm *w, flo
 static void grouped_query(const model *m, const layer *l, const buffers *s) {
     long n = m->heads / m->groups, d = m->head, shares = count_shares(m, l);
     const float *h = normalize(m, s, s->x, &l->attention_norm, m->width);
-    project(m->batch, l->q, h, NULL, s->q, m->heads * d, m->width);
-    project(m->batch, l->k, h, NULL, s->k, m->groups * d, m->width);
-    project(m->batch, l->v, h, NULL, s->v, m->groups * d, m->width);
+    project(m->weights, m->batch, l->q, h, NULL, s->q, m->heads * d, m->width);
+    project(m->weights, m->batch, l->k, h, NULL, s->k, m->groups * d, m->width);
+    project(m->weights, m->batch, l->v, h, NULL, s->v, m->groups * d, m->width);
 #pragma omp barrier
     if (l->k_conv.taps) {
 #pragma omp for schedule(static)
         for (long t = 0; t < 2 * m->batch; t++)
-            convolve(m, t % 2 ? &l->v_conv : &l->k_conv, (t % 2 ? s->v : s->k) + t / 2 * m->groups * d, t / 2, m->groups * d);
+            convolve(m, s, t % 2 ? &l->v_conv : &l->k_conv, (t % 2 ? s->v : s->k) + t / 2 * m->groups * d, t / 2,
+                     m->groups * d);
     }
 #pragma omp for schedule(static)
     for (long t = 0; t < m->batch * m->groups * shares; t++) {
@@ -287,8 +326,8 @@ static void grouped_query(const model *m, const layer *l, const buffers *s) {
         norm_and_rotate(m, s, &l->q_norm, q, b, n);
         if (first <= slot && slot < first + count) {
             norm_and_rotate(m, s, &l->k_norm, k, b, 1);
-            memcpy(l->keys + (group * l->slots + slot) * d, k, d * sizeof(float));
-            memcpy(l->values + (group * l->slots + slot) * d, s->v + group * d, d * sizeof(float));
+            store_row(&l->keys, group * l->slots + slot, k);
+            store_row(&l->values, group * l->slots + slot, s->v + group * d);
         }
         attend(m, l, s, q, s->out, b, group % m->groups, t % shares, shares);
     }
@@ -297,33 +336,41 @@ static void grouped_query(const model *m, const layer *l, const buffers *s) {
 }
 
 /* y (n) = numbers of a head's query from number `from` on, times those of q_norm. */
-static void norm_query(const model *m, const norm *w, const float *q, float *y, long from, long n) {
-    float inverse = w->weight ? 1 / sqrtf(dot(q, q, m->head) / m->head + w->eps) : 1;
-    for (long i = 0; i < n; i++) y[i] = q[from + i] * inverse * (w->weight ? w->weight[from + i] : 1);
+static void norm_query(const model *m, const buffers *s, const norm *w, const float *q, float *y, long from, long n) {
+    const float *weight = in_fp32(m, s, w->weight, m->head);
+    float inverse = weight ? 1 / sqrtf(dot(q, q, m->head) / m->head + w->eps) : 1;
+    for (long i = 0; i < n; i++) y[i] = q[from + i] * inverse * (weight ? weight[from + i] : 1);
+}
+
+/* In fp32: what multiplies a query in place of its keys, which are cached without; NULL if they are not. */
+static const float *key_norm_weight(const model *m, const layer *l, const buffers *s) {
+    return l->key_factor.codes ? in_fp32(m, s, l->k_norm.weight, m->head) : NULL;
 }
 
 /* The queries that attend to latents, mixed (B, H, r + dr) = [q_nope W_uk | RoPE(q_rope)], 32 columns at a time. In
    kv_b are each head's W_uk (dn, r) and W_uv (dv, r). The weight of a key's norm, if it is cached, is the query's. */
 static void absorb_queries(const model *m, const layer *l, const buffers *s) {
-    long wide = key_width(m), r = m->rank, blocks = (r + BLOCK - 1) / BLOCK + 1;
+    long wide = key_width(m), r = m->rank, blocks = (r + SLICE - 1) / SLICE + 1;
 #pragma omp for schedule(static)
     for (long t = 0; t < m->heads * blocks; t++) {
-        long h = t / blocks, c = t % blocks * BLOCK, n = min(r - c, BLOCK);
-        const float *w_uk = l->kv_b + h * (m->nope + m->dv) * r + c;
+        long h = t / blocks, c = t % blocks * SLICE, n = min(r - c, SLICE);
+        const char *w_uk = at(m, l->kv_b, h * (m->nope + m->dv) * r + c);
         for (long b = 0; b < m->batch; b++) {
             const float *q = s->q + (b * m->heads + h) * m->head;
             float *y = s->mixed + (b * m->heads + h) * wide;
-            const float *key_weight = l->key_factor ? l->k_norm.weight : NULL;
             if (t % blocks == blocks - 1) { /* one more than the columns need */
-                norm_query(m, &l->q_norm, q, y + r, m->nope, m->rope);
+                norm_query(m, s, &l->q_norm, q, y + r, m->nope, m->rope);
                 rotate(m, s, y + r, b);
+                const float *key_weight = key_norm_weight(m, l, s);
                 for (long i = 0; key_weight && i < m->rope; i++) y[r + i] *= key_weight[m->nope + i];
             } else {
-                float sums[BLOCK] = {0}, *q_nope = own_of_thread(s);
-                norm_query(m, &l->q_norm, q, q_nope, 0, m->nope);
+                float sums[SLICE] = {0}, *q_nope = own_of_thread(s);
+                norm_query(m, s, &l->q_norm, q, q_nope, 0, m->nope);
+                const float *key_weight = key_norm_weight(m, l, s);
+                for (long j = 0; key_weight && j < m->nope; j++) q_nope[j] *= key_weight[j];
                 for (long j = 0; j < m->nope; j++) {
-                    float x = q_nope[j] * (key_weight ? key_weight[j] : 1);
-                    for (long i = 0; i < n; i++) sums[i] += x * w_uk[j * r + i];
+                    const float *w = in_fp32(m, s, at(m, w_uk, j * r), n);
+                    for (long i = 0; i < n; i++) sums[i] += q_nope[j] * w[i];
                 }
                 memcpy(y + c, sums, n * sizeof(float));
             }
@@ -336,13 +383,15 @@ static void cache_key_factors(const model *m, const layer *l, const float *laten
     long H = m->heads, r = m->rank, wide = key_width(m);
 #pragma omp for schedule(static) nowait
     for (long t = 0; t < m->batch * H; t++) {
-        const float *c = latents + t / H * wide, *w_uk = l->kv_b + t % H * (m->nope + m->dv) * r;
+        const float *c = latents + t / H * wide;
+        const char *w_uk = at(m, l->kv_b, t % H * (m->nope + m->dv) * r);
         float squares = dot(c + r, c + r, m->rope);
         for (long j = 0; j < m->nope; j++) {
-            float k = dot(w_uk + j * r, c, r);
+            float k = weight_dot(m->weights, at(m, w_uk, j * r), c, r);
             squares += k * k;
         }
-        l->key_factor[t * l->slots + slot_of(l, m->lengths[t / H])] = 1 / sqrtf(squares / m->head + l->k_norm.eps);
+        float factor = 1 / sqrtf(squares / m->head + l->k_norm.eps);
+        store_row(&l->key_factor, t * l->slots + slot_of(l, m->lengths[t / H]), &factor);
     }
 }
 
@@ -350,24 +399,25 @@ static void cache_key_factors(const model *m, const layer *l, const float *laten
 static void multi_head_latent(const model *m, const layer *l, const buffers *s) {
     long wide = key_width(m), r = m->rank, rows = m->heads * m->dv, shares = count_shares(m, l);
     const float *h = normalize(m, s, s->x, &l->attention_norm, m->width);
-    project(m->batch, l->kv_a, h, NULL, s->k, wide, m->width);
+    project(m->weights, m->batch, l->kv_a, h, NULL, s->k, wide, m->width);
     if (m->q_rank) {
-        project(m->batch, l->q_a, h, NULL, s->q_latent, m->q_rank, m->width);
+        project(m->weights, m->batch, l->q_a, h, NULL, s->q_latent, m->q_rank, m->width);
 #pragma omp barrier
         h = normalize(m, s, s->q_latent, &l->q_a_norm, m->q_rank);
     }
-    project(m->batch, l->q, h, NULL, s->q, m->heads * m->head, m->q_rank ? m->q_rank : m->width);
+    project(m->weights, m->batch, l->q, h, NULL, s->q, m->heads * m->head, m->q_rank ? m->q_rank : m->width);
 #pragma omp barrier
 #pragma omp for schedule(static) nowait
     for (long b = 0; b < m->batch; b++) { /* [c | k_rope] to the cache */
         float *own = s->k + b * wide;
-        if (l->k_conv.taps) convolve(m, &l->k_conv, own, b, wide);
-        norm_row(own, l->kv_a_norm.weight, own, r, l->kv_a_norm.eps);
-        if (l->k_norm.weight && !l->key_factor) norm_row(own + r, l->k_norm.weight, own + r, m->rope, l->k_norm.eps);
+        if (l->k_conv.taps) convolve(m, s, &l->k_conv, own, b, wide);
+        norm_row(own, in_fp32(m, s, l->kv_a_norm.weight, r), own, r, l->kv_a_norm.eps);
+        if (l->k_norm.weight && !l->key_factor.codes)
+            norm_row(own + r, in_fp32(m, s, l->k_norm.weight, m->rope), own + r, m->rope, l->k_norm.eps);
         rotate(m, s, own + r, b);
-        memcpy(l->keys + (b * l->slots + slot_of(l, m->lengths[b])) * wide, own, wide * sizeof(float));
+        store_row(&l->keys, b * l->slots + slot_of(l, m->lengths[b]), own);
     }
-    if (l->key_factor) {
+    if (l->key_factor.codes) {
 #pragma omp barrier
         cache_key_factors(m, l, s->k);
     }
@@ -379,9 +429,9 @@ static void multi_head_latent(const model *m, const layer *l, const buffers *s) 
 #pragma omp for schedule(static)
     for (long i = 0; i < rows; i++) { /* W_uv: from the mean latents to values */
         long head = i / m->dv;
-        const float *w_uv = l->kv_b + (head * (m->nope + m->dv) + m->nope + i % m->dv) * r;
+        const char *w_uv = at(m, l->kv_b, (head * (m->nope + m->dv) + m->nope + i % m->dv) * r);
         for (long b = 0; b < m->batch; b++)
-            s->out[b * rows + i] = dot(w_uv, s->context + (b * m->heads + head) * r, r);
+            s->out[b * rows + i] = weight_dot(m->weights, w_uv, s->context + (b * m->heads + head) * r, r);
     }
     project_out(m, l, s);
 }
@@ -392,10 +442,11 @@ static void begin(const model *m, const buffers *s, const int64_t *ids, long ste
     long half = m->rope / 2;
 #pragma omp for schedule(static)
     for (long b = 0; b < m->batch; b++) {
-        memcpy(s->x + b * m->width, m->embedding + ids[b * step] * m->width, m->width * sizeof(float));
+        widen(m->weights, at(m, m->embedding, ids[b * step] * m->width), s->x + b * m->width, m->width);
         for (long i = 0; i < half; i++) {
             float angle = (float)m->lengths[b] * m->frequency[i];
-            s->cosine[b * half + i] = cosf(angle) * m->rope_factor, s->sine[b * half + i] = sinf(angle) * m->rope_factor;
+            s->cosine[b * half + i] = cosf(angle) * m->rope_factor;
+            s->sine[b * half + i] = sinf(angle) * m->rope_factor;
         }
     }
 }
@@ -425,19 +476,21 @@ int decode_step(const model *m, const int64_t *ids, long step, float *hidden) {
         }
 #pragma omp for schedule(static)
         for (long b = 0; b < m->batch; b++)
-            norm_row(s.x + b * m->width, m->final_norm.weight, hidden + b * m->width, m->width, m->final_norm.eps);
+            norm_row(s.x + b * m->width, in_fp32(m, &s, m->final_norm.weight, m->width), hidden + b * m->width,
+                     m->width, m->final_norm.eps);
     }
     for (long b = 0; b < m->batch; b++) m->lengths[b]++;
     return 0;
 }
 
-/* y (B, rows) = x W^T for few rows of x (B, n), by `threads` threads; packed: room for `pack`, if B > 1. */
-void few_rows_linear(const float *w, const float *x, float *packed, float *y, long batch, long rows, long n,
+/* y (B, rows) = x W^T for few rows of x (B, n), by `threads` threads; packed: room for `pack`, if B > 1. w is in
+   a format. */
+void few_rows_linear(const char *w, const float *x, float *packed, float *y, long batch, long rows, long n, long format,
                      long threads) {
     (void)threads; /* not used without OpenMP */
 #pragma omp parallel num_threads(threads)
     {
         if (batch > 1) pack(x, NULL, NULL, packed, batch, n);
-        project(batch, w, batch > 1 ? packed : x, NULL, y, rows, n);
+        project(format, batch, w, batch > 1 ? packed : x, NULL, y, rows, n);
     }
 }

@@ -23,7 +23,8 @@ from backends.cpu_checks import as_written, can_replace, plain_operators, plain_
 from backends.cpu_library import N, P, R
 from backends.fingerprints import edited, resolve
 from model import GPT, GPTConfig
-from nanokv.cache import KVCache, LayerCache, Plan
+from nanokv.cache import CACHE_FORMATS, KVCache, LayerCache, Plan
+from nanokv.quantization import INT4
 
 FEW_ROWS = 128  # of hidden states; for more a BLAS is faster, which first reorders the matrix
 RETRY = 8  # decode steps that model.py takes after a change, before it is tried to make a Step again
@@ -49,6 +50,8 @@ CACHE = attrgetter("layers", "batch_size", "max_len", "endless")
 PLAN = attrgetter("window", "sinks", "slots", "ring", "last")
 TENSOR = (type, Tensor.data_ptr, Tensor.size, Tensor.is_contiguous, Tensor.is_neg, attrgetter("dtype"))
 
+FORMATS = {dtype: i for i, dtype in enumerate(CACHE_FORMATS.values())}  # cpu_storage.h numbers them
+WEIGHTS = (torch.float32, torch.bfloat16)
 Weights = dict[str, tuple]  # field of a C struct -> a module, and the shape of its weight
 
 
@@ -57,8 +60,15 @@ class CNorm(ctypes.Structure):
     _fields_ = [("weight", P), ("eps", R)]
 
 
+class CPart(ctypes.Structure):
+    _fields_ = [
+        *((name, P) for name in ("codes", "exact", "scales", "offsets")),
+        *((name, N) for name in ("format", "width", "exact_width", "groups")),
+    ]
+
+
 class CConv(ctypes.Structure):
-    _fields_ = [("weight", P), ("past", P), ("taps", N), ("slots", N)]
+    _fields_ = [("weight", P), ("past", CPart), ("taps", N), ("slots", N)]
 
 
 class CLayer(ctypes.Structure):
@@ -66,7 +76,8 @@ class CLayer(ctypes.Structure):
         *((f"{name}_norm", CNorm) for name in ("attention", "mlp", "q", "k", "q_a", "kv_a")),
         *(("k_conv", CConv), ("v_conv", CConv)),
         *((name, P) for name in ("q_a", "q", "k", "v", "kv_a", "kv_b", "o", "gate", "up", "down")),
-        *(("keys", P), ("values", P), ("key_factor", P), ("inner", N), ("slots", N), ("window", N), ("sinks", N)),
+        *((name, CPart) for name in ("keys", "values", "key_factor")),
+        *((name, N) for name in ("inner", "slots", "window", "sinks")),
     ]
 
 
@@ -76,7 +87,7 @@ class CModel(ctypes.Structure):
         *((name, P) for name in ("frequency", "lengths", "scratch")),
         *((name, N) for name in ("n_layer", "batch", "width", "vocab", "heads", "groups", "max_len")),
         *((name, N) for name in ("endless", "head", "rope", "dv", "rank", "q_rank", "nope")),
-        *(("threads", N), ("scale", R), ("rope_factor", R)),
+        *(("threads", N), ("weights", N), ("scale", R), ("rope_factor", R)),
     ]
 
 
@@ -151,6 +162,8 @@ class Step:
         require(type(config) is GPTConfig and all(known), "other classes")
         require(embedding.max_norm is None and not (config.dropout and model.training), "the embedding")
         c.vocab, c.width = embedding.weight.shape
+        self.dtype, c.weights = embedding.weight.dtype, FORMATS[embedding.weight.dtype]
+        require(self.dtype in WEIGHTS, "weights in another dtype")
         c.embedding = self.address(embedding.weight, c.vocab, c.width)
         self.fill(c, {"final_norm": (model.norm, c.width)})
         c.n_layer, c.layers, c.rope = len(self.layers), self.layers, attention.rope_width
@@ -164,7 +177,10 @@ class Step:
         self.frequency = pure.rope_frequencies(config, c.rope).contiguous()
         require(self.frequency.shape == (c.rope // 2,) and c.rope % 2 == 0, "RoPE's width")
         c.rope_factor = 1.0 if config.rope_attention_factor is None else config.rope_attention_factor
-        c.frequency, c.lengths = self.frequency.data_ptr(), self.address(cache.lengths, cache.batch_size)
+        c.frequency, c.lengths = (
+            self.frequency.data_ptr(),
+            self.address(cache.lengths, cache.batch_size, dtype=torch.int64),
+        )
         c.batch, c.max_len, c.endless = cache.batch_size, cache.max_len, cache.endless
         require([own.plan.window for own in cache.layers] == config.layer_windows(), "other windows")
 
@@ -187,32 +203,48 @@ class Step:
         fits = plan.sinks == config.sink_tokens if plan.window else plan.slots == c.max_len
         require(fits and plan.ring == max(plan.slots - plan.sinks, 1), "other slots")
         names = ("latent", "latent") if c.rank else ("k", "v")
-        shape = c.batch, c.groups, plan.slots, c.rank + c.rope if c.rank else c.head
-        layer.keys, layer.values = (self.address(own.buffers[name], *shape) for name in names)
+        layer.keys, layer.values = (self.part(own, name, plan.slots, c.groups) for name in names)
+        require(own.layout.parts[names[0]].width == (c.rank + c.rope if c.rank else c.head), "another width")
         if "key_factor" in own.layout.parts:
-            layer.key_factor = self.address(own.buffers["key_factor"], c.batch, c.heads, plan.slots, 1)
+            layer.key_factor = self.part(own, "key_factor", plan.slots, c.heads)
         names = ("latent_conv",) if c.rank else ("k_conv", "v_conv")
         for field, name in zip(("k_conv", "v_conv"), names if attention.kv_conv else (), strict=False):
-            conv, ring, width = getattr(attention, name), own.plan_of_last, c.groups * shape[-1]
+            conv, ring = getattr(attention, name), own.plan_of_last
             assert ring is not None  # as its layout has such a part
             require(as_written(conv, pure.CausalConv) and conv.part == name, "a convolution")
-            weight, past, taps = conv.weight, own.buffers[name], attention.kv_conv
+            weight, past, taps = conv.weight, self.part(own, name, ring.slots, 1), attention.kv_conv
+            require(past.width == (c.rank + c.rope if c.rank else c.groups * c.head), "another width")
             require(ring.last == taps <= ring.slots == ring.ring and weight is conv._parameters["weight"], "its ring")
-            addresses = self.address(weight, taps, 1, width), self.address(past, c.batch, 1, ring.slots, width)
-            setattr(layer, field, CConv(*addresses, taps, ring.slots))
+            setattr(layer, field, CConv(self.address(weight, taps, 1, past.width), past, taps, ring.slots))
+
+    def part(self, own: LayerCache, name: str, slots: int, heads: int) -> CPart:
+        """The buffers of a part, which must be those that its layout declares."""
+        part, codes = own.layout.parts[name], own.buffers[name]
+        dtype = INT4 if f"{name}_offset" in own.buffers else codes.dtype
+        declared = own.layout.buffers(dtype, last=part.last > 0)
+        found = {}
+        for ending in ("", "_exact", "_scale", "_offset"):
+            of, width, kind = declared.get(name + ending, (heads, 0, None))
+            require(of == heads and (name + ending in own.buffers) == bool(width), "other buffers")
+            found[ending] = (
+                width,
+                self.address(own.buffers[name + ending], self.c.batch, of, slots, width, dtype=kind) if width else None,
+            )
+        (width, codes), (exact, exact_at), (groups, scales), (_, offsets) = found.values()
+        return CPart(codes, exact_at, scales, offsets, FORMATS[dtype], part.width - exact, exact, groups)
 
     def fill(self, struct: CModel | CLayer, weights: Weights) -> None:
         for field, (module, *shape) in weights.items():
             norm = as_written(module, pure.RMSNorm)
             require(module.weight is module._parameters.get("weight"), "a weight is computed")
             require(not norm or type(module.eps) in (int, float), "eps is no number")
-            address = self.address(module.weight if norm else plain_weight(module), *shape)
+            address = self.address(module.weight if norm else plain_weight(module, self.dtype), *shape)
             setattr(struct, field, CNorm(address, module.eps) if norm else address)
 
-    def address(self, t: Any, *shape: int) -> int:
-        """Of a tensor that C can read, contiguous and of this shape."""
-        dtype = torch.int64 if t is self.lengths else torch.float32
-        require(readable(t, dtype) and t.shape == shape and t.is_contiguous(), f"a tensor is not {shape}")
+    def address(self, t: Any, *shape: int, dtype: torch.dtype | None = None) -> int:
+        """Of a tensor that C can read, contiguous and of this shape and dtype (None: that of the weights)."""
+        fits = readable(t, dtype or self.dtype) and t.shape == shape and t.is_contiguous()
+        require(fits, f"a tensor is not {shape}")
         # `==` of two tensors of one number is a truth value, so `holds` would miss that one was replaced
         require(t is self.lengths or t.numel() > 1, "a tensor is one number")
         self.tensors.append(t)
@@ -241,8 +273,8 @@ class Step:
             return False
 
     def run(self, idx: Tensor, cache: KVCache) -> Tensor | None:
-        """Token ids (B, 1) -> hidden states (B, 1, C), or None if model.py has to do it, which then finds the
-        cache as it was. Raises ValueError if the cache is full.
+        """Token ids (B, 1) -> hidden states (B, 1, C) in the weights' dtype, or None if model.py has to do it,
+        which then finds the cache as it was. Raises ValueError if the cache is full.
         """
         c, lib, threads, held = self.c, cpu_library.library(), torch.get_num_threads(), (cache.host_copy, cache.first)
         if threads != self.threads:
@@ -255,7 +287,7 @@ class Step:
         if lib.decode_step(ctypes.byref(c), idx.data_ptr(), idx.stride(0), hidden.data_ptr()):
             cache.host_copy, cache.first = held
             return None
-        return hidden
+        return hidden.to(self.dtype)
 
 
 # of each cache: its Step, or how many decode steps to wait before one is made
@@ -291,22 +323,23 @@ class CpuGPT(GPT):
 
     def head(self, hidden: Tensor) -> Tensor:
         eager = type(hidden) is Tensor and not torch.is_grad_enabled()
-        few = eager and 0 < hidden.numel() <= FEW_ROWS * hidden.size(-1)
-        if few and can_replace(GPT, "head", hidden) and hidden.is_contiguous():
-            weight = head_weight(self)
-            if weight is not None and weight.is_contiguous() and weight.size(1) == hidden.size(-1):
+        few = eager and 0 < hidden.numel() <= FEW_ROWS * hidden.size(-1) and hidden.dtype in WEIGHTS
+        x = hidden.float() if few else None
+        if x is not None and can_replace(GPT, "head", x) and x.is_contiguous():
+            weight = head_weight(self, hidden.dtype)
+            if weight is not None and weight.is_contiguous() and weight.size(1) == x.size(-1):
                 V, C = weight.shape
-                y, packed = hidden.new_empty(*hidden.shape[:-1], V), hidden.new_empty(FEW_ROWS, C)
-                numbers = hidden.numel() // C, V, C, torch.get_num_threads()
-                cpu_library.call("few_rows_linear", [weight, hidden, packed, y], *numbers)
-                return y  # (..., V)
+                y, packed = x.new_empty(*x.shape[:-1], V), x.new_empty(FEW_ROWS, C)
+                numbers = x.numel() // C, V, C, FORMATS[weight.dtype], torch.get_num_threads()
+                cpu_library.call("few_rows_linear", [weight, x, packed, y], *numbers)
+                return y.to(hidden.dtype)  # (..., V)
         return super().head(hidden)
 
 
-def head_weight(model: Any) -> Any:
-    """The matrix (V, C) that makes logits of hidden states; None where the head is more than a matrix."""
+def head_weight(model: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """The matrix (V, C) in dtype that makes logits of hidden states; None where the head is more than a matrix."""
     replaced = "head" in vars(model) or getattr(type(model), "head", None) not in (GPT.head, CpuGPT.head)
     if replaced or not can_replace(GPT, "head"):
         return None
-    weight = model.embed_tokens.weight if model.config.tie_embeddings else plain_weight(model.lm_head)
-    return weight if readable(weight) else None
+    weight = model.embed_tokens.weight if model.config.tie_embeddings else plain_weight(model.lm_head, dtype)
+    return weight if readable(weight, dtype) else None

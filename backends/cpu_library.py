@@ -40,7 +40,7 @@ FUNCTIONS = {  # name: result, arguments
     "causal_backward": (STATUS, *[P] * 9, *[N] * 6, R),
     "decode_scratch": (N, P),
     "decode_step": (STATUS, P, P, N, P),
-    "few_rows_linear": (None, *[P] * 4, *[N] * 4),
+    "few_rows_linear": (None, *[P] * 4, *[N] * 5),
 }
 
 

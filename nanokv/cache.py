@@ -1,7 +1,7 @@
-"""The KV cache of every attention: what a layer holds of a token, in which format, and where.
+"""The KV cache of every attention: what a layer stores for each token, in which format, and where.
 
-An attention declares the named parts that it caches (`LayerLayout`). Footprint, formats from fp32 to int4,
-windows held as rings, rows of different lengths and rewinding follow from that, the same for all.
+An attention declares the named parts that it caches (`LayerLayout`). The rest is the same for all attentions: size
+in bytes, formats from fp32 to int4, windows as ring buffers, rows of different lengths, and rewinding.
 
 Each forward pass is planned once, with tensors on the device (`Plan`), so that a decode step has static
 shapes and can be compiled or captured. The host keeps a copy of the rows' lengths, to check bounds without
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanokv.quantization import GROUP, INT4, dequantize, quantize
 
-# Cache formats. The quantized ones store codes, and a scale for each group of numbers of one vector.
+# Cache formats. int8, fp8 and int4 store codes, and a scale for each group of numbers in a vector.
 CACHE_FORMATS = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -39,7 +39,7 @@ class Part:
     heads: int
     width: int
     exact: int = 0  # trailing numbers that int8, fp8 and int4 keep in bf16 (MLA's rope key)
-    last: int = 0  # of so many last tokens only, never quantized, read by `LayerCache.previous`; 0: of all
+    last: int = 0  # kept for this many last tokens only, never quantized, see `LayerCache.previous`; 0: for all
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class LayerLayout:
         return sum(part.heads * part.width for part in self.parts.values() if not part.last)
 
     def buffers(self, dtype: torch.dtype, last: bool = False) -> dict[str, tuple[int, int, torch.dtype]]:
-        """Heads, width and dtype of each buffer that holds these parts in a format; `last`: those parts that
-        are kept of the last tokens only, or else the others.
+        """Heads, width and dtype of each buffer that holds these parts in a format. last: True for the parts
+        with `Part.last`, False for the others.
 
-        int8 and fp8 have a bf16 scale for each head's vector, and for each 128 numbers of a wider one. int4 has
-        two codes in a byte and, for each 32 numbers, a bf16 scale and an offset of one byte.
+        int8 and fp8 have a bf16 scale for each vector, or for each 128 numbers of a wider vector. int4 has two
+        codes in a byte and, for each 32 numbers, a bf16 scale and an offset of one byte.
         """
         buffers = {}
         for name, part in self.parts.items():
@@ -83,11 +83,11 @@ class LayerLayout:
         return sum(heads * width * of.itemsize for heads, width, of in self.buffers(dtype).values())
 
     def last(self) -> int:
-        """Of how many last tokens those parts are kept that do not grow, the same for all of them."""
+        """How many last tokens the parts with `Part.last` keep, the same number for all of them; 0 without any."""
         return max((part.last for part in self.parts.values()), default=0)
 
     def fixed_bytes(self, dtype: torch.dtype, spare: int = 0) -> int:
-        """Bytes of the parts of a row that do not grow with its length."""
+        """Bytes in a row for the parts with `Part.last`, which do not grow with its length."""
         buffers = self.buffers(dtype, last=True).values()
         return (self.last() + spare) * sum(heads * width * of.itemsize for heads, width, of in buffers)
 
@@ -103,32 +103,32 @@ def kv_bytes_per_token(layouts: Sequence[LayerLayout], dtype: torch.dtype) -> in
 
 
 def kv_bytes(layouts: Sequence[LayerLayout], max_len: int, dtype: torch.dtype, spare: int = 0) -> int:
-    """Bytes of a cache for one row of max_len tokens; a layer with a window holds no more than that."""
+    """Bytes of a cache for one row of max_len tokens. A layer with a window has only the slots that it needs."""
     growing = sum(layout.slots(max_len, spare) * layout.bytes_per_token(dtype) for layout in layouts)
     return growing + sum(layout.fixed_bytes(dtype, spare) for layout in layouts)
 
 
 class Plan:
-    """Where the new tokens of one forward pass go in the layers of one window, and what their queries see.
+    """Where the layers with one window store the new tokens of a forward pass, and what their queries see.
 
-    Such a layer has `slots` slots. Position p is in slot p until the slots are full; from then on the slots
-    behind the sinks are a ring, in which p overwrites p - ring. All tensors are on the cache's device.
+    Each of these layers has `slots` slots. Position p goes to slot p until the slots are full. Then the slots
+    after the sinks are a ring buffer: position p overwrites position p - ring. All tensors are on the device.
 
-    `last`: the plan is that of the parts which are kept of so many last tokens only. They are read before the
-    new ones are stored, so that a window of last + 1 tokens has slots enough.
+    last: above 0 in the plan for parts with `Part.last`. Their old tokens are read before new ones are stored,
+    so `last` slots are enough for a window of last + 1 tokens.
     """
 
     def __init__(self, window: int, sinks: int, slots: int, last: int = 0):
         self.window, self.sinks, self.slots, self.last = window, sinks, slots, last
         self.ring = max(slots - sinks, 1)
         self.first = True  # all rows were empty: queries see only the new tokens
-        self.chunk_in_ring = False  # read old tokens before storing new ones over some that the queries see
+        self.chunk_in_ring = False  # read old tokens first: new ones overwrite some that the queries see
         self.end = 0  # number of leading slots to read
         self.queries: Tensor | None = None  # (B, T) positions of the new tokens, for the mask
         self.keys: Tensor | None = None  # (B, S) positions of what is read; -1: an empty slot
         self.slot: Tensor | None = None  # (B, T) where each new token goes
-        self.source: Tensor | None = None  # (B, T) which new token goes there; None: token t
-        self.kept: Tensor | None = None  # (B, 1) false for rows in which no new token counts
+        self.source: Tensor | None = None  # (B, T) index of the new token that goes there; None: t
+        self.kept: Tensor | None = None  # (B, 1) false for rows without a new token
         self.previous: Tensor | None = None  # (B, last) positions before the new tokens, below 0 for none
 
     def slot_of(self, position: Tensor) -> Tensor:
@@ -138,14 +138,14 @@ class Plan:
     def positions_held(self, lengths: Tensor, end: int) -> Tensor:
         """Positions (B, end) that the first slots hold in rows of these lengths (B, 1); -1: none."""
         slots, last = torch.arange(end, device=lengths.device), lengths - 1
-        latest = last - (last - slots) % self.ring  # the last position that a slot of the ring took
+        latest = last - (last - slots) % self.ring  # the newest position in each slot of the ring
         positions = torch.where((lengths <= self.slots) | (slots < self.sinks), slots, latest)
         return torch.where(positions < lengths, positions, -1)
 
     def update(self, old: Tensor, counts: Tensor | None, T: int, first: bool, longest: int) -> Tensor:
-        """Plan T tokens for rows of old (B,) tokens, of which the first counts (B,) count (None: all).
-
-        longest: the length of the longest row afterwards, or more. Returns the tokens' positions (B, T).
+        """Plan T new tokens for rows that hold old (B,) tokens. In each row the first counts (B,) of the new tokens
+        are real, the rest is padding (None: all are real). longest: the length of the longest row afterwards, or
+        more. Returns the positions (B, T) of the new tokens.
         """
         old, t = old[:, None], torch.arange(T, device=old.device)
         positions = old + t  # (B, T)
@@ -154,7 +154,7 @@ class Plan:
         self.end, self.source, self.kept = min(longest, self.slots), None, None
         if counts is not None or (self.window and self.ring < T):
             stored = (positions < new) & ((positions < self.sinks) | (positions >= new - self.ring))
-            # a token that is not stored writes what the row's last one writes, or leaves an idle row as it is
+            # a token that is not stored repeats the row's last one; a row without new tokens keeps its buffer
             self.source = torch.where(stored, t, (new - old - 1).clamp(min=0))
             self.kept = new > old
         self.slot = self.slot_of(positions if self.source is None else old + self.source)
@@ -167,13 +167,13 @@ class Plan:
         elif self.chunk_in_ring:
             self.keys = torch.cat((self.positions_held(old, self.end), positions), 1)
         else:
-            # padding looks where its row's last token does: a query without any key would give NaN
+            # padding sees what its row's last token sees: a query that sees no key would give NaN
             last = new.clamp(min=1)
             self.queries, self.keys = torch.minimum(positions, last - 1), self.positions_held(last, self.end)
         return positions
 
 
-ENDINGS = ("_scale", "_offset", "_exact")  # of the names of a quantized part's further buffers
+ENDINGS = ("_scale", "_offset", "_exact")  # of the names of the extra buffers of a quantized part
 
 
 class LayerCache:
@@ -181,7 +181,7 @@ class LayerCache:
 
     def __init__(self, layout: LayerLayout, plan: Plan, plan_of_last: Plan | None, buffers: dict[str, Tensor]):
         self.layout, self.plan, self.plan_of_last, self.buffers = layout, plan, plan_of_last, buffers
-        self.joined: dict[str, Tensor] = {}  # of a chunk in a ring: old and new tokens, until they are read
+        self.joined: dict[str, Tensor] = {}  # old and new tokens of a chunk in a ring, until they are read
 
     @property
     def first(self) -> bool:
@@ -194,10 +194,10 @@ class LayerCache:
         return self.plan.queries, self.plan.keys
 
     def append(self, **new: Tensor) -> list:
-        """Store the new tokens of each part, (B, heads, T, width), quantized here and once.
+        """Store the new tokens of each part, (B, heads, T, width). A token is quantized here, once.
 
-        Returns what attention is to read of each part: the new values themselves in a first chunk, else the
-        part's name, by which `read` gives all tokens.
+        Returns for each part what attention should read: in the first chunk the new values themselves, later the
+        name of the part, for `read`.
         """
         for name, value in new.items():
             encoded = self.encode(name, value.detach())
@@ -209,7 +209,7 @@ class LayerCache:
         return list(new.values()) if self.first else list(new)
 
     def read(self, name: str, like: Tensor) -> Tensor:
-        """All S tokens of a part that the plan's keys name, (B, heads, S, width) in the dtype of `like`."""
+        """All S tokens of a part, (B, heads, S, width) in the dtype of `like`. The plan has their positions."""
         return self.joined.pop(name) if self.plan.chunk_in_ring else self.held(like, name)
 
     def held(self, like: Tensor, name: str) -> Tensor:
@@ -218,8 +218,8 @@ class LayerCache:
         return self.decode({key: self.buffers[key].narrow(-2, 0, self.plan.end) for key in keys}, name, like)
 
     def previous(self, name: str, new: Tensor) -> Tensor:
-        """Of a part that is kept of the `last` tokens only: those before the new ones (B, heads, T, width), in
-        their dtype, (B, heads, last, width), zero where there is none. Stores the new ones.
+        """For a part with `Part.last`: the `last` tokens before the new ones, (B, heads, last, width) in the dtype of
+        `new`, zero where there are none. Then stores the tokens `new` (B, heads, T, width).
         """
         plan, buffer = self.plan_of_last, self.buffers[name]
         assert plan is not None and plan.previous is not None
@@ -241,7 +241,7 @@ class LayerCache:
         buffer[rows, plan.slot] = part
 
     def encode(self, name: str, value: Tensor) -> dict[str, Tensor]:
-        """value (..., width) as what is stored of it, by the names of the buffers."""
+        """value (..., width) in the format that is stored: a tensor for each buffer, by name."""
         dtype, coded = self.buffers[name].dtype, self.coded(name)
         if f"{name}_scale" not in self.buffers:
             return {name: value.to(dtype)}
@@ -259,19 +259,18 @@ class LayerCache:
         return value if exact is None else torch.cat((value, exact.to(like.dtype)), -1)
 
     def coded(self, name: str) -> int:
-        """How many numbers of a part's vector are quantized, in a format that does."""
+        """How many numbers of a part's vector int8, fp8 and int4 quantize."""
         return self.layout.parts[name].width - self.layout.parts[name].exact
 
 
 class KVCache:
-    """Preallocated cache of all layers, laid out as their attention declares.
+    """The preallocated cache of all layers, with the layouts that their attention declares.
 
-    Row b of the batch holds its own lengths[b] tokens, so prompts of different lengths share a batch: pad
-    them on the right and say with `expect` how many tokens of the next chunk count. Memory is allocated once;
-    `nbytes` is what was allocated. A layer with a window holds sinks + window tokens and `spare` more, as far
-    back as `rewind` is to reach; so do the parts that are kept of the last tokens only. `endless`: rows may
-    grow past max_len, because all layers have windows and none has sinks, whose distance would exceed any that
-    training has seen.
+    Row b holds lengths[b] tokens, so prompts of different lengths can share a batch: pad them on the right, and
+    tell `expect` how many tokens of the next chunk are real. Memory is allocated once; `nbytes` is its size. A
+    layer with a window has room for sinks + window + `spare` tokens, so that `rewind` can remove up to `spare`
+    tokens. The parts with `Part.last` have `spare` more tokens too. `endless`: rows may grow past max_len. For
+    that, all layers need windows and none may have sinks: the distance to a sink would exceed the trained ones.
     """
 
     def __init__(
@@ -289,11 +288,11 @@ class KVCache:
             raise ValueError(f"a cache holds {', '.join(CACHE_FORMATS)} (e4m3) numbers, not {dtype}")
         self.layouts, self.batch_size, self.max_len, self.spare = list(layouts), batch_size, max_len, spare
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)  # (B,) tokens in each row
-        self.host_copy: list[int] | None = [0] * batch_size  # of lengths; None: a compiled step changed them
+        self.host_copy: list[int] | None = [0] * batch_size  # of lengths; None: outdated by a compiled step
         self.peaks = [0] * batch_size  # the most tokens that each row held before it was rewound
         self.first = True  # no row holds a token
         self.counts: list[int] | None = None  # of the next chunk, see `expect`
-        self.plans: dict[tuple, Plan] = {}  # layers that need the same share one
+        self.plans: dict[tuple, Plan] = {}  # layers with the same key share one
         self.layers = []
         for layout in layouts:
             keys = [(layout.window, layout.sinks, layout.slots(max_len, spare))]
@@ -323,7 +322,7 @@ class KVCache:
         return self.host_copy
 
     def expect(self, counts: Sequence[int]) -> None:
-        """Of the next chunk only the first counts[b] tokens of row b count; the rest is padding."""
+        """In the next chunk, only the first counts[b] tokens of row b are real; the rest is padding."""
         if len(counts) != self.batch_size or min(counts) < 0:
             raise ValueError(f"{self.batch_size} rows need a count of tokens each, not {list(counts)}")
         self.counts = list(counts)
@@ -331,7 +330,7 @@ class KVCache:
     def reserve(self, T: int, counts: Sequence[int] | None = None) -> None:
         """The host's part of `advance`: check that T more tokens fit in each row, and count them.
 
-        Whoever runs a compiled or captured step calls this before it. Raises ValueError if they do not fit.
+        Call it before each compiled or captured step. Raises ValueError if the tokens do not fit.
         """
         counts = [T] * self.batch_size if counts is None else counts
         if max(counts) > T:
@@ -344,7 +343,7 @@ class KVCache:
     def advance(self, batch_size: int, T: int) -> Tensor:
         """Make room for T tokens in every row, and plan where they go; returns their positions (B, T).
 
-        Raises ValueError if they do not fit. In a compiled step lengths are not checked, see `reserve`.
+        Raises ValueError if they do not fit. A compiled step does not check lengths; call `reserve` before it.
         """
         counts, self.counts, first = self.counts, None, self.first
         if batch_size != self.batch_size:
@@ -363,7 +362,7 @@ class KVCache:
     def rewind(self, lengths: Sequence[int]) -> None:
         """Forget all but the first lengths[b] tokens of each row b.
 
-        Raises ValueError if a row holds fewer, or if what its next token is to see has left a window.
+        Raises ValueError if a row holds fewer, or if tokens that its next token should see are overwritten.
         """
         held, self.counts = self.host_lengths(), None
         if len(lengths) != self.batch_size or not all(0 <= n <= m for n, m in zip(lengths, held, strict=True)):
@@ -372,7 +371,7 @@ class KVCache:
         self.peaks = list(peaks)
         for plan in self.plans.values():
             for row, (n, peak) in enumerate(zip(lengths, peaks, strict=True)):
-                lost = peak - plan.ring  # behind the sinks, the positions below this are overwritten
+                lost = peak - plan.ring  # positions below this, except sinks, are overwritten
                 if plan.window and max(n + 1 - plan.window, plan.sinks) < min(n, lost):
                     fault = "what a next token sees is overwritten; make the cache with more spare"
                     raise ValueError(f"cannot rewind rows of {held} tokens to {list(lengths)}: {fault}")
@@ -382,9 +381,9 @@ class KVCache:
         self.lengths.copy_(torch.tensor(self.host_copy))
 
     def replace_rows(self, rows: Sequence[int], other: KVCache) -> None:
-        """Put the rows of `other`, a cache like this one but no longer, in place of `rows`.
+        """Replace `rows` by the rows of `other`, a cache with the same layouts that is at most as long as this one.
 
-        Raises ValueError if their numbers, or `spare`, differ.
+        Raises ValueError if the numbers of rows differ, or `spare` does.
         """
         if len(rows) != other.batch_size or self.spare != other.spare:
             raise ValueError(f"{other.batch_size} rows with spare {other.spare} cannot replace rows {rows}")

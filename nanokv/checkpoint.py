@@ -1,13 +1,13 @@
-"""What a run writes and reads back.
+"""The files of a run: checkpoints and config, written and read back.
 
-A run folder holds `config.json` (every knob, resolved), `metrics.jsonl` (a line an event), `summary.json`,
-the tokenizer, and the checkpoints `last/` and `best/`, each of them model.safetensors (the weights),
+A run folder holds `config.json` (every knob, resolved), `metrics.jsonl` (one line per event), `summary.json`,
+the tokenizer, and the checkpoints `last/` and `best/`. Each checkpoint has model.safetensors (the weights),
 optimizer.safetensors (the optimizers' state), state.json (step, best loss and other counters) and
 manifest.json (size and SHA-256 of these three; written last).
 
-A checkpoint is written aside (`last.new/`), synced, compared with what it is to hold, and swapped in; it is
-verified when read. What `last/` was before stays beside it as `last.old/`, so that a run can go on from there
-should the disk spoil `last/`. Nothing that is read here can execute code: safetensors and JSON only.
+A checkpoint is written to `last.new/`, synced, read back and compared, and then renamed to `last/`. It is
+verified when it is read. The checkpoint before stays as `last.old/`, so that a run can resume from it if
+`last/` is damaged on disk. Reading never executes code: the files are safetensors and JSON only.
 """
 
 import errno
@@ -43,13 +43,13 @@ STATE |= {"skipped_steps": int, "corpus_sha256": str, "scaler": dict}
 @dataclass
 class Checkpoint:
     model: dict[str, Tensor]  # by parameter name
-    optimizer: dict[str, Tensor]  # by name of parameter and state
-    state: dict  # plain JSON values: those of STATE and more
+    optimizer: dict[str, Tensor]  # by the names of parameter and state
+    state: dict  # plain JSON values: the keys of STATE and more
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what can go wrong with writing `path`, such as a full disk, into a UserError."""
+    """Turns an error in writing `path`, such as a full disk, into a UserError."""
     try:
         yield
     except (OSError, SafetensorError) as e:
@@ -65,7 +65,7 @@ def write_json(path: Path, value) -> None:
 
 
 def read_json(path: Path):
-    """Raises UserError if the file is missing or no JSON."""
+    """Raises UserError if the file is missing or not JSON."""
     try:
         return json.loads(path.read_text())
     except OSError as e:
@@ -75,7 +75,7 @@ def read_json(path: Path):
 
 
 def claim(run_dir: Path, resume: bool, overwrite: bool, launch: str | None = None) -> None:
-    """Make `run_dir` that of `launch`. Raises UserError if it cannot be written, or holds a run not to `overwrite`."""
+    """Make `run_dir` the folder of `launch`. UserError if it is not writable, or has a run and not `overwrite`."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / ".writable"
@@ -100,13 +100,13 @@ def holds_checkpoint(run_dir: Path, of: str = "") -> bool:
 
 
 def launched_by(run_dir: Path) -> str | None:
-    """The launch that claimed `run_dir` last; None if it holds no checkpoint, or none that has a name."""
+    """The launch that claimed `run_dir` last; None if there is no checkpoint, or if the launch had no name."""
     path = run_dir / "launch_id"
     return path.read_text() if holds_checkpoint(run_dir) and path.exists() else None
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether a run came to its end and reported."""
+    """Whether a run has finished and written its report."""
     path = run_dir / "summary.json"
     summary = read_json(path) if path.exists() else None
     return isinstance(summary, dict) and "final/val_loss" in summary
@@ -118,7 +118,7 @@ def write_config(run_dir: Path, *configs) -> None:
 
 
 def read_config(run_dir: Path) -> dict:
-    """Every knob of a run, not yet checked. Raises UserError if the folder is no run or config is damaged."""
+    """Every knob of a run, not yet checked. Raises UserError if the folder is not a run or its config is damaged."""
     path = run_dir / "config.json"
     if not path.exists():
         fault = "it has no config.json" if run_dir.is_dir() else "no such folder"
@@ -130,17 +130,17 @@ def read_config(run_dir: Path) -> dict:
 
 
 class Saver:
-    """Writes checkpoints in a thread, as training goes on. The next call raises its UserError; the last ones stay."""
+    """Writes checkpoints in a thread while training continues. If a save fails, the next call raises its UserError."""
 
     def __init__(self, run_dir: Path):
         self.run_dir = run_dir
-        # if its kernels had threads of their own, OpenMP would have more threads than cores, and from then on
-        # put all of them to sleep between kernels: small models would train at half the speed
+        # one torch thread: with more, OpenMP would have more threads than cores, and then all of them would
+        # sleep between kernels, so that small models would train at half the speed
         self.thread = ThreadPoolExecutor(1, "checkpoint", torch.set_num_threads, (1,))
         self.pending: Future | None = None
 
     def save(self, names: Sequence[str], checkpoint: Checkpoint) -> None:
-        """Copy the tensors to CPU memory and return; later they are on the disk, under each of `names`."""
+        """Copy the tensors to CPU memory and return. The thread writes them to disk, under each of `names`."""
         self.wait()
 
         def copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -150,27 +150,27 @@ class Saver:
         self.pending = self.thread.submit(lambda: [save(self.run_dir, name, copies) for name in names])
 
     def check(self) -> None:
-        """Raise what a save that is over may have left to raise. Never waits."""
+        """Raise the error of a finished save, if it had one. Never waits."""
         if self.pending is not None and self.pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until everything is on the disk."""
+        """Wait until everything is on disk. Raises the UserError of the save."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
 
 
 def save(run_dir: Path, name: str, checkpoint: Checkpoint) -> None:
-    """Write `run_dir/name`. Raises UserError, the one before still in place, if it cannot or a weight is not finite."""
+    """Write `run_dir/name`. Raises UserError, and keeps the one before, if that fails or a weight is not finite."""
     target, new = run_dir / name, run_dir / f"{name}.new"
     for key, tensor in checkpoint.model.items():
-        if not torch.isfinite(tensor).all():  # from that no run could go on
+        if not torch.isfinite(tensor).all():  # no run could resume from that
             fault = f"step {checkpoint.state['step']} is not saved: {key} holds nan or inf; {target} is kept"
             raise UserError(f"{fault}; go on from it with --init_from=resume and a lower learning rate")
     with writing(target):
         if (new / "manifest.json").exists():
-            _swap_in(run_dir, name)  # the process before was stopped just short of this
+            _swap_in(run_dir, name)  # an earlier process stopped just before this step
         _remove(new)
         new.mkdir()
         for part, tensors in zip(PARTS[:2], (checkpoint.model, checkpoint.optimizer), strict=True):
@@ -186,7 +186,7 @@ def save(run_dir: Path, name: str, checkpoint: Checkpoint) -> None:
 
 
 def _swap_in(run_dir: Path, name: str) -> None:
-    """`name.new` becomes `name`. What was there stays as last.old; a best that was there goes."""
+    """Rename `name.new` to `name`. The last/ before is kept as last.old/; the best/ before is deleted."""
     target, new, old = (run_dir / (name + suffix) for suffix in ("", ".new", ".old"))
     _sync(new)
     if target.exists():
@@ -203,7 +203,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def load_newest(run_dir: Path) -> Checkpoint:
-    """The newest whole checkpoint; stderr names damaged ones that are newer. UserError if none is whole."""
+    """The newest undamaged checkpoint; stderr names damaged newer ones. Raises UserError if all are damaged."""
     steps = {}
     for name in CHECKPOINTS:
         folder = run_dir / name
@@ -214,7 +214,7 @@ def load_newest(run_dir: Path) -> Checkpoint:
         except (UserError, LookupError, TypeError, ValueError, ArithmeticError):
             steps[name] = math.inf if name == "last" else -1
     faults = []
-    for name in sorted(steps, key=steps.__getitem__, reverse=True):  # of equals last/ comes first
+    for name in sorted(steps, key=steps.__getitem__, reverse=True):  # if steps are equal, last/ comes first
         try:
             checkpoint = load(run_dir, name)
             for fault in faults:
@@ -238,7 +238,7 @@ def load(run_dir: Path, name: str) -> Checkpoint:
 
 
 def find(path: str | Path, which: str = "best") -> tuple[Path, str]:
-    """Run folder and checkpoint that `path` means: best/ or last/ itself, else `which` of a run, last if no best."""
+    """Run folder and checkpoint of `path`: best/ or last/ itself, else a run: then `which`, or last if no best."""
     path, whole = Path(path), Path(path).absolute()
     if whole.name in ("best", "last") and not (path / "config.json").exists():
         return whole.parent, whole.name
@@ -251,14 +251,14 @@ def load_weights(run_dir: Path, name: str) -> dict[str, Tensor]:
 
 
 class NotInitialized(TorchFunctionMode):
-    """Skips torch.nn.init, which on meta tensors would first import torch's compiler: two seconds."""
+    """Skips torch.nn.init: on meta tensors it would import torch's compiler, which takes two seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
 
 
 def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    """The module that `make` makes, of names and shapes alone, without memory."""
+    """The module that `make` makes, with names and shapes only, without memory for weights."""
     with torch.device("meta"), NotInitialized():
         return make()
 
@@ -271,7 +271,7 @@ def build(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Modul
 
 
 def _verified(run_dir: Path, name: str, parts: tuple[str, ...]) -> Path:
-    """The folder of a checkpoint whose `parts` are what its manifest says."""
+    """The folder of a checkpoint, after checking `parts` against its manifest."""
     folder = run_dir / name
     if not folder.exists():  # stopped between the two renames of `save`
         aside = (run_dir / (name + suffix) for suffix in (".new", ".old"))
@@ -290,7 +290,7 @@ def _verified(run_dir: Path, name: str, parts: tuple[str, ...]) -> Path:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:  # copies, since load_file maps the file: one that is cut short later would kill the process
+    try:  # copy: load_file maps the file, and if it were cut short later, the process would be killed
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except SafetensorError as e:
         raise UserError(f"{path} is damaged: not a safetensors file; use another checkpoint") from e

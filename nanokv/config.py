@@ -3,8 +3,8 @@
     python train.py config/mla.py --batch_size=32
 
 The fields of several dataclasses are one flat set of knobs. A config file is data: assignments of constants
-and of arithmetic on numbers, parsed and never executed. Whatever is wrong becomes a one-line UserError. It
-does not import torch, so that commands that need none start at once.
+and of arithmetic on numbers, parsed and never executed. Every fault becomes a one-line UserError. This file
+does not import torch, so that commands without torch start at once.
 """
 
 import ast
@@ -44,10 +44,10 @@ def at_least(config: Any, low: int, *names: str) -> None:
 def load(
     argv: list[str], *classes: type, usage: str = "", fill_in: Callable[[dict, dict], dict] = operator.or_
 ) -> tuple:
-    """`[config.py] [--key=value ...]` as an instance of each dataclass, typed by their annotations. A bare `--key` sets
-    a bool. The command line overrides the file, and the last of two equal keys counts. `fill_in` is given the values of
-    the file and those of the command line, and returns those to use. `--help` prints `usage` and every field, and
-    exits. Raises UserError.
+    """Turn `[config.py] [--key=value ...]` into an instance of each dataclass, typed by their annotations. A bare
+    `--key` sets a bool. The command line overrides the file; if a key is given twice, the last one counts. `fill_in`
+    gets the values of the file and those of the command line, and returns the values to use. `--help` prints `usage`
+    and every field, and exits. Raises UserError.
     """
     if "--help" in argv or "-h" in argv:
         print(describe(classes, usage))
@@ -66,7 +66,7 @@ def load(
 
 
 def parse(cls: type[T], argv: list[str], usage: str = "", bare: int = 0) -> T:
-    """`load` for a single dataclass, whose first `bare` fields may be given as words without their names."""
+    """`load` for a single dataclass. Its first `bare` fields may be given as words without their names."""
     if bare:
         words = [arg for arg in argv if not arg.startswith("-")]
         if len(words) > bare:
@@ -77,7 +77,7 @@ def parse(cls: type[T], argv: list[str], usage: str = "", bare: int = 0) -> T:
 
 
 def from_dict(values: dict[str, Any], where: str, *classes: type) -> tuple:
-    """An instance of each dataclass from one flat dict, checked as by `load`: a UserError names `where`."""
+    """An instance of each dataclass from one flat dict, checked as in `load`. Raises UserError that names `where`."""
     return _build(classes, _check([(key, (value,), where) for key, value in values.items()], _hints(classes)))
 
 
@@ -87,7 +87,7 @@ def only_fields(cls: type[T], values: dict[str, Any], where: str) -> T:
 
 
 def check_range(config, names: str, **bounds: float) -> None:
-    """Raises ValueError unless these fields (names in a string) are at_least, at_most, above, below bounds."""
+    """Raises ValueError unless these fields (names in a string) meet the bounds: at_least, at_most, above, below."""
     tests = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
     for name in names.split():
         value = getattr(config, name)
@@ -113,13 +113,13 @@ def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as shells report it
-    except BrokenPipeError:  # the reader has gone (`| head`); spare Python's flush at exit the same error
+    except BrokenPipeError:  # the reader is gone (`| head`); avoid the same error when Python flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE
 
 
 def run_python(command: list[str], **options) -> str | None:
-    """`python COMMAND` in a process of its own, as no rank: its stdout, if a pipe. UserError of its last line."""
+    """Run `python COMMAND` in its own process, not as a rank. Returns its stdout if piped. UserError: its last line."""
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
     options = {"text": True, "stderr": subprocess.PIPE, "env": environment} | options  # of subprocess.run
     done = subprocess.run([sys.executable, *command], **options)
@@ -131,7 +131,7 @@ def run_python(command: list[str], **options) -> str | None:
 
 
 def replace_json(path: Path, content: Any) -> None:
-    """Writes aside and swaps in, so that a reader finds the old file or the new one, never a part."""
+    """Writes another file and renames it, so that a reader finds the old file or the new one, never a part."""
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "w", encoding="utf-8") as f:
         f.write(json.dumps(content, indent=2) + "\n")
@@ -141,7 +141,8 @@ def replace_json(path: Path, content: Any) -> None:
 
 
 def _hints(classes: Iterable[type]) -> dict[str, Any]:
-    return {field.name: get_type_hints(cls)[field.name] for cls in classes for field in fields(cls)}
+    types = {cls: get_type_hints(cls) for cls in classes}  # a millisecond per class
+    return {field.name: types[cls][field.name] for cls in types for field in fields(cls)}
 
 
 def _check(settings: Iterable[tuple[str, tuple, str]], hints: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def _build(classes: Iterable[type], values: dict[str, Any]) -> tuple:
 
 
 def _fit(value: Any, hint: Any) -> Iterator[Any]:
-    """Yields value as each type that the hint admits, never guessing: 1e3 fits int, 1 fits float and bool."""
+    """Yields `value` in each type of the hint that it fits exactly: 1e3 fits int, 1 fits float and bool."""
     if get_origin(hint) is tuple:  # tuple[int, ...]: words with commas between, or a list
         words, kind = value.split(",") if value and isinstance(value, str) else value or (), get_args(hint)[0]
         if isinstance(words, list | tuple):
@@ -191,7 +192,7 @@ def _fit(value: Any, hint: Any) -> Iterator[Any]:
 
 
 def _members(hint: Any) -> list[Any]:
-    """What a type hint admits: int, float, bool or str, or as themselves None and a Literal's strings."""
+    """What a type hint allows: the types int, float, bool and str, and the values None and a Literal's strings."""
     if get_origin(hint) in (Union, UnionType, Literal):
         return [member for arg in get_args(hint) for member in _members(arg)]
     return [None if hint is NoneType else hint]
@@ -209,7 +210,7 @@ def _did_you_mean(word: Any, choices: list[str]) -> str:
 
 
 def _literal(text: str) -> Any:
-    """The constant that a command line's text spells; the text itself if none."""
+    """The constant that a text on the command line stands for; else the text itself."""
     for read in ({"None": None, "True": True, "true": True, "False": False, "false": False}.__getitem__, int, float):
         with suppress(ValueError, LookupError):
             return read(text)
@@ -217,7 +218,7 @@ def _literal(text: str) -> Any:
 
 
 def read_file(path: str) -> Iterator[tuple[str, tuple, str]]:
-    """(key, (value,), "file:line") of each assignment in a config file. A name with a leading _ is none."""
+    """(key, (value,), "file:line") of each assignment in a config file. A name with a leading _ is not a key."""
     try:
         tree = ast.parse(Path(path).read_bytes())
     except SyntaxError as error:
@@ -245,7 +246,7 @@ def read_file(path: str) -> Iterator[tuple[str, tuple, str]]:
 
 
 def _nearby(path: str) -> str:
-    """A hint at the config files there are: those of a like name, else all."""
+    """A hint at existing config files: those with a similar name, else all."""
     there = sorted(os.path.relpath(file) for file in Path(__file__).parents[1].glob("config/**/*.py"))
     same_name = [file for file in there if Path(file).stem == Path(path).stem]
     close = same_name or difflib.get_close_matches(path, there)
@@ -287,7 +288,7 @@ def _number(value: Any) -> int | float:
 
 
 def _not_allowed(node: Any) -> str:
-    match node:  # name what is within a bare expression, a target that is no name, a constant, an operation
+    match node:  # name the inner part of a bare expression, a target that is not a name, a constant, an operation
         case ast.Expr(node) | ast.Assign([node]) | ast.Constant(node) | ast.BinOp(_, node) | ast.UnaryOp(node):
             pass
     allowed = "constants, names assigned above and arithmetic (+ - * / // % **) on numbers"

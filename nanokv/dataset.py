@@ -1,6 +1,6 @@
-"""The token loader: data sets as folders of token ids, read as a pure function of (seed, sample number).
+"""The token loader. A data set is a folder of token ids; a batch depends only on (seed, sample number).
 
-Reads three layouts: our own (meta.json, train*.bin, val*.bin); llm.c's and modded-nanogpt's shards
+It reads three layouts: our own (meta.json, train*.bin, val*.bin); llm.c's and modded-nanogpt's shards
 (*train*.bin, *val*.bin, each with a header); nanoGPT's (train.bin, val.bin and, for characters, meta.pkl).
 """
 
@@ -27,14 +27,14 @@ from nanokv.config import UserError, run_python
 ROOT = Path(__file__).resolve().parents[1] / "data"
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4
 PREPARED_ON_FIRST_USE = ("mqar", "shakespeare_char", "stdlib")  # they are small
-CHUNK = 1 << 20  # tokens that are read at a time to check or count them
-CHECK_ALL_BELOW = 100_000_000  # a split of more tokens is checked in this many tokens, spread over it
+CHUNK = 1 << 20  # tokens read at a time, to check or count them
+CHECK_ALL_BELOW = 100_000_000  # of a longer split, about this many tokens are checked, spread evenly
 
 
 def open_dataset(name: str, tokenizer: str | None = None, prepare: bool = True) -> "Dataset":
-    """Opens a set by its folder or by its name in data/, preparing it if it is missing and small. `tokenizer`, a kind
-    or a folder that has one, asks for a named set under another than its own (kept in data/NAME/TOKENIZER), or tells
-    that of a folder that does not. Raises UserError: unknown set or tokenizer, missing, unfinished or damaged set.
+    """Opens a set by its folder or by its name in data/; a missing small set is prepared. `tokenizer`: a kind, or a
+    folder that has one. For a named set it replaces the set's own (kept in data/NAME/TOKENIZER); for a folder that
+    has none it names the one that was used. UserError if set or tokenizer is unknown, missing or damaged.
     """
     key, value, kind = "tokenizer", tokenizer, tokenizer
     if tokenizer not in (None, *tokenizers.KINDS):
@@ -72,7 +72,7 @@ class Dataset:
         self.meta, kind = meta, meta.setdefault("tokenizer", tokenizer or "gpt2")
         if tokenizer not in (None, kind):
             raise UserError(f"{folder} was tokenised with {kind}, not {tokenizer}: prepare it so or omit --tokenizer")
-        if kind == "gpt2":  # known without loading it, which may need the network
+        if kind == "gpt2":  # known without loading the tokenizer, which may need the network
             self.meta.setdefault("vocab_size", tokenizers.GPT2_N_VOCAB)
         self.vocab_size = self.meta.get("vocab_size") or self.tokenizer.n_vocab
         self._answer_bit = self.meta.get("answer_bit")
@@ -81,18 +81,18 @@ class Dataset:
             self.meta["corpus_sha256"] = hashlib.sha256(self.train.sample() + self.val.sample()).hexdigest()
 
     def train_batch(self, first: int, count: int, block_size: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Samples first .. first + count - 1 of the endless stream that `seed` names: x, y (count, T) int64.
-        y is x one token on, -1 where a token is no target. Each epoch takes each window once, in an order and
-        from an offset of its own. No state: a rank or a resumed run just asks for the samples it needs.
+        """Samples first .. first + count - 1 of the endless stream of `seed`: x, y (count, T) int64. y is x shifted
+        by one token, -1 where a token is not a target. Each epoch takes each window once, in a new order and from a
+        new offset. There is no state: a rank or a resumed run asks for the samples that it needs.
         """
         self.check_block_size(block_size)
         starts = sample_starts(first, count, len(self.train), block_size, seed, "example_len" in self.meta)
         return self._inputs_and_targets(self.train.windows(starts, block_size + 1))
 
     def val_batches(self, block_size: int, batch_size: int, max_batches=0, rank=0, ranks=1) -> Iterator:
-        """Yields x, y (B, T) int64: each token of the val split but the first is a target once, in order. The last
-        window is padded with y = -1, the last batch may have fewer rows: weigh losses by targets. max_batches: spread
-        evenly over the split; 0: all. The ranks take turns at batches, equally many each, one of padding if need be.
+        """Yields x, y (B, T) int64. Each token of the val split except the first is a target once, in order. The last
+        window is padded with y = -1 and the last batch may have fewer rows, so weight losses by their targets.
+        max_batches are spread evenly over the split; 0: all. All ranks get equally many batches; some may be padding.
         """
         self.check_block_size(block_size)
         stride = self.meta.get("example_len", block_size)
@@ -115,7 +115,7 @@ class Dataset:
                 raise UserError(f"the {split} split of {self.dir} {fault}: lower --block_size or prepare a larger set")
 
     def fit(self, block_size: int, vocab_size: int) -> int:
-        """The vocabulary of a model: this set's, or `vocab_size` if not 0. Raises UserError if one does not fit."""
+        """The vocabulary of a model: `vocab_size`, or this set's if it is 0. Raises UserError if that does not fit."""
         self.check_block_size(block_size)
         if 0 < vocab_size < self.vocab_size:
             ids = f"the {self.vocab_size} token ids of {self.dir}"
@@ -138,7 +138,7 @@ class Dataset:
 
     @cached_property
     def val_bytes_per_token(self) -> float | None:
-        """Bits per byte = loss in nats / ln 2 / this. None for a set that is no text."""
+        """Bits per byte = loss in nats / ln 2 / this. None for a set that is not text."""
         if self.meta["tokenizer"] == "ids":
             return None
         if "val_bytes" in self.meta:
@@ -170,12 +170,12 @@ class Dataset:
         return torch.from_numpy(x), torch.from_numpy(np.ascontiguousarray(y))
 
     def _ids(self, raw: np.ndarray) -> np.ndarray:
-        """Tokens as stored, less the bit that marks answers; -1 stays."""
+        """Stored tokens without the bit that marks answers; -1 stays -1."""
         return np.where(raw < 0, raw, raw & (1 << self._answer_bit) - 1) if self._answer_bit else raw
 
 
 class Shards:
-    """Token files as one array, read by pread, not mapped: one cut short is then an error with a name, no bus error."""
+    """Token files as one array, read by pread, not mapped: a file cut short gives a clear error, not a bus error."""
 
     def __init__(self, paths: list[Path], dtype: np.dtype):
         """Raises UserError for a file whose size does not fit its header or `dtype`."""
@@ -226,15 +226,15 @@ class Shards:
             yield self.read(i * n // wanted * CHUNK, CHUNK)
 
     def sample(self) -> bytes:
-        """Length and first tokens of each file: tells one corpus from another without reading it all."""
+        """Length and first tokens of each file: distinguishes one corpus from another without reading all of it."""
         heads = [os.pread(file.fileno(), 1 << 16, 0) for file in self.files]
         return repr(self.ends).encode() + b"".join(heads)
 
 
 def sample_starts(first: int, count: int, n_tokens: int, block_size: int, seed: int, aligned=False) -> np.ndarray:
-    """(count,): where samples first .. first + count - 1 begin. An epoch lays windows of block_size side by side from a
-    random offset below block_size (targets reach one token further) and takes them in random order. aligned: examples
-    of block_size + 1 tokens, so no offset.
+    """(count,): where samples first .. first + count - 1 begin. An epoch puts windows of block_size side by side, from
+    a random offset below block_size (targets reach one token further), and takes them in random order. aligned: the
+    data are examples of block_size + 1 tokens, so there is no offset.
     """
     stride = block_size + 1 if aligned else block_size
     n = n_tokens // stride if aligned else max(1, n_tokens // stride - 1)
@@ -246,8 +246,9 @@ def sample_starts(first: int, count: int, n_tokens: int, block_size: int, seed: 
 
 
 def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Where `key`'s permutation of 0 .. n-1 takes each `index`; all (B,) uint64, no memory of size n. A Feistel network
-    permutes a x b pairs, a b just above n, and what lands at n or above goes round again (Black and Rogaway 2002).
+    """The image of each `index` under the permutation of 0 .. n-1 that `key` selects; all (B,) uint64, without memory
+    of size n. A Feistel network permutes a x b pairs, with a b just above n. A result of n or more is permuted again
+    (Black and Rogaway 2002).
     """
     a, one, half = np.uint64(math.isqrt(n - 1) + 1), np.uint64(1), np.uint64(32)
     b = np.uint64(-(-n // int(a)))
@@ -272,7 +273,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _read_meta(folder: Path) -> dict | None:
-    """What is known of the set in a folder; None if it holds none. Raises UserError if meta is damaged."""
+    """What is known about the set in a folder; None if there is no set. Raises UserError if meta is damaged."""
     path = folder / "meta.json"
     if path.exists():
         with suppress(ValueError, LookupError, TypeError):
@@ -295,7 +296,7 @@ def _read_meta(folder: Path) -> dict | None:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """nanoGPT's meta.pkl holds dicts of strings and numbers, which need no class: none is let in."""
+    """Refuses every class. nanoGPT's meta.pkl needs none: it holds dicts of strings and numbers."""
 
     def find_class(self, module, name):
         raise UserError(f"it asks for {module}.{name}, which could run code")

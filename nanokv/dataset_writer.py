@@ -1,7 +1,7 @@
-"""What all prepare.py share: flags, and writing documents as token shards.
+"""Shared by all prepare.py files: their flags, and a writer of documents as token shards.
 
-A set is `train_NNNNNN.bin`, `val_NNNNNN.bin`, the tokenizer and `meta.json`. It is written in the folder
-`unfinished/` and moved into place when whole, meta.json last: a writer that fails leaves what was there.
+A set is `train_NNNNNN.bin`, `val_NNNNNN.bin`, the tokenizer and `meta.json`. It is written to the folder
+`unfinished/` and moved into place when complete, meta.json last. If a writer fails, an older set stays.
 """
 
 import glob
@@ -22,7 +22,7 @@ from nanokv.config import UserError, check_range, replace_json
 SPLITS = ("train", "val")
 SHARD_TOKENS = 100_000_000
 UNFINISHED = "unfinished"
-BATCH_CHARS = 1 << 20  # text that is tokenised at a time
+BATCH_CHARS = 1 << 20  # text tokenized at a time
 
 
 @dataclass
@@ -45,10 +45,10 @@ class Piece(NamedTuple):
 
 
 class Writer:
-    """Appends tokens to shards and counts them. `state` is what a killed writer needs to go on."""
+    """Appends tokens to shards and counts them. After a kill, another writer continues from `state`."""
 
     def __init__(self, out_dir: Path, tok: tokenizer.Tokenizer, dtype=None, state: dict[str, Any] | None = None):
-        """Without `state` it starts over: what an earlier writer left unfinished in `out_dir` goes."""
+        """Without `state` it starts over and deletes what an earlier writer left unfinished in `out_dir`."""
         self.out_dir, self.aside, self.tok = out_dir, out_dir / UNFINISHED, tok
         self.dtype = np.dtype(dtype or (np.uint16 if tok.n_vocab <= 1 << 16 else np.uint32))
         counts = {what: dict.fromkeys(SPLITS, 0) for what in ("tokens", "bytes")}
@@ -64,8 +64,8 @@ class Writer:
         self._open_shard()
 
     def add_all(self, pieces: Iterable[Piece], shard_tokens=SHARD_TOKENS, max_tokens=0, state: Any = dict) -> None:
-        """Appends pieces, in batches and shards, until there are max_tokens train tokens (0: all). Reads no
-        further than it writes, so that state(), kept with each shard, is where `pieces` stands.
+        """Appends pieces, in batches and shards, until there are max_tokens train tokens (0: all). It never reads
+        ahead of what it writes, so state(), which is saved with each shard, gives the position in `pieces`.
         """
         batch, size = [], 0
         for piece in pieces:
@@ -150,7 +150,7 @@ class Writer:
 
 
 def prepare(flags: Flags, here: str, documents: Callable[[], Iterable[Piece]], **more_meta) -> None:
-    """Writes the set of the prepare.py `here` from `documents()`, called twice: first for the tokenizer."""
+    """Writes the set of the prepare.py `here`. Calls `documents()` twice: first to train the tokenizer."""
     texts = (p.text for p in documents() if p.split == "train" or flags.tokenizer == "char")
     tok = tokenizer.train(flags.tokenizer, texts, flags.vocab_size)
     writer = Writer(Path(flags.out_dir or Path(here).parent), tok)
@@ -159,7 +159,7 @@ def prepare(flags: Flags, here: str, documents: Callable[[], Iterable[Piece]], *
 
 
 def split_of(key: bytes, val_fraction: float) -> str:
-    """The split of the document that `key` names: the same at any time and in any order."""
+    """The split of the document named `key`. It depends only on the key, not on the order of documents."""
     draw = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64
     return "val" if draw < val_fraction else "train"
 

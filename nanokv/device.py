@@ -1,4 +1,4 @@
-"""The machine: which device and dtype a run computes on, and how its memory is kept."""
+"""The machine: the device and dtype that a run computes with, and a setting of its memory."""
 
 import ctypes
 import re
@@ -14,7 +14,7 @@ from nanokv.torch_private import private
 
 
 def check_device_name(name: str) -> None:
-    """Raises UserError if `name` is no value of a `device` knob."""
+    """Raises UserError if `name` is not a value for a `device` knob."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", name):
         raise UserError(f"unknown device {name!r}; it is auto, cpu, cuda, cuda:N or mps")
 
@@ -62,7 +62,7 @@ def pick_hardware(device: str, dtype: str, compile: bool | Literal["auto"]) -> H
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory, not return it to be faulted in again: a step on a CPU is 5 to 10 % faster."""
+    """Make glibc keep freed memory instead of returning it to the kernel. A step on a CPU is then 5 to 10 % faster."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h

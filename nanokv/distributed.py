@@ -1,4 +1,4 @@
-"""Many processes, one run: the ranks that torchrun starts, and how they share a model's work.
+"""Runs of many processes: the ranks that torchrun starts, and how they share the work.
 
     torchrun --standalone --nproc_per_node=8 train.py config/124m/mla.py [--parallel=fsdp]
 
@@ -28,7 +28,7 @@ from nanokv.config import UserError
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """In this block the process is one of the ranks that torchrun started, if it did."""
+    """In this block, the process can communicate with the other ranks that torchrun started, if it did."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
@@ -37,18 +37,18 @@ def process_group() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=size)
     try:
         yield
-    except SystemExit:  # all ranks leave; after any other exception the others may be waiting for this one
+    except SystemExit:  # all ranks exit; after any other exception, other ranks may still wait for this one
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
 
 def rendezvous() -> tuple[Any, int, int]:
-    """A store for the ranks that are alive now, this rank and their number. torchrun's own store outlives a
-    restart, and in it the addresses of the dead. So each rank writes a token, the first one lists those it
-    reads, and a list that all of its ranks have signed names their part of the store.
+    """A store for the ranks that are alive now, this rank, and the number of ranks. torchrun's own store survives
+    a restart and still has the addresses of dead ranks. So each rank writes a token, the first rank lists the
+    tokens that it reads, and a list that all of its ranks have signed becomes the prefix of their store.
     """
-    c10d: Any = dist  # whose stores are not typed as public
+    c10d: Any = dist  # its stores have no public types
     store, rank, size = next(c10d.rendezvous("env://"))
     token = secrets.token_hex(8)
     store.set(f"token/{rank}", token)
@@ -78,18 +78,18 @@ def local_rank() -> int:
 
 
 def launch() -> str | None:
-    """What tells one torchrun command from another and stays as it restarts its workers; None without it."""
+    """An id of the torchrun command, which stays the same when it restarts its workers; None without torchrun."""
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def restarted() -> bool:
-    """Whether torchrun may have started ranks of this launch before, of which one died. A collective."""
-    unique = launch() not in (None, "none")  # "none" is any launch with neither --standalone nor --rdzv-id
+    """Whether torchrun may have restarted the ranks of this launch after one died. A collective."""
+    unique = launch() not in (None, "none")  # "none": a launch without --standalone and --rdzv-id
     return all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0 or unique
 
 
 def own_device(device: torch.device) -> torch.device:
-    """This rank's own among the node's devices. Raises UserError if there are fewer than ranks."""
+    """This rank's device on its node. Raises UserError if the node has fewer devices than ranks."""
     if size() == 1 or device.type != "cuda":
         return device
     here, ranks = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -102,8 +102,8 @@ def own_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def collective_errors() -> Iterator[None]:
-    """If this block, which must call no collective, fails on one rank, it ends on all: the lowest that failed
-    raises its error, the others exit. Else they would wait for ever in their next collective.
+    """If this block fails on one rank, it ends on all ranks: the lowest rank that failed raises its error, the others
+    exit. Otherwise they would wait forever in their next collective. The block itself must not call a collective.
     """
     failed = True
     try:
@@ -117,7 +117,7 @@ def collective_errors() -> Iterator[None]:
 
 def all_reduce_max(value: int) -> int:
     """The greatest `value` of all ranks. All must call it, as any collective."""
-    tensor = torch.tensor(value, dtype=torch.int64)  # on the CPU: a GPU is not made to wait
+    tensor = torch.tensor(value, dtype=torch.int64)  # on the CPU, so that no GPU has to wait
     if size() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return int(tensor)
@@ -132,7 +132,7 @@ def all_reduce_sum(*values: float) -> list[float]:
 
 
 def share(micro_steps: int, rows: int) -> tuple[int, int]:
-    """The (micro-batches, rows in each at most `rows`) of each rank's even share of a step, or raises UserError."""
+    """A rank's share of a step: (micro-batches, rows in each, at most `rows`). UserError if no even share exists."""
     mine, sequences = -(-micro_steps // size()), micro_steps * rows
     rows, rest = divmod(sequences, mine * size())
     if rest:
@@ -142,21 +142,21 @@ def share(micro_steps: int, rows: int) -> tuple[int, int]:
 
 
 def parallelize(loss_model: Any, device, dtype, compile=False, strategy="ddp", activation_checkpointing=False) -> Any:
-    """`loss_model` (a LanguageModelLoss) as the ranks train it, to be called in its place. "ddp": each holds all of
-    the model and gradients are averaged. "fsdp": each holds its share of every parameter (a DTensor, cut along the
-    first dimension) and gathers a block's when it runs it, in `dtype`; what is outside of blocks stays fp32. Gradients
-    are reduced in fp32. Parameters keep their names.
+    """Prepare `loss_model` (a LanguageModelLoss) for all ranks; call the result in its place. "ddp": each rank holds
+    the whole model, and gradients are averaged. "fsdp": each rank holds a share of every parameter (a DTensor, cut
+    along the first dimension), and gathers the parameters of a block, in `dtype`, when the block runs. Parameters
+    outside of blocks stay fp32. Gradients are reduced in fp32. Parameters keep their names.
     """
     blocks = loss_model.model.layers
     if activation_checkpointing:
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if size() > 1 and strategy == "fsdp":
-        from torch.distributed.device_mesh import init_device_mesh  # a second, which one rank need not wait
+        from torch.distributed.device_mesh import init_device_mesh  # takes a second; one rank does without
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(device.type, (size(),))
-        # autocast decides on the inputs, as it does without FSDP: RoPE's angles need fp32
+        # do not cast inputs: autocast casts them, as without FSDP, and RoPE's angles need fp32
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks:
             if compile:
@@ -166,14 +166,14 @@ def parallelize(loss_model: Any, device, dtype, compile=False, strategy="ddp", a
     if size() > 1:
         ids = [device] if device.type == "cuda" else None
         loss_model = DistributedDataParallel(loss_model, device_ids=ids, gradient_as_bucket_view=True)
-    # outside DDP, so that it cuts graphs at its buckets
+    # compile outside of DDP, so that the compiler splits graphs at DDP's buckets
     return torch.compile(loss_model) if compile else loss_model
 
 
 def sync_gradients(loss_model: nn.Module, now: bool) -> None:
-    """Whether the next backward pass of a parallelized model averages gradients over ranks: a step's last."""
+    """Set whether the next backward pass averages gradients over ranks: only the last one of a step does."""
     module: Any
-    for module in loss_model.modules():  # the first, or what torch.compile wraps
+    for module in loss_model.modules():  # also finds those that torch.compile wraps
         if isinstance(module, DistributedDataParallel):
             module.require_backward_grad_sync = now
         elif hasattr(module, "set_requires_gradient_sync"):  # FSDP's
@@ -181,7 +181,7 @@ def sync_gradients(loss_model: nn.Module, now: bool) -> None:
 
 
 def clip_grad_norm(params: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients down to a norm of `max_norm` over all parameters; returns what it was, ()."""
+    """Scale the gradients down to a norm of `max_norm` over all parameters. Returns the norm before, ()."""
     norm: Any = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     norm = norm.full_tensor() if is_dtensor(norm) else norm
     if not norm <= max_norm:  # waits for the device
@@ -190,17 +190,17 @@ def clip_grad_norm(params: list[nn.Parameter], max_norm: float) -> Tensor:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether each rank holds a share of the tensor: a DTensor, told without importing that class."""
+    """Whether the tensor is a DTensor, of which each rank holds a share. Does not import that class."""
     return hasattr(tensor, "to_local")
 
 
 def to_local(tensor: Any) -> Tensor:
-    """What this rank holds of a tensor, sharing its memory."""
+    """The part of a tensor that this rank holds, in the same memory."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def full_state_dict(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors, put together from all ranks, on rank 0; nothing on the others. All must call it."""
+    """The whole tensors, gathered from all ranks, on rank 0; empty on the others. All ranks must call it."""
     gathered = {}
     for name, tensor in tensors.items():
         whole = tensor.full_tensor() if is_dtensor(tensor) else tensor
@@ -210,7 +210,7 @@ def full_state_dict(tensors: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def placed_like(value: Tensor, parameter: Any) -> Tensor:
-    """`value`, whole and the same on all ranks: on the device of `parameter`, and if of its shape cut so."""
+    """`value` (whole, the same on all ranks) on the device of `parameter`, and sharded like it if shapes are equal."""
     value = value.to(parameter.device)
     if is_dtensor(parameter) and value.shape == parameter.shape:
         from torch.distributed.tensor import distribute_tensor
@@ -220,14 +220,14 @@ def placed_like(value: Tensor, parameter: Any) -> Tensor:
 
 
 def each_matrix_once(function: Callable, values: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:
-    """function((N, m, n)) -> (N, m, n) of N matrices, each computed whole and on one rank only. `values` and
-    the result are what this rank holds, as of the like-shaped `parameters`: all, or with FSDP its
-    ceil(m / size) rows of each, fewer at the end.
+    """Apply function((N, m, n)) -> (N, m, n) to N matrices. Each matrix is computed whole, on one rank only. `values`
+    and the result are the parts that this rank holds, as of `parameters`, which have the same shapes: all rows, or
+    with FSDP ceil(m / size) rows of each matrix, fewer on the last ranks.
     """
     if size() == 1:
         return list(function(torch.stack(values)).unbind())
     (m, n), count = parameters[0].shape, len(values)
-    slots = -(-count // size())  # matrices a rank; the last of them go unused
+    slots = -(-count // size())  # matrices per rank; the last slots may be unused
     used = min(max(count - rank() * slots, 0), slots)
     results = values[0].new_zeros(slots, m, n)
     if not is_dtensor(parameters[0]):

@@ -1,10 +1,10 @@
 """Cached generation: token ids in, token ids out, for batches of prompts of any lengths.
 
-`generate` yields tokens as they come. What a row gets depends on its prompt, its seed and the options, never
-on the rows beside it, nor on a draft.
+`generate` yields tokens as they are drawn. The text of a row depends only on its prompt, its seed and the
+options. It does not depend on the other rows or on a draft.
 
-At the context's end, when a row holds block_size tokens, it keeps its last block_size // 2 and goes on. Where
-every layer has a window within the context, and none has sinks, there is no such end: the cache slides on.
+When a row holds block_size tokens, it keeps the last block_size // 2 of them and continues. If every layer has
+a window within the context, and none has sinks, this is not needed: the cache slides.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from nanokv.cache import KVCache
 
-PREFILL_CHUNK = 2048  # tokens of a prompt that go through the model at once; bounds the memory of a long one
+PREFILL_CHUNK = 2048  # most tokens of a prompt in one pass of the model; bounds the memory for long prompts
 
 
 @dataclass
 class Stats:
-    """What generations cost. Seconds exclude the time in which the caller held the iterator."""
+    """Time and memory of generation. Seconds exclude the time that the caller takes between two steps."""
 
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0  # until the first token of each row
@@ -34,7 +34,7 @@ class Stats:
     decode_seconds: float = 0.0
     cache_bytes: int = 0  # of the largest main cache
     drafted: int = 0
-    accepted: int = 0  # of the drafted tokens, those that were then drawn
+    accepted: int = 0  # drafted tokens that were then drawn
 
     def timed(self, steps: Iterator[list[int]], started: float) -> Iterator[list[int]]:
         """Yield `steps`, adding the time of each; the first began at `started`."""
@@ -48,7 +48,7 @@ class Stats:
 
 @torch.inference_mode()
 def prefill(model: Any, prompts: Sequence[list[int]], cache: KVCache) -> Tensor:
-    """Run prompts, of any lengths, through an empty cache; fp32 logits (B, V) after each one's last token."""
+    """Run prompts of any lengths through an empty cache. Returns fp32 logits (B, V) after each prompt's last token."""
     lengths, weight = [len(prompt) for prompt in prompts], model.embed_tokens.weight
     longest = max(lengths)
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
@@ -88,10 +88,10 @@ def sample(
 ) -> Tensor:
     """Draw a token from each row: logits (B, V) fp32, uniform (B,) in [0, 1) -> ids (B,).
 
-    In this order: temperature (0: the likeliest token), the top_k likeliest, of these the fewest likeliest
-    that reach top_p (Holtzman et al. 2020), of these the ones at least min_p times as likely as the first
-    (Nguyen et al. 2024); then the token at which the cumulative probability passes `uniform`. Drawing one
-    number a row leaves rows independent without a random generator, or a launch, for each in every step.
+    The steps, in this order: temperature (0: the likeliest token); the top_k likeliest tokens; of these, the
+    smallest set of likeliest tokens that reaches top_p (Holtzman et al. 2020); of these, the tokens at least min_p
+    times as likely as the first (Nguyen et al. 2024); the token at which the cumulative probability passes
+    `uniform`. One number per row keeps rows independent, without a random generator or a kernel for each row.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -109,17 +109,17 @@ def sample(
 
 
 def uniforms(seed: int, rows: int, device) -> Iterator[Tensor]:
-    """Endless vectors (rows,) in [0, 1), 256 at a time; row i's come from seed + i on any device."""
+    """Endless vectors (rows,) in [0, 1), made 256 at a time. Row i uses seed + i and is the same on any device."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(rows)]
     while True:
         yield from torch.stack([torch.rand(256, generator=g) for g in generators], 1).to(device)
 
 
 def make_room(model: Any, cache: KVCache, held: list[list[int]], dtype: torch.dtype | None) -> None:
-    """Cut the rows that fill their cache, unless it is endless, to the last block_size // 2 tokens they hold.
+    """Cut each row that fills the cache to its last block_size // 2 tokens, unless the cache is endless.
 
-    Positions start at 0 again, so these tokens are computed anew, in a cache of their own: the other rows are
-    left as they are.
+    Positions start at 0 again, so the kept tokens are computed again, in a separate cache. The other rows do not
+    change.
     """
     full = [i for i, n in enumerate(cache.host_lengths()) if n == cache.max_len]
     if not full or cache.endless:
@@ -189,11 +189,11 @@ def generate(
 def decode(
     model: Any, cache: KVCache, held: list[list[int]], uniform: Iterator[Tensor], draw: Callable, dtype
 ) -> Iterator[list[int]]:
-    """The token that each row draws, after each pass of the model. `held`: the tokens in each row."""
+    """Yield the token that each row draws after each pass of the model. held: the tokens in each row."""
     logits = prefill(model, held, cache)
     while True:
         ids = draw(logits, next(uniform))
-        tokens = ids.tolist()  # the one transfer, and wait, of a step
+        tokens = ids.tolist()  # the only transfer and wait in a step
         yield tokens
         make_room(model, cache, held, dtype)
         logits = decode_one_token(model, ids, cache)
@@ -211,11 +211,11 @@ def speculative_decode(
     draft: PromptLookup | DraftModel,
     stats: Stats,
 ) -> Iterator[list[int]]:
-    """The tokens of a single row, often several after a pass of the model (Leviathan et al. 2023).
+    """Yield the tokens of a single row, often several after one pass of the model (Leviathan et al. 2023).
 
-    A pass over the last token and some drafted ones gives the logits after each. From them the tokens are
-    drawn, with the numbers that `decode` would use. Drafts are accepted up to the first mismatch, where the
-    drawn token is used. So the text is that of `decode`.
+    One pass over the last token and some drafted tokens gives the logits after each of them. From these logits,
+    tokens are drawn with the random numbers that `decode` would use. Drafted tokens are accepted up to the first
+    one that differs from the drawn token; there the drawn token is used. So the text is the same as with `decode`.
     """
     logits, numbers, drafted = prefill(model, held, cache), [], []
     while True:
@@ -246,8 +246,8 @@ class PromptLookup:
     num_draft_tokens = 8
 
     def __init__(self):
-        self.places: dict[tuple[int, ...], int] = {}  # of three tokens, where the text goes on after them
-        self.text: list[int] = []  # as far as `places` knows it
+        self.places: dict[tuple[int, ...], int] = {}  # three tokens -> the place in the text after them
+        self.text: list[int] = []  # the text that `places` covers
 
     def propose(self, text: list[int], k: int, numbers: list[Tensor], draw: Callable) -> list[int]:
         """Up to k tokens to follow `text`."""
@@ -261,7 +261,7 @@ class PromptLookup:
 
 
 class DraftModel:
-    """Drafts what a smaller model of the same tokens draws with the same numbers."""
+    """Proposes the tokens that a smaller model with the same tokenizer draws with the same random numbers."""
 
     num_draft_tokens = 4
 
@@ -270,13 +270,13 @@ class DraftModel:
         self.cache = model.new_cache(1, max(model.config.block_size, 4 * k), spare=k)
         self.held: list[int] = []  # tokens in the cache, the drafted ones included
         self.text: list[int] = []  # the last text
-        self.start = 0  # where in it the cache starts
+        self.start = 0  # index in `text` of the first token in the cache
 
     def propose(self, text: list[int], k: int, numbers: list[Tensor], draw: Callable) -> list[int]:
         """k tokens to follow `text`, drawn with the first k of `numbers`, (1,) each."""
         if len(text) <= len(self.text) or text[: len(self.text)] != self.text:  # another text
             self.text, self.held, self.start = [], [], 0
-        known = len(self.text) - self.start  # of the tokens held; the drafted ones after them may be wrong
+        known = len(self.text) - self.start  # number of held tokens that are in the text; drafted ones may be wrong
         known += len(commonprefix([self.held[known:], text[len(self.text) : -1]]))
         if len(text) - self.start + k > self.cache.max_len:  # full
             self.start, known = len(text) - self.cache.max_len // 2, 0

@@ -1,4 +1,4 @@
-"""Large sets from the Hugging Face hub: streamed, tokenised in batches, sharded, resumed after a kill."""
+"""Large sets from the Hugging Face hub: streamed, tokenized in batches, sharded, resumed after a kill."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -17,13 +17,13 @@ class HubFlags(dataset_writer.Flags):
     vocab_size: int = 32768  # ids of the bpe tokenizer, <|endoftext|> included
     val_fraction: float = 0.005  # share of the documents held out for validation
     max_tokens: int = 0  # stop after about so many train tokens; 0: take all
-    shard_tokens: int = SHARD_TOKENS  # train tokens in a shard, and the most that a killed run does again
+    shard_tokens: int = SHARD_TOKENS  # train tokens in a shard; after a kill, at most one shard is repeated
     input: str = ""  # local parquet files or folders to read instead of the hub, separated by commas
     text_key: str = "text"  # column that holds the text
 
 
 def prepare_streamed(argv: list[str], here: str, repo: str, **source: str) -> None:
-    """Writes the set of the prepare.py `here` from the hub's `repo`; after a kill, goes on from the last shard."""
+    """Writes the set of the prepare.py `here` from the hub's `repo`. After a kill, continues after the last shard."""
     own = Path(here).parent
     flags = parse(HubFlags, argv, f"python data/{own.name}/prepare.py [--key=value ...]")
     folder = Path(flags.out_dir or own)
@@ -61,10 +61,10 @@ def open_stream(flags: HubFlags, repo: str, subset: str | None = None, revision:
         files = [str(path) for path in dataset_writer.find_files(flags.input, (".parquet",))]
         stream: Any = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
     else:
-        try:  # asked first, since load_dataset tries for half a minute
+        try:  # ask the hub first, because load_dataset retries for half a minute
             huggingface_hub.HfApi().dataset_info(repo, timeout=10)
             stream = datasets.load_dataset(repo, subset, revision=revision, split="train", streaming=True)
-        except Exception as e:  # its HTTP client, and so the class of its errors, varies by version
+        except Exception as e:  # the HTTP client and its error classes vary by version
             fault = f"cannot reach {repo} on the Hugging Face hub ({type(e).__name__})"
             raise UserError(f"{fault}: connect to the network, or give parquet files by --input") from e
     if flags.text_key not in (columns := stream.column_names or [flags.text_key]):

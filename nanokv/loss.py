@@ -13,8 +13,8 @@ MAX_LOGITS = 1 << 24  # elements at a time; 64 MiB in fp32
 
 
 class LanguageModelLoss(nn.Module):
-    """Token ids and targets -> loss; what training, DDP, FSDP and compile wrap instead of the model, which has
-    `hidden(idx) -> (B, T, C)` and `head(hidden) -> (..., V)`.
+    """Token ids and targets -> loss. Training, DDP, FSDP and torch.compile wrap this module instead of the model. The
+    model needs `hidden(idx) -> (B, T, C)` and `head(hidden) -> (..., V)`.
     """
 
     def __init__(self, model: nn.Module):
@@ -32,8 +32,8 @@ class LanguageModelLoss(nn.Module):
         return torch.stack([self.cross_entropy(h.flatten(0, 1), t.flatten()) for h, t in parts])
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The loss of final hidden states (N, C) and targets (N,). Many logits are computed in chunks and again in the
-        backward pass: at a vocabulary of 50,304 they and their gradient would be most of a step's memory.
+        """The loss of final hidden states (N, C) and targets (N,). Many logits are computed in chunks, and again in
+        the backward pass. At a vocabulary of 50,304, all of them at once would take most of a step's memory.
         """
         rows = max(MAX_LOGITS // self.model.config.vocab_size, 1)
         if len(hidden) <= rows:

@@ -1,4 +1,4 @@
-"""Figures of a run: parameters, FLOPs, size of the cache, memory, speed, code. Imports no model."""
+"""Figures of a run: parameters, FLOPs, size of the cache, memory, speed, code version. Imports no model."""
 
 import hashlib
 import math
@@ -26,21 +26,21 @@ from nanokv.generate import decode_one_token, prefill
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("nanokv", "backends", "tools")  # folders of code, besides the root
-NOT_CODE = ("tests", "data", "config")  # corpus_sha256 and config.json say what a run had of these
+NOT_CODE = ("tests", "data", "config")  # for these, a run has corpus_sha256 and config.json
 # Dense peak in TFLOP/s in 16 bits, by a word of the device's name (vendors' data sheets, without sparsity).
 PEAK_TFLOPS = {"B200": 2250, "GH200": 989, "H200": 989, "H100": 989, "A100": 312, "V100": 125, "T4": 65}
 PEAK_TFLOPS |= {"L40S": 362, "L4": 121, "A10G": 70, "4090": 165, "3090": 71}
 
 
 def n_params(model: nn.Module, embedding: bool = True) -> int:
-    """Number of parameters; without `embedding`, less the token embedding and the output head."""
+    """Number of parameters; if not `embedding`, without the token embedding and the output head."""
     names = () if embedding else ("embed_tokens.weight", "lm_head.weight")
     return sum(p.numel() for name, p in model.named_parameters() if name not in names)
 
 
 def match_params(make: Callable[[Any], nn.Module], config: Any, like: Any) -> tuple[int, int]:
-    """Set config.intermediate_size such that make(config) has as many parameters as make(like), within 1 %: to a
-    multiple of 8 where one is near enough. Returns both numbers. Raises UserError if no width is near enough.
+    """Set config.intermediate_size so that make(config) has as many parameters as make(like), within 1 %. Takes a
+    multiple of 8 if one is close enough. Returns both numbers. Raises UserError if no width is close enough.
     """
 
     def size(config: Any, **changes: int) -> int:
@@ -59,7 +59,7 @@ def match_params(make: Callable[[Any], nn.Module], config: Any, like: Any) -> tu
 
 def flops_per_token(model: Any, context: int) -> int:
     """FLOPs to train on one token at a context length, forward and backward, as in PaLM (arXiv 2204.02311,
-    appendix B): 6 a parameter that multiplies, 6 a multiply-add with each position, masked ones included.
+    appendix B): 6 per parameter of a matrix product, and 6 per multiply-add of attention, masked positions included.
     """
     config = model.config
     matmul = sum(p.numel() for p in model.parameters() if p.ndim == 2)
@@ -76,7 +76,7 @@ def kv_elements_per_token_layer(config) -> int:
 
 
 def kv_bytes_in_context(config, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Bytes of cache a token, all layers together, when a context is full: less where layers have windows. Without
+    """Bytes of cache per token of a full context, all layers together. Windows make it smaller. Does not include
     `kv_fixed_bytes`.
     """
     layouts, T = config.kv_layouts(), config.block_size
@@ -84,7 +84,7 @@ def kv_bytes_in_context(config, dtype: torch.dtype = torch.bfloat16) -> float:
 
 
 def kv_fixed_bytes(config, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes of a row that do not grow with its length, all layers together."""
+    """Bytes of cache per row that do not grow with the length of the text, all layers together."""
     return sum(layout.fixed_bytes(dtype) for layout in config.kv_layouts())
 
 
@@ -109,7 +109,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type == "cuda":
         words = torch.cuda.get_device_name(device).replace("-", " ").split()
         peak = next((tflops * 1e12 for model, tflops in PEAK_TFLOPS.items() if model in words), None)
-        if peak and dtype == torch.float32:  # as TF32, which Ampere brought
+        if peak and dtype == torch.float32:  # TF32, from Ampere on
             peak = peak / 2 if torch.cuda.get_device_capability(device) >= (8, 0) else None
         return peak
     if device.type != "cpu":
@@ -119,21 +119,21 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def mfu(flops_per_s: float, peak: float | None) -> float | None:
-    """Model FLOPs utilization; None without a peak, or with one that training exceeds. A CPU's peak comes out too low
-    if other processes run while it is timed; and masked positions are counted, which a causal kernel skips.
+    """Model FLOPs utilization; None if the peak is unknown or training exceeds it. That can happen on a CPU: its peak
+    is too low if other processes run while it is timed, and masked positions count although a kernel skips them.
     """
     return flops_per_s / peak if peak and flops_per_s <= peak else None
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held at once so far: on a GPU by torch's allocator, elsewhere by the process."""
+    """Peak memory so far in bytes: on a GPU of torch's allocator, elsewhere of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def git(*command: str) -> str | None:
-    """What git prints, in the root of this code; None where it fails, as outside a git checkout."""
+    """The output of a git command in the root of this code; None if it fails, as outside a git checkout."""
     try:
         return subprocess.check_output(["git", *command], cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
@@ -146,8 +146,8 @@ def git_sha() -> str | None:
 
 
 def code_sha256() -> str:
-    """One hash over the names and contents of this code's .py, .c and .h files, as they are on the disk: those that
-    git tracks, except in NOT_CODE. Without git, those in the root and in CODE, which are the same files.
+    """One hash over the names and contents of this code's .py, .c and .h files on disk: those that git tracks, except
+    in NOT_CODE. Without git, it takes those in the root and in CODE, which are the same files.
     """
     names = [name for name in (git("ls-files", "-z", "*.py", "*.c", "*.h") or "").split("\0") if name]
     found = (path for folder in CODE for path in (ROOT / folder).rglob("*"))
@@ -167,10 +167,10 @@ def position_spans(block_size: int) -> list[int]:
 
 @torch.no_grad()
 def evaluate(loss_model: Any, dataset: Dataset, windows: tuple[int, int, int], autocast, until=lambda: False) -> dict:
-    """Mean loss in nats a token and bits per byte, over the same validation tokens on any number of ranks; and the
-    loss of each of `position_spans`, by the number of tokens that the last target of a span is predicted from.
-    windows: block_size, batch_size and how many batches of all ranks, evenly spaced; 0: the whole split.
-    Draws nothing from any random state. Ends early, with what it has, when `until()` says so.
+    """Mean loss in nats per token, and bits per byte. The validation tokens are the same on any number of ranks. Also
+    the loss of each of `position_spans`, under the number of tokens before the last target of the span. windows:
+    block_size, batch_size, and the number of batches of all ranks together, evenly spaced (0: the whole split).
+    Uses no random state. Stops early, with a partial result, when `until()` is true.
     """
     device, spans = next(loss_model.parameters()).device, position_spans(windows[0])
     loss_model.eval()
@@ -179,7 +179,7 @@ def evaluate(loss_model: Any, dataset: Dataset, windows: tuple[int, int, int], a
         n = torch.stack([(part >= 0).sum() for part in y.split(spans, 1)]).to(device)
         with autocast:
             means = loss_model(x.to(device), y.to(device), tuple(spans))
-        sums += torch.where(n > 0, means * n, 0)  # the mean over none is not a number
+        sums += torch.where(n > 0, means * n, 0)  # the mean of no targets is nan
         counts += n
         if until():
             break
@@ -193,7 +193,7 @@ def evaluate(loss_model: Any, dataset: Dataset, windows: tuple[int, int, int], a
 
 
 def decode_probe(model: Any, context: int, n=32, repeats=5, cache_dtype: torch.dtype | None = None) -> dict[str, float]:
-    """Median speed of `repeats` decodings of n tokens at batch 1 after `context` random ones, as in metrics.jsonl."""
+    """Median speed of `repeats` decodings of n tokens, batch 1, after `context` random ones; keys of metrics.jsonl."""
     random = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (context,), generator=random).tolist()
     cache = model.new_cache(1, context + n, cache_dtype)

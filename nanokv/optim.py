@@ -11,13 +11,13 @@ from nanokv import distributed as parallel
 from nanokv.config import UserError
 from nanokv.torch_private import private
 
-EMBEDDING_LR = 10  # learning rate of an embedding that is not the head too, in units of learning_rate
+EMBEDDING_LR = 10  # learning rate of an untied embedding / learning_rate
 
 
 def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
-    """Matrices (N, m, n) -> the nearest semi-orthogonal ones, roughly, by Newton-Schulz iteration in bf16 or
+    """Matrices (N, m, n) -> roughly the nearest semi-orthogonal matrices, by Newton-Schulz iteration in bf16 or
     fp32. Keller Jordan's coefficients (https://kellerjordan.github.io/posts/muon) bring all singular values
-    to about 0.7 .. 1.2, which serves as well as 1.
+    to about 0.7 .. 1.2, which works as well as 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.bfloat16() if g.is_cuda else g
@@ -31,10 +31,10 @@ def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
 
 
 def muon_update(g: Tensor, row_groups: tuple[int, ...] = ()) -> Tensor:
-    """Momenta (N, m, n) of like matrices -> their updates: orthogonalized, and scaled by sqrt(max(1, m / n)), so that
-    their effect on activations does not depend on the shape. row_groups: sizes of the groups of rows that alternate in
-    a fused matrix, such as (16, 48) for a key and a value. Each group is orthogonalized on its own: together, the one
-    with the largest gradient would set the direction for all. The m of its scale is then the rows of one head.
+    """Momenta (N, m, n) of matrices of one shape -> their updates: orthogonalized, and scaled by sqrt(max(1, m / n)),
+    so that their effect on activations does not depend on the shape. row_groups: sizes of the row groups that alternate
+    in a fused matrix, such as (16, 48) for keys and values. Each group is orthogonalized separately: else the group
+    with the largest gradient would set the direction for all. m is then the number of rows of one head in the group.
     """
     updates = []
     for group in g.unflatten(1, (-1, sum(row_groups) or g.size(1))).split(row_groups or g.size(1), 2):
@@ -44,7 +44,7 @@ def muon_update(g: Tensor, row_groups: tuple[int, ...] = ()) -> Tensor:
 
 
 class Optimizer:
-    """What training needs of torch.optim.Optimizer, whose methods import a compiler for two seconds."""
+    """The part of torch.optim.Optimizer that training needs. The original imports a compiler for two seconds."""
 
     def __init__(self, groups: list[dict], **defaults):
         groups = [defaults | group for group in groups]
@@ -58,7 +58,7 @@ class Optimizer:
 
 
 def local(tensors: Iterable[Tensor | None]) -> list[Tensor]:
-    """What this rank holds of each tensor."""
+    """The part of each tensor that this rank holds."""
     return [parallel.to_local(tensor) for tensor in tensors]
 
 
@@ -86,8 +86,8 @@ class AdamW(Optimizer):
 
 
 class Muon(Optimizer):
-    """Momentum whose every update is orthogonalized (Jordan et al. 2024), for matrices, those of one shape
-    together, each by one rank, in its parameter group's `row_groups` (see `muon_update`). Decay is decoupled.
+    """Momentum with orthogonalized updates (Jordan et al. 2024), for matrices. Matrices of one shape are updated
+    together, each by one rank, in the `row_groups` of their parameter group (see `muon_update`). Decoupled decay.
     """
 
     @torch.no_grad()
@@ -112,7 +112,9 @@ class Muon(Optimizer):
 
 
 def make_optimizers(model, optimizer, lr=1e-3, muon_lr=0.02, momentum=0.95, weight_decay=0.1, betas=(0.9, 0.95)):
-    """A list: "adamw" for all, or "muon" for the blocks' matrices and AdamW for the rest. Only matrices decay."""
+    """A list of optimizers. "adamw": AdamW for all. "muon": Muon for the blocks' matrices, AdamW for the rest. Only
+    matrices have weight decay.
+    """
     embedding, heads, matrices, vectors = [], [], defaultdict(list), []
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     row_groups = {module.weight: getattr(module, "row_groups", ()) for module in linears}
@@ -127,7 +129,7 @@ def make_optimizers(model, optimizer, lr=1e-3, muon_lr=0.02, momentum=0.95, weig
         else:
             matrices[row_groups.get(p, ())].append(p)
     groups = [{"params": heads}, {"params": vectors, "weight_decay": 0.0}]
-    # entries of size 1, each touched by few tokens: they can take, and need, larger steps
+    # embedding entries start at size 1, and few tokens update each of them, so they need larger steps
     groups.append({"params": embedding, "lr": lr * EMBEDDING_LR})
     adamw = AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay)
     if optimizer == "adamw":

@@ -1,4 +1,4 @@
-"""Pictures: how all of them look, lines by group for the tools, and the picture of compare.py."""
+"""Pictures: their common style, line plots for the tools, and the picture of compare.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nanokv.config import UserError
 
 CACHE = "kv_cache/bytes_per_token"
 MOST_NAMES = 30  # rows that are named in the picture of compare.py
-# of an attention: color, marker and line, any of which tells it apart
+# color, marker and line of each attention; each of the three identifies it
 STYLES = {"mha": ("#000000", "o", "-"), "gqa": ("#0072b2", "^", "--")}
 STYLES |= {"mqa": ("#e69f00", "s", ":"), "mla": ("#d55e00", "D", "-.")}
 MORE_STYLES = (("#009e73", "v", (0, (5, 1))), ("#cc79a7", "P", (0, (1, 1))), ("#56b4e9", "X", (0, (8, 2))))
@@ -46,8 +46,8 @@ def styles_of(attentions: Iterable[str]) -> dict[str, tuple]:
 
 
 def draw_lines(path: Path, by: str, panels: list[tuple], **look) -> None:
-    """A picture with a line for each value of rows[by] in each panel: rows (dicts), their keys for x and y, and what
-    Axes.set takes. An x axis is in powers of two unless that says otherwise. A row's "name" stands beside its point.
+    """A picture with a line for each value of rows[by] in each panel. A panel is: rows (dicts), their keys for x and y,
+    and arguments of Axes.set. The x axis is in powers of two by default. A row's "name" is written beside its point.
     """
     figure, axes = pyplot().subplots(1, len(panels), figsize=(1 + 4 * len(panels), 3.5), squeeze=False)
     for axis, (rows, x, y, settings) in zip(axes[0], panels, strict=True):
@@ -71,8 +71,8 @@ def powers_of_two(axis) -> None:
 
 
 def draw_compare(rows: list, key: str, path: Path) -> None:
-    """Rows of compare.py: quality (`key`) against cache, the frontier as a staircase, seeds as bars; loss curves; and
-    the loss by the tokens of context before a target, where runs have it.
+    """The picture of compare.py's rows: quality (`key`) against cache, with the frontier as a staircase and the spread
+    of seeds as bars; loss curves; and, if runs have it, the loss by the number of tokens before a target.
     """
     names = ["tokens", "time"] + ["context"] * any(row.losses_at() for row in rows)
     mosaic = [["quality", name] for name in names]
@@ -107,7 +107,7 @@ def draw_compare(rows: list, key: str, path: Path) -> None:
         powers_of_two(panels["context"])
         panels["context"].set(xlabel="context, tokens (at most)", ylabel="val loss")
     if losses := sorted(e["train/loss"] for row in rows for e in row.runs[0].curve):
-        for name in ("tokens", "time"):  # not the first steps, beside which the runs look alike
+        for name in ("tokens", "time"):  # leave out the first steps: their range hides the differences between runs
             panels[name].set_ylim(losses[0] - 0.05, losses[int(0.8 * (len(losses) - 1))] + 0.05)
     if len(rows) <= MOST_NAMES:
         name_points(axes, [(row[CACHE], row[key], row.name) for row in rows])
@@ -115,10 +115,10 @@ def draw_compare(rows: list, key: str, path: Path) -> None:
 
 
 def name_points(axes, points: list[tuple[float, float, str]]) -> None:
-    """Write a name beside each point (x, y, name), where it covers no point, no other name and no legend."""
+    """Write a name beside each point (x, y, name), at a place where it covers no point, other name or legend."""
     from adjustText import adjust_text
 
     axes.figure.draw_without_rendering()  # so that the layout is final
     texts = [axes.text(*point, fontsize=8) for point in points]
-    line = dict(arrowstyle="-", color="0.6", linewidth=0.5)  # from a name that had to move to its point
+    line = dict(arrowstyle="-", color="0.6", linewidth=0.5)  # joins a name that was moved to its point
     adjust_text(texts, objects=[axes.get_legend()], ax=axes, expand=(1.2, 1.6), iter_lim=500, arrowprops=line)

@@ -1,4 +1,4 @@
-"""Codes of few bits for the numbers that a cache holds, and the scales that belong to them."""
+"""Quantization of the numbers in a cache: codes of 8 or 4 bits, and their scales."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INT4: torch.dtype = torch.int4  # pyright: ignore[reportAttributeAccessIssue]
-GROUP = {torch.int8: 128, torch.float8_e4m3fn: 128, INT4: 32}  # numbers of a vector that share a scale, at most
+GROUP = {torch.int8: 128, torch.float8_e4m3fn: 128, INT4: 32}  # most numbers of a vector that share a scale
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # code
 
 
 def grouped(x: Tensor, size: int) -> Tensor:
-    """x (..., D) as groups (..., ceil(D / size), size), filled up with its last number; fewer, if D < size."""
+    """x (..., D) as groups (..., ceil(D / size), size), padded with its last number; if D < size, one group of D."""
     size = min(x.size(-1), size)
     fill = x[..., -1:].expand(*x.shape[:-1], -x.size(-1) % size)
     return torch.cat((x, fill), -1).unflatten(-1, (-1, size))
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """x (..., D) -> its codes, by the name "", and what belongs to each group of numbers (..., D / GROUP).
+    """x (..., D) -> its codes, under the name "", and one scale (and offset) per group of numbers (..., D / GROUP).
 
-    int8 and fp8: codes (..., D) in dtype and their "_scale", bf16, which takes a group's largest magnitude to
-    the largest code. int4: codes of 0 to 15, two in a byte of (..., D / 2), where x = (code + offset) * scale;
-    the scale is a 15th of a group's range, the "_offset" an int8.
+    int8 and fp8: codes (..., D) in dtype, and a bf16 "_scale" that maps a group's largest magnitude to the
+    largest code. int4: codes from 0 to 15, two in each byte of (..., D / 2), with x = (code + offset) * scale.
+    The scale is 1/15 of a group's range, the "_offset" an int8.
     """
     groups = grouped(x.float(), GROUP[dtype])
     if dtype in LARGEST:
@@ -34,7 +34,7 @@ def quantize(x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         codes = codes.clamp(-largest, largest).to(dtype).flatten(-2)[..., : x.size(-1)]
         return {"": codes, "_scale": scale.squeeze(-1)}
     low, high = groups.aminmax(dim=-1, keepdim=True)
-    # in a narrow group far from zero the offset's range bounds the scale
+    # if a group is narrow and far from zero, a larger scale keeps the offset within int8
     scale = torch.maximum((high - low) / 15, torch.maximum(low.abs(), high.abs()) / 127)
     scale = scale.clamp(min=1e-30).bfloat16()
     offset = (low / scale.float()).round().clamp(-128, 127)
@@ -55,5 +55,5 @@ def dequantize(parts: dict[str, Tensor], width: int, dtype: torch.dtype) -> Tens
 
 
 def spread(x: Tensor, size: int, width: int) -> Tensor:
-    """What belongs to groups, (..., groups), for each of their numbers, (..., width), or as it is if all share it."""
+    """Values of groups (..., groups) repeated for each of their numbers (..., width); unchanged if one group."""
     return x.repeat_interleave(size, -1)[..., :width] if x.size(-1) > 1 else x

@@ -1,7 +1,7 @@
-"""RoPE's frequencies for longer contexts than those that a model was trained on, as Hugging Face computes them.
+"""RoPE's frequencies for contexts longer than the trained context, as Hugging Face computes them.
 
-`turns` are those of a pair of numbers within the trained context. Pairs with few turns never showed all their
-angles in training, so they are slowed down; pairs with many turns tell neighbors apart, so they stay.
+`turns` is how often RoPE turns a pair of numbers within the trained context. A pair with few turns did not reach
+all angles in training, so it is slowed down. A pair with many turns distinguishes neighbors, so it is unchanged.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TURNS = {"linear": None, "llama3": (1.0, 4.0), "yarn": (1.0, 32.0)}  # what rope_low and rope_high are by default
+TURNS = {"linear": None, "llama3": (1.0, 4.0), "yarn": (1.0, 32.0)}  # defaults of rope_low and rope_high
 KNOBS = ("rope_trained_length", "rope_low", "rope_high", "rope_attention_factor")
 
 
 def resolve(config: Any) -> None:
-    """Fill in the `rope_*` fields of a GPTConfig that are None. Raises ValueError if they do not fit together."""
+    """Replace `rope_*` fields of a GPTConfig that are None by values. Raises ValueError if they do not fit together."""
     kind, given = config.rope_scaling, [knob for knob in KNOBS if getattr(config, knob) is not None]
     given += ["rope_factor"] * (config.rope_factor != 1)
     if kind not in (None, *TURNS):
@@ -45,7 +45,7 @@ def resolve(config: Any) -> None:
 
 
 def scale(frequency: Tensor, config: Any) -> Tensor:
-    """frequency (W / 2,), in radians a token, as config.rope_scaling changes it: linear (Chen et al. 2023, arXiv
+    """Scale frequency (W / 2,), in radians per token, by config.rope_scaling: linear (Chen et al. 2023, arXiv
     2306.15595), llama3 (arXiv 2407.21783) or yarn (Peng et al. 2023, arXiv 2309.00071).
     """
     if config.rope_scaling in (None, "linear"):
@@ -54,7 +54,7 @@ def scale(frequency: Tensor, config: Any) -> Tensor:
     if config.rope_scaling == "llama3":
         turns = length * frequency / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
-    else:  # linear between the pairs that make `high` and `low` turns
+    else:  # linear between the pairs with `high` and `low` turns
         pairs, per_turns = len(frequency), math.log(config.rope_theta)
         first, last = (pairs * math.log(length / (turns * 2 * math.pi)) / per_turns for turns in (high, low))
         first, last = max(math.floor(first), 0), min(math.ceil(last), 2 * pairs - 1)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, summary.json, lines on the terminal, and W&B if asked to."""
+"""The outputs of a run: metrics.jsonl, summary.json, lines on the terminal, and W&B if asked for."""
 
 import json
 import math
@@ -12,10 +12,12 @@ from nanokv import checkpoint
 
 
 class RunLogger:
-    """Without a run folder, on all ranks but the first, it only keeps the summary, which begins with `facts`."""
+    """The log of a run. The summary begins with `facts`. Ranks other than the first have no run folder, and keep only
+    the summary.
+    """
 
     def __init__(self, run_dir: Path | None, facts: dict, resume_step=None, wandb: dict | None = None):
-        """resume_step: where an earlier run is gone on with. wandb: arguments of wandb.init, to log to W&B too."""
+        """resume_step: the step at which a run is resumed. wandb: arguments of wandb.init, to log to W&B too."""
         self.run_dir, self.summary, self.bar = run_dir, dict(facts), sys.stdout.isatty()
         self.wandb = start_wandb(run_dir, **wandb) if run_dir and wandb else None
         if run_dir is None:
@@ -75,7 +77,7 @@ class RunLogger:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for one cut short when the run was killed, or damaged."""
+    """The step of a line of metrics.jsonl; infinite if the line is damaged, or cut short by a kill."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
@@ -83,7 +85,7 @@ def _step_of(line: str) -> float:
 
 
 def start_wandb(run_dir: Path, **options):
-    """A W&B run, the same again on resume; offline where there is no key or no network; None without W&B."""
+    """A W&B run, the same one after a resume; offline if there is no key or no network; None without W&B."""
     try:
         import wandb.errors
     except ImportError:
@@ -111,7 +113,7 @@ def quality(metrics: dict) -> str:
 
 
 def table(summary: dict) -> str:
-    """Quality and cache side by side, a run's result in two lines."""
+    """The result of a run in two lines: quality and cache side by side."""
     columns = {"attention": summary["attention"], "parameters": f"{summary['params/total']:,}"}
     columns["val loss"] = f"{summary['final/val_loss']:.4f}"
     if summary["final/val_bpb"] is not None:  # the data are text

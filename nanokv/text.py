@@ -1,4 +1,4 @@
-"""Between text and token ids, around generation: prompts in, samples out."""
+"""Text for generation: prompts to token ids, and token ids to the text of samples."""
 
 import codecs
 from collections.abc import Collection
@@ -12,9 +12,9 @@ from nanokv.generate import generate_lists
 
 
 class TextStream:
-    """The text of one sample, from its tokens, as far as it is certain: an unfinished character waits for its
-    last byte, and what may begin a stop string, which ends the sample, waits until it is one or is not. Bytes
-    that are no UTF-8 become U+FFFD.
+    """The text of one sample, from its tokens. Only text that is certain is given out: an unfinished character
+    waits for its last byte, and text that may begin a stop string waits until that is decided. A stop string
+    ends the sample. Bytes that are not UTF-8 become U+FFFD.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, stop: Collection[str] = ()):
@@ -22,11 +22,11 @@ class TextStream:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that this token makes certain; nothing once the stream has ended."""
+        """Add a token. Returns the text that is now certain; "" after the end of the stream."""
         return self._release(self.tokenizer.decode_single_token_bytes(token))
 
     def close(self) -> str:
-        """End the stream: the text still held."""
+        """End the stream. Returns the text that was still held."""
         return self._release(b"", last=True)
 
     def _release(self, new: bytes, last: bool = False) -> str:
@@ -43,8 +43,8 @@ class TextStream:
 
 
 def encode_prompt(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-    """Token ids of a prompt. An empty one begins a document: with <|endoftext|>, else as in nanoGPT with a
-    newline, else with id 0. Raises UserError if the tokenizer cannot encode the text.
+    """Token ids of a prompt. An empty prompt begins a document: it is <|endoftext|> if the tokenizer has it, else
+    a newline as in nanoGPT, else id 0. Raises UserError if the tokenizer cannot encode the text.
     """
     if ids := tokenizer.encode_ordinary(text):
         return ids
@@ -63,7 +63,7 @@ def stop_ids(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
 
 
 def generate_text(model: nn.Module, tokenizer, max_new_tokens: int, start: str = "", **options) -> str:
-    """One sample as text, `start` included, of a model in eval mode; options as for `generate`."""
+    """One sample as text, `start` included. The model should be in eval mode. Options are those of `generate`."""
     options = dict(temperature=0.8, top_k=200) | options
     options |= dict(stop_ids=stop_ids(tokenizer), n_vocab=tokenizer.n_vocab)
     (tokens,) = generate_lists(model, [encode_prompt(tokenizer, start)], max_new_tokens, **options)

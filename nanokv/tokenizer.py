@@ -1,7 +1,7 @@
-"""Tokenizers, all with tiktoken's interface: `byte`, `bpe` and `gpt2` are tiktoken encodings, and so is what
-convert.py makes of a tokenizer.json; `char` and `ids` are small classes that look like one.
+"""Tokenizers, all with tiktoken's interface. `byte`, `bpe`, `gpt2` and tokenizers that convert.py reads from a
+tokenizer.json are tiktoken encodings. `char` and `ids` are small classes with the same methods.
 
-Users' text goes through `encode_ordinary`, to which the characters `<|endoftext|>` are text like any other.
+Users' text goes through `encode_ordinary`, which treats the characters `<|endoftext|>` as ordinary text.
 """
 
 import base64
@@ -30,7 +30,7 @@ DOWNLOAD_SECONDS = 60
 
 
 class _PlainTokenizer:
-    """What follows of tiktoken's interface from `encode_ordinary` and `decode_single_token_bytes`."""
+    """The methods of tiktoken's interface that follow from `encode_ordinary` and `decode_single_token_bytes`."""
 
     eot_token = None
 
@@ -69,7 +69,7 @@ class CharTokenizer(_PlainTokenizer):
 
 
 class IdsTokenizer(_PlainTokenizer):
-    """For data that is no text: reads and prints ids as numbers between spaces."""
+    """For data that is not text: reads and prints ids as numbers separated by spaces."""
 
     name = "ids"
 
@@ -91,9 +91,9 @@ class BpeTokenizer(tiktoken.Encoding):
     """tiktoken's byte-pair encoding, with any name for the token that ends a document, or none."""
 
     def __init__(self, name: str, pattern: str, ranks, specials, end_of_text: str | None = END_OF_TEXT, nfc=False):
-        """ranks: dict, id of each token (bytes), which is also its priority in merging. specials: dict, id of
-        each special token (str). end_of_text: the one that ends a document, or None. nfc: whether text is put
-        into Unicode's normal form C first. Raises ValueError if the ids are not 0, 1, ... or a byte has none.
+        """ranks: dict from token (bytes) to id, which is also its priority in merging. specials: dict from special
+        token (str) to id. end_of_text: the special token that ends a document, or None. nfc: convert text to Unicode
+        normal form C first. Raises ValueError if the ids are not 0, 1, ... or a byte has no id.
         """
         super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
         if sorted([*ranks.values(), *specials.values()]) != list(range(self.n_vocab)):
@@ -156,7 +156,7 @@ def load(folder: str | Path) -> Tokenizer:
             more = {name: spec[name] for name in ("end_of_text", "nfc") if name in spec}
             specials = spec.get("special_tokens", {END_OF_TEXT: len(ranks)})
             if len({*ranks.values(), *specials.values()}) < len(ranks) + len(specials):
-                raise ValueError("two tokens share an id")  # on which tiktoken would panic
+                raise ValueError("two tokens share an id")  # tiktoken would panic
             tok = BpeTokenizer(spec["kind"], spec["pattern"], ranks, specials, **more)
         if sha256(tok) != spec["sha256"]:
             raise ValueError("it is another one than was saved")
@@ -168,7 +168,7 @@ def load(folder: str | Path) -> Tokenizer:
 
 
 def sha256(tok: Tokenizer) -> str:
-    """Names the tokenizer: equal for two that encode every text alike by construction."""
+    """A hash that identifies the tokenizer: equal if two are built to encode every text in the same way."""
     spec, ranks = _describe(tok)
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode() + ranks).hexdigest()
 
@@ -187,7 +187,7 @@ def _encoding(name: str, pattern: str, tokens: list[bytes]) -> BpeTokenizer:
 
 
 def _describe(tok: Tokenizer) -> tuple[dict, bytes]:
-    """What makes the tokenizer what it is: a JSON-able dict, and its ranks as a .tiktoken file."""
+    """The full description of a tokenizer: a dict for JSON, and its ranks as a .tiktoken file."""
     if isinstance(tok, CharTokenizer):
         return {"kind": tok.name, "chars": tok.chars}, b""
     if isinstance(tok, IdsTokenizer):
@@ -228,7 +228,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
 
 
 def _gpt2() -> BpeTokenizer:
-    """GPT-2's tokenizer. tiktoken downloads it with no timeout; waiting in a thread bounds that."""
+    """GPT-2's tokenizer. tiktoken downloads it without a timeout, so a thread bounds the wait."""
     outcome: list[Any] = [f"no answer in {DOWNLOAD_SECONDS} s"]
 
     def fetch():

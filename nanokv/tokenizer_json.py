@@ -1,8 +1,8 @@
-"""`tokenizer.json`, the file that Hugging Face's `tokenizers` reads, from our tokenizers and back.
+"""Our tokenizers to `tokenizer.json`, the file that Hugging Face's `tokenizers` reads, and back.
 
-A byte-pair encoding by ranks merges the two neighbours whose joint token has the lowest id; tokenizer.json
-lists the pairs to merge, in order. So each way of cutting a token in two becomes a merge on the way out, and
-on the way in the merges must come in the order of the ids they make.
+Our byte-pair encoding merges the two neighbors whose joint token has the lowest id. A tokenizer.json lists the
+pairs to merge, in order. So `to_json` writes a merge for each way to cut a token into two tokens, and `from_json`
+requires that the merges come in the order of the ids that they make.
 """
 
 from nanokv.config import UserError
@@ -19,11 +19,11 @@ DIGITS_PATTERN = DIGITS_PATTERN.replace(r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)
 
 
 def to_json(tok: Tokenizer) -> dict:
-    """The contents of tokenizer.json: the same ids, and for unknown characters an error, as of `tok`."""
+    """The contents of tokenizer.json. It gives the same ids as `tok`, and an error for unknown characters."""
     blank = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
     blank |= {"normalizer": None, "post_processor": None}
     if isinstance(tok, BpeTokenizer):
-        # Oniguruma, their engine, writes (?m: where ours writes (?s:; bytes without merges need no split
+        # Oniguruma, their regex engine, has (?m: for our (?s:; bytes without merges need no split
         split = {"type": "Split", "pattern": {"Regex": tok.pattern}, "behavior": "Isolated", "invert": False}
         to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         merges, unused = _merges(tok.ranks), ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
@@ -39,14 +39,14 @@ def to_json(tok: Tokenizer) -> dict:
         vocab, decoder = {c: i for i, c in enumerate(tok.chars)}, {"type": "Fuse"}
     else:
         every, vocab, decoder = {"type": "WhitespaceSplit"}, {str(i): i for i in range(tok.n_vocab)}, None
-    # <unk> is not in vocab, so the unknown is a fault
+    # <unk> is not in vocab, so an unknown character is an error
     model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
     return blank | {"pre_tokenizer": every, "decoder": decoder, "model": model}
 
 
 def from_json(content: dict, end_of_text: str | None) -> Tokenizer:
-    """Our tokenizer from a tokenizer.json; `end_of_text` is the special token so used. Raises UserError for
-    what is neither a byte-level byte-pair encoding (GPT-2, Llama 3, Qwen, ...) nor of those of `to_json`.
+    """Our tokenizer from a tokenizer.json; `end_of_text` is the special token that ends a document. UserError if it is
+    neither a byte-level byte-pair encoding (GPT-2, Llama 3, Qwen, ...) nor written by `to_json`.
     """
     model, splitter = content["model"], content["pre_tokenizer"]
     if model["type"] == "WordLevel" and content["added_tokens"] == []:
@@ -79,7 +79,7 @@ def from_json(content: dict, end_of_text: str | None) -> Tokenizer:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[str]:
-    """Every cut of a token into two tokens, in the order of the ids made, then of the parts' ids."""
+    """Every cut of a token into two tokens, ordered by the id of the token, then by the ids of its parts."""
     pairs = []
     for token, rank in ranks.items():
         cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
@@ -95,7 +95,7 @@ def _pattern(splitter: dict, merges: bool) -> str:
         match parts[:-1]:
             case [] if gpt2:
                 return GPT2_PATTERN
-            case [] if not merges:  # nothing to keep apart
+            case [] if not merges:  # no merges, so no split is needed
                 return r"(?s:.+)"
             case [{"type": "Digits", "individual_digits": True}] if gpt2:
                 return DIGITS_PATTERN

@@ -1,6 +1,6 @@
-"""Functions of torch that have no public name, and what computes the same if a torch release removes them.
+"""Private functions of torch, and stand-ins that compute the same if a torch release removes them.
 
-backends/cpu_checks.py asks torch for its hidden states. All other private functions are called from here.
+backends/cpu_checks.py reads private states of torch. All other private functions are called from here.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def one_by_one(method: str) -> Callable[..., list[Tensor]]:
-    """A method of Tensor for each tensor of a list in turn. An argument may be a list too, of one value for each."""
+    """A function that calls a method of Tensor on each tensor of a list. An argument may be a list of values."""
 
     def for_each(tensors: list[Tensor], *args: Any, **knobs: Any) -> list[Tensor]:
         rows = zip(*(arg if isinstance(arg, list) else [arg] * len(tensors) for arg in args), strict=True)
@@ -22,7 +22,7 @@ def one_by_one(method: str) -> Callable[..., list[Tensor]]:
 
 
 def adamw(params, grads, means, squares, _, steps, *, lr, beta1, beta2, weight_decay, eps, **unused) -> None:
-    """One step of AdamW for lists of tensors, in place. `steps` count this step already."""
+    """One step of AdamW for lists of tensors, in place. `steps` already include this step."""
     for p, g, mean, square, step in zip(params, grads, means, squares, steps, strict=True):
         mean.lerp_(g, 1 - beta1)
         square.lerp_(g * g, 1 - beta2)
@@ -42,7 +42,7 @@ STAND_INS: dict[str, Callable] = {
 
 
 def private(name: str) -> Callable:
-    """The function `torch.{name}`, or its stand-in if torch has none of this name."""
+    """The function `torch.{name}`, or its stand-in if torch does not have it."""
     stand_in = STAND_INS[name]
     try:
         return attrgetter(name)(torch)

@@ -1,4 +1,4 @@
-"""What a run notices as it trains: steps that cannot be taken, a loss that jumps, late data, signals."""
+"""What a run watches while it trains: gradients that are not finite, loss spikes, slow data, signals."""
 
 import math
 import os
@@ -15,11 +15,11 @@ class SkippedSteps:
     """Counts the steps whose gradient was not finite and which were therefore not taken."""
 
     def __init__(self, limit: int, total: int, say: Callable[[str], None]):
-        """limit: how many in a row are too many; total: those of the run so far."""
+        """limit: the number of skipped steps in a row that ends the run; total: steps skipped so far."""
         self.limit, self.total, self.say, self.in_a_row = limit, total, say, 0
 
     def step(self, number: int, grad_norm: float) -> bool:
-        """Whether the optimizers may step. Raises UserError when too many in a row may not."""
+        """Whether the optimizers may take step `number`. Raises UserError after `limit` skipped steps in a row."""
         if math.isfinite(grad_norm):
             self.in_a_row = 0
             return True
@@ -32,7 +32,7 @@ class SkippedSteps:
 
 
 class LossSpikes:
-    """Tells a loss that has jumped from one that wavers, by a running mean and deviation."""
+    """Detects jumps of the loss, by a running mean and standard deviation."""
 
     DECAY, DEVIATIONS, SHARE, WARM_UP = 0.9, 6, 0.1, 10
 
@@ -40,7 +40,7 @@ class LossSpikes:
         self.say, self.seen, self.mean, self.variance = say, 0, 0.0, 0.0
 
     def see(self, number: int, loss: float) -> None:
-        """Says so if the loss at step `number` is 6 deviations and 10 % above the mean of those before."""
+        """Prints a line if the loss at step `number` is 6 deviations and 10 % above the running mean."""
         if not math.isfinite(loss):
             return
         above, far = loss - self.mean, max(self.DEVIATIONS * math.sqrt(self.variance), self.SHARE * self.mean)
@@ -53,7 +53,7 @@ class LossSpikes:
 
 
 class StallWatchdog:
-    """`with watchdog: fetch()` says so when the fetching takes longer than `seconds`, while it still does."""
+    """`with watchdog: fetch()` prints a line as soon as `fetch` has taken longer than `seconds`."""
 
     def __init__(self, seconds: float, say: Callable[[str], None]):
         self.seconds, self.say = seconds, say
@@ -69,9 +69,9 @@ class StallWatchdog:
 
 
 class StopSignal:
-    """Remembers the first SIGINT, SIGTERM or SIGUSR1 on any rank, so that all end the loop at a whole step.
-    Before the first step, which may be minutes of compiling, it ends the run `at_once`. A second signal
-    kills, but not under torchrun, which passes on what has reached the workers already.
+    """Remembers the first SIGINT, SIGTERM or SIGUSR1 on any rank, so that all ranks stop after the same whole step.
+    Before the first step, which may compile for minutes, a signal ends the run `at_once`. A second signal kills the
+    process, but not under torchrun, which sends each rank a signal that it may have received already.
     """
 
     def __init__(self):
@@ -85,7 +85,7 @@ class StopSignal:
             self.restore()
         if self.at_once:
             print(f"{self.signal.name}: stopped before the first step, nothing to save", flush=True)
-            (os._exit if parallel.size() > 1 else sys.exit)(128 + number)  # without a word to waiting ranks
+            (os._exit if parallel.size() > 1 else sys.exit)(128 + number)  # without telling other ranks, which may wait
 
     def agreed(self) -> bool:
         """Whether a rank was told to stop. A collective: all must call it."""

@@ -19,6 +19,7 @@ from nanokv import checkpoint
 from train import TrainConfig, configure
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start; two would wait for each other
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
 

@@ -58,6 +58,13 @@ def test_classes_are_swapped_and_nothing_else():
 
 
 @compiled
+def test_a_model_in_bf16_is_decoded_in_C_and_nothing_else():
+    model = backends.accelerate(small_model(torch.bfloat16))
+    assert backends.describe(model) == "backend cpu: decoding in C (1 thread)" and type(model.norm) is RMSNorm
+    assert backends.pure(model).__class__ is GPT
+
+
+@compiled
 def test_the_line_at_start_up(monkeypatch):
     loss = wrapped()
     assert backends.describe(loss) == "backend none: torch"
@@ -96,7 +103,8 @@ def test_what_NANOKV_BACKEND_says(monkeypatch):
     with pytest.raises(UserError, match="NANOKV_BACKEND must be one of auto, none, cpu, cuda, not 'cpuu'"):
         backends.accelerate(loss)
     monkeypatch.setenv("NANOKV_BACKEND", "cpu")
-    assert "fp32 only" in backends.describe(backends.accelerate(loss.bfloat16())) and types(loss) == before
+    assert "fp32 or bf16" in backends.describe(backends.accelerate(loss.double())) and types(loss) == before
+    assert "without autocast" in backends.describe(backends.accelerate(loss.float(), torch.bfloat16))
     monkeypatch.setattr(cpu_library, "why_not", lambda: "no C compiler: gcc is not installed")
     line = backends.describe(backends.accelerate(loss.float()))
     assert line == "backend cpu: torch (no C compiler: gcc is not installed)" and types(loss) == before

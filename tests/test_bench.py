@@ -61,6 +61,7 @@ def test_train_measures_each_attention_in_its_own_process(tmp_path):
     assert (tmp_path / "train.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_cache_measures_quality_through_every_format_and_window(tmp_path, capsys):
     (tmp_path / "book.txt").write_text("To be, or not to be: that is the question.\n" * 50)
     dataset = open_dataset(str(bench.nanogpt_folder(tmp_path / "book.txt", tmp_path / "set")))

@@ -99,7 +99,7 @@ def workers(of: subprocess.Popen) -> list[int]:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def curve(run_dir: Path) -> list[float]:

@@ -3,7 +3,6 @@ and docs/add_an_attention.md alone is enough to add one.
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -246,12 +245,9 @@ SMALL["tools.recall"] = ["--pairs=2"]
 def run(words: list[str], root: Path) -> str:
     """Standard output of a command, which must succeed."""
     module = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[words[0]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     words = sum((sorted(glob(word, root_dir=root)) if "*" in word else [word] for word in words), [])
     words += [option for word in words for option in SMALL.get(word, [])]
-    done = subprocess.run(
-        [sys.executable, *module, *words[1:]], cwd=root, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, *module, *words[1:]], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
     return done.stdout
 

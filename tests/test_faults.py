@@ -242,8 +242,8 @@ def poison(monkeypatch):
     def poison(change) -> None:
         forward, calls = train.LanguageModelLoss.forward, [0]
 
-        def poisoned(loss_model, idx, targets):
-            loss = forward(loss_model, idx, targets)
+        def poisoned(loss_model, *batch):
+            loss = forward(loss_model, *batch)
             if not loss_model.training:
                 return loss
             calls[0] += 1

@@ -166,7 +166,6 @@ def test_a_data_set(run_dir, tmp_path):
             next(dataset.val_batches(16, 2))
 
 
-@pytest.mark.slow
 def test_a_configuration(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     draw, bang, path = random.Random(3), tmp_path / "bang", tmp_path / "run.py"

@@ -135,7 +135,9 @@ def test_resume_is_bit_identical(run):
     assert half_losses == whole_losses
 
 
-@pytest.mark.parametrize(("number", "optimizer"), [(signal.SIGINT, "muon"), (signal.SIGTERM, "adamw")])
+@pytest.mark.parametrize(
+    ("number", "optimizer"), [(signal.SIGINT, "muon"), pytest.param(signal.SIGTERM, "adamw", marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_resume_goes_on_bit_identically(corpus, tmp_path, run, number, optimizer):
     knobs = [f"--optimizer={optimizer}", "--max_iters=60", "--eval_interval=25", "--log_interval=1"]
     whole = run("whole", *knobs)
