@@ -165,6 +165,8 @@ def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, Trai
             values["init_from"] = "resume"
         source = values.get("init_from", "scratch")
         if source == "scratch":
+            if values.get("match_params") and on_line.get("intermediate_size"):
+                raise UserError("match_params chooses intermediate_size; remove one of them")
             return values
         if source != "resume":
             return asdict(read_knobs(Path(source))[0]) | values

@@ -76,6 +76,10 @@ FAULTS = {
         "9,780 parameters within 1 %; the nearest, 2, gives 9,888",
     ),
     "a chain": (["--match_params=CHAIN.py"], "match config/mla.py, which it names"),
+    "a width too": (
+        ["--match_params=config/mla.py", "--intermediate_size=64"],
+        "chooses intermediate_size; remove one",
+    ),
     "weights": (["--match_params=config/mla.py", "--init_from=tests/runs/mla"], "match_params is for a new model"),
 }
 
