@@ -224,8 +224,9 @@ class LayerCache:
         plan, buffer = self.plan_of_last, self.buffers[name]
         assert plan is not None and plan.previous is not None
         rows = torch.arange(len(buffer), device=buffer.device)[:, None]
-        held = buffer.transpose(1, 2)[rows, plan.slot_of(plan.previous.clamp(min=0))]  # (B, last, heads, width)
-        held = held.masked_fill((plan.previous < 0)[..., None, None], 0).transpose(1, 2)
+        previous = plan.previous[:, plan.last - self.layout.parts[name].last :]  # (B, last)
+        held = buffer.transpose(1, 2)[rows, plan.slot_of(previous.clamp(min=0))]  # (B, last, heads, width)
+        held = held.masked_fill((previous < 0)[..., None, None], 0).transpose(1, 2)
         self.store(buffer, new.detach().to(buffer.dtype), plan)
         return held.to(new.dtype)
 
