@@ -15,11 +15,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
+from model import GPTConfig
 from nanokv import checkpoint
 from nanokv.config import UserError, cli, parse
 from nanokv.plots import CACHE, draw_compare, styles_of
@@ -34,6 +35,7 @@ NOT_THE_EXPERIMENT = {"seed", "out_dir", "overwrite", "wandb_log", "wandb_projec
 NOT_THE_EXPERIMENT |= {"wandb_entity", "wandb_group", "wandb_tags"}
 ORIGIN = {"code": "code_sha256", "data": "corpus_sha256"}  # column: key of what produced a row's figures
 ORIGIN |= {what: f"resolved/{what}" for what in ("dtype", "device", "backend")}  # not the knobs, which may be auto
+DEFAULTS = {field.name: field.default for field in fields(GPTConfig)}  # of knobs that earlier versions did not have
 LOSS_AT = re.compile(r"val/loss_at/(\d+)")
 CURVE_POINTS = 400  # points that are read of a curve; a picture cannot show more
 MARK = b'"train/loss"'  # marks the lines of metrics.jsonl that are points of the curve
@@ -182,7 +184,8 @@ def make_rows(runs: list[Run]) -> list[Row]:
     """Group runs into rows, sorted by cache and then by quality, with the Pareto frontier marked."""
     groups, repeats = {}, Counter()
     for run in runs:
-        experiment = {k: v for k, v in run.config.items() if k not in NOT_THE_EXPERIMENT}
+        knobs = DEFAULTS | run.config  # W&B's config has facts beside the knobs, such as git_sha and params/total
+        experiment = {k: v for k, v in knobs.items() if k not in NOT_THE_EXPERIMENT and not re.search("/|_sha", k)}
         if experiment.get("init_from") == "resume":  # a resumed run keeps the init_from of its start
             experiment["init_from"] = "scratch"
         sizes, origin = (

@@ -334,9 +334,9 @@ class MultiHeadLatentAttention(nn.Module):
         config.qk_nope_head_dim = dn = head_width(config) - dr if dn is None else dn
         config.v_head_dim = dn + dr if dv is None else dv
         config.qk_rope_repeat = repeat = 1 if config.qk_rope_repeat is None else config.qk_rope_repeat
-        at_least(config, 1, "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
-        if dr < 0 or repeat < 1 or dr % (2 * repeat):
-            raise ValueError(f"qk_rope_head_dim = {dr} must be even, a multiple of twice qk_rope_repeat = {repeat}")
+        at_least(config, 1, "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "q_lora_rank", "qk_rope_repeat")
+        if dr < (config.qk_norm == "shared") or dr % (2 * repeat):
+            raise ValueError(f"qk_rope_head_dim = {dr} must be even, fit qk_rope_repeat, not 0 if qk_norm = shared")
 
     @staticmethod
     def cached_parts(config: GPTConfig) -> dict[str, Part]:

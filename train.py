@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -165,6 +165,8 @@ def configure(argv: list[str], restarted: bool = False) -> tuple[GPTConfig, Trai
             values["init_from"] = "resume"
         source = values.get("init_from", "scratch")
         if source == "scratch":
+            if values.get("match_params") and on_line.get("intermediate_size"):
+                raise UserError("match_params chooses intermediate_size; remove one of them")
             return values
         if source != "resume":
             return asdict(read_knobs(Path(source))[0]) | values
@@ -202,10 +204,8 @@ def match_parameters(model: GPTConfig, source: str) -> None:
     if is_file and knobs.match_params:
         raise UserError(f"{source} has match_params of its own; match {knobs.match_params}, which it names")
     if other.vocab_size not in (0, model.vocab_size):  # 0: that of the data set, the same for both
-        fault = f"it has a vocabulary of {other.vocab_size:,}, not {model.vocab_size:,}"
-        raise UserError(
-            f"cannot match parameters of {source}: {fault}; train both on one data set, with one vocab_size"
-        )
+        fault = f"cannot match parameters of {source}: it has a vocabulary of {other.vocab_size:,}"
+        raise UserError(f"{fault}, not {model.vocab_size:,}; train both on one data set, with one vocab_size")
     other.vocab_size = model.vocab_size
     size, target = measure.match_params(GPT, model, other)
     if parallel.rank() == 0:
@@ -279,7 +279,8 @@ def claim(config: TrainConfig, model_config: GPTConfig, dataset: Dataset, step: 
         tokenizer = dataset.tokenizer  # raises if it is missing, before the folder is changed
         if parallel.rank() == 0:
             checkpoint.claim(run_dir, config.init_from == "resume", config.overwrite, parallel.launch())
-            checkpoint.write_config(run_dir, model_config, config)
+            began = read_knobs(run_dir)[1] if config.init_from == "resume" else config
+            checkpoint.write_config(run_dir, model_config, replace(config, init_from=began.init_from))
             with checkpoint.writing(run_dir):
                 tokenizers.save(tokenizer, run_dir)
 

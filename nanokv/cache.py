@@ -92,8 +92,9 @@ class LayerLayout:
         return (self.last() + spare) * sum(heads * width * of.itemsize for heads, width, of in buffers)
 
     def slots(self, max_len: int, spare: int = 0) -> int:
-        """Tokens that the layer has room for in a cache of max_len tokens."""
-        return min(self.sinks + self.window + spare, max_len) if self.window else max_len
+        """Tokens that the layer has room for in a cache of max_len tokens, or of an endless one."""
+        held = self.sinks + self.window
+        return held + spare if self.window and held <= max_len else max_len
 
 
 def kv_bytes_per_token(layouts: Sequence[LayerLayout], dtype: torch.dtype) -> int:
@@ -223,8 +224,9 @@ class LayerCache:
         plan, buffer = self.plan_of_last, self.buffers[name]
         assert plan is not None and plan.previous is not None
         rows = torch.arange(len(buffer), device=buffer.device)[:, None]
-        held = buffer.transpose(1, 2)[rows, plan.slot_of(plan.previous.clamp(min=0))]  # (B, last, heads, width)
-        held = held.masked_fill((plan.previous < 0)[..., None, None], 0).transpose(1, 2)
+        previous = plan.previous[:, plan.last - self.layout.parts[name].last :]  # (B, last)
+        held = buffer.transpose(1, 2)[rows, plan.slot_of(previous.clamp(min=0))]  # (B, last, heads, width)
+        held = held.masked_fill((previous < 0)[..., None, None], 0).transpose(1, 2)
         self.store(buffer, new.detach().to(buffer.dtype), plan)
         return held.to(new.dtype)
 

@@ -147,11 +147,11 @@ def git_sha() -> str | None:
 
 def code_sha256() -> str:
     """One hash over the names and contents of this code's .py, .c and .h files on disk: those that git tracks, except
-    in NOT_CODE. Without git, it takes those in the root and in CODE, which are the same files.
+    in NOT_CODE. Without git, or in a repository that does not track model.py, those in the root and in CODE.
     """
     names = [name for name in (git("ls-files", "-z", "*.py", "*.c", "*.h") or "").split("\0") if name]
     found = (path for folder in CODE for path in (ROOT / folder).rglob("*"))
-    paths = [ROOT / name for name in names] or [*ROOT.iterdir(), *found]
+    paths = [ROOT / name for name in names] if "model.py" in names else [*ROOT.iterdir(), *found]
     files = {p.relative_to(ROOT).as_posix(): p for p in paths if p.suffix in (".py", ".c", ".h") and p.is_file()}
     total = hashlib.sha256()
     for name in sorted(name for name in files if name.partition("/")[0] not in NOT_CODE):

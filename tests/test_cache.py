@@ -329,6 +329,17 @@ def test_greedy_200_tokens_with_cache_are_those_without(attention, ban):
     assert len(text.unique()) > ban
 
 
+def test_parts_of_a_layer_may_be_kept_of_different_numbers_of_last_tokens(monkeypatch):
+    """A convolution of one tap in a layer whose other has three."""
+    model = small_model(attention="gqa", n_kv_head=2, kv_conv=3)
+    parts = ATTENTIONS["gqa"].cached_parts(model.config)
+    parts["v_conv"] = Part(1, parts["v_conv"].width, last=1)
+    monkeypatch.setattr(ATTENTIONS["gqa"], "cached_parts", staticmethod(lambda config: parts))
+    for layer in model.layers:
+        layer.self_attn.v_conv.weight = torch.nn.Parameter(layer.self_attn.v_conv.weight[:1].detach())
+    check_chunks(model, CHUNKS["uneven"])
+
+
 @every_case
 def test_rewind_then_continue_equals_fresh(knobs):
     model, idx = small_model(**knobs), tokens(2, 12)

@@ -64,6 +64,14 @@ def test_a_run_that_was_resumed_is_the_same_experiment(tmp_path):
     assert sorted(len(row.runs) for row in rows_of(a, b, c)) == [1, 2]
 
 
+def test_a_run_of_an_earlier_version_differs_by_no_knob_that_it_did_not_have(tmp_path):
+    old = make_run(tmp_path / "mla-s1", "mla", config={"n_layer": 2})
+    new = {"n_layer": 2, "kv_conv": None, "rope_scaling": None, "rope_factor": 1.0, "score_factor": 1.0}
+    rows = rows_of(old, make_run(tmp_path / "mla-s2", "mla", config=new, seed=2, code_sha256="a" * 64))
+    assert len(rows) == 2 and any("their code differs" in line for line in compare.warnings(rows))
+    assert len(rows_of(old, make_run(tmp_path / "conv", "mla", config=new | {"kv_conv": 2}, seed=3))) == 2
+
+
 def test_where_a_run_is_logged_is_not_part_of_the_experiment(tmp_path):
     knobs = [{"wandb_tags": [tag], "wandb_entity": tag, "wandb_group": tag} for tag in "ab"]
     (row,) = rows_of(*(make_run(tmp_path / f"mla-s{i}", config=knobs[i], seed=i) for i in range(2)))
@@ -283,7 +291,8 @@ class FakeApi:
         assert path == "team/nanokv"
         for run in sorted(self.folder.iterdir()):
             config, summary = (json.loads((run / f"{n}.json").read_text()) for n in ("config", "summary"))
-            yield FakeRun(run.name, config | {"attention": summary.pop("attention")}, summary)
+            facts = {key: summary.pop(key) for key in ("attention", "corpus_sha256", *ORIGIN) if key in summary}
+            yield FakeRun(run.name, config | {"git_sha": run.name} | facts, summary)
 
 
 def test_runs_from_wandb_are_those_of_folders(tmp_path, capsys):
@@ -300,6 +309,14 @@ def test_runs_from_wandb_are_those_of_folders(tmp_path, capsys):
         del row["train tok/s"]
     assert ours == theirs
     assert rows[0]["train/tokens_per_s"] == 7.0
+
+
+def test_runs_from_wandb_are_kept_apart_by_code_as_those_of_folders(tmp_path):
+    for i in range(4):
+        make_run(tmp_path / f"mla-s{i}", "mla", seed=i, **ORIGIN | {"code_sha256": "ab"[i // 2] * 64})
+    rows = compare.make_rows(compare.read_all(compare.wandb_sources("team/nanokv", FakeApi(tmp_path))))
+    assert [len(row.runs) for row in rows] == [2, 2]
+    assert any("their code differs" in line for line in compare.warnings(rows))
 
 
 def test_wandb_faults_are_one_line(monkeypatch):

@@ -76,6 +76,10 @@ FAULTS = {
         "9,780 parameters within 1 %; the nearest, 2, gives 9,888",
     ),
     "a chain": (["--match_params=CHAIN.py"], "match config/mla.py, which it names"),
+    "a width too": (
+        ["--match_params=config/mla.py", "--intermediate_size=64"],
+        "chooses intermediate_size; remove one",
+    ),
     "weights": (["--match_params=config/mla.py", "--init_from=tests/runs/mla"], "match_params is for a new model"),
 }
 
@@ -116,8 +120,12 @@ def test_the_hash_of_code_is_that_of_its_files_alone(tmp_path, monkeypatch):
         hashes.add(metrics.code_sha256())
     (export / "model.py").rename(export / "gpt.py")
     assert len({*hashes, metrics.code_sha256()}) == 6
-    for command in (["init", "-q"], ["add", "train.py", "nanokv"]):
+    (export / "gpt.py").rename(export / "model.py")
+    whole = metrics.code_sha256()
+    for command in (["init", "-q"], ["add", "-f", "out/x.py", "train.py"]):  # as where a larger repository holds ours
         subprocess.run(["git", *command], cwd=export, check=True)
+    assert metrics.code_sha256() == whole
+    subprocess.run(["git", "add", "model.py", "nanokv"], cwd=export, check=True)
     tracked = metrics.code_sha256()
     (export / "scratch.py").write_text("not tracked")
     assert metrics.code_sha256() == tracked

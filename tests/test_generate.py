@@ -333,6 +333,14 @@ def test_padding_of_the_vocabulary_is_never_drawn(model):
         assert max(map(max, free)) >= 50 > max(map(max, bounded))
 
 
+@pytest.mark.parametrize("window", [BLOCK, BLOCK - 3])
+def test_a_draft_is_taken_back_in_a_window_as_wide_as_the_context(window):
+    model, prompt = sharp_model(window=window), [1, 2, 3]
+    (alone,) = generate_lists(model, [prompt], 90, temperature=0)
+    mistaken = Oracle(prompt, [token + 1 for token in alone], 1)
+    assert generate_lists(model, [prompt], 90, temperature=0, draft=mistaken) == [alone]
+
+
 @pytest.mark.parametrize("attention, dtype", [("gqa", torch.bfloat16), ("mla", torch.int8)], ids=str)
 def test_a_draft_changes_nothing_where_a_ring_rounds(attention, dtype):
     """The tokens of a drafted chunk see each other as the cache holds them, not as they were computed."""

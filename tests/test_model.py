@@ -253,6 +253,7 @@ def test_flops_do_not_count_padding_of_values():
         ({"rotary_dim": 10}, ["rotary_dim", "10", "head_dim"]),
         ({"head_dim": 0}, ["head_dim"]),
         ({"attention": "mla", "qk_rope_head_dim": 3}, ["qk_rope_head_dim", "even", "3"]),
+        ({"attention": "mla", "qk_rope_head_dim": 0, "qk_norm": "shared"}, ["not 0 if qk_norm = shared"]),
         ({"attention": "mla", "kv_lora_rank": 0}, ["kv_lora_rank"]),
         ({"attention": "mla", "q_lora_rank": 0}, ["q_lora_rank"]),
         ({"attention": "mla", "v_head_dim": 0}, ["v_head_dim"]),
