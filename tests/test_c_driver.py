@@ -39,6 +39,7 @@ def test_functions_equal_double_precision(machine, tmp_path):
     if subprocess.run([*compiler, "-o", tmp_path / "empty", empty], capture_output=True).returncode:
         pytest.skip(f"{' '.join(compiler)} does not work here")
     flags = [*(flag for flag in cpu_library.FLAGS if flag not in ("-shared", "-fPIC")), *WARNINGS]
+    flags += ["-O1"] if "-g" in compiler else []  # sanitizers at -O3 take minutes to compile
     subprocess.run([*compiler, *flags, "-o", tmp_path / "driver", *SOURCES, "-lm"], check=True)
     done = subprocess.run([*emulator, tmp_path / "driver"], capture_output=True, text=True, env=os.environ | RUNTIME)
     assert done.returncode == 0 and "WRONG" not in done.stdout, done.stdout + done.stderr
