@@ -174,7 +174,7 @@ def test_the_reference_of_mla_equals_the_model(T):
     (code,) = [code for language, code in BLOCK.findall(MLA.read_text("utf-8")) if language == "python"]
     namespace = {"torch": torch}
     exec(code, namespace)
-    config, _ = train.configure([str(ROOT / "config/mla.py"), "--qk_norm=False"])
+    config, _ = train.configure([str(ROOT / "config/mla.py")])
     attention = ATTENTIONS["mla"](config)
     for p in attention.parameters():
         torch.nn.init.normal_(p, std=0.2)
