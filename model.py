@@ -128,7 +128,7 @@ def rotate(x: Tensor, rope: Rope, start: int = 0) -> Tensor:
     return torch.cat((before, x1 * cos - x2 * sin, x2 * cos + x1 * sin, after), -1).type_as(x)
 
 
-def visible(q: Tensor, k: Tensor, window: int, sinks: int) -> Tensor:
+def window_mask(q: Tensor, k: Tensor, window: int, sinks: int) -> Tensor:
     """The attention mask: whether a query at position q sees a key at position k (-1: no key). Causal. With a
     window, a query sees only the last `window` keys and the first `sinks` keys. Shapes broadcast.
     """
@@ -483,7 +483,7 @@ class GPT(nn.Module):
         for window, layer in dict(zip(windows, caches, strict=True)).items():  # one mask per window
             if window or not (layer is None or layer.first):  # else causal attention, which needs no mask
                 q, k = (positions, positions) if layer is None else layer.positions
-                masks[window] = visible(q[:, None, :, None], k[:, None, None], window, config.sink_tokens)
+                masks[window] = window_mask(q[:, None, :, None], k[:, None, None], window, config.sink_tokens)
         rope = rope_angles(positions, self.layers[0].self_attn.rope_width, config)
         for layer, window, layer_cache in zip(self.layers, windows, caches, strict=True):
             x = layer(x, rope, masks.get(window), layer_cache)

@@ -35,7 +35,7 @@ STANDS_FOR = (
     *("model.RMSNorm.forward", "model.Attend.forward", "model.GroupedQueryAttention.forward"),
     *("model.MultiHeadLatentAttention.forward", "model.MultiHeadLatentAttention.absorbed"),
     *("model.MultiHeadLatentAttention.expanded", "model.MultiHeadLatentAttention.keys_and_values"),
-    *("model.CausalConv.forward", "model.rotate", "model.rope_angles", "model.visible"),
+    *("model.CausalConv.forward", "model.rotate", "model.rope_angles", "model.window_mask"),
     *("model.GPTConfig.layer_windows", "nanokv.cache.KVCache.advance", "nanokv.cache.KVCache.reserve"),
     *(f"nanokv.cache.LayerCache.{name}" for name in ("append", "store", "read", "held", "previous")),
     *("nanokv.cache.LayerCache.encode", "nanokv.cache.LayerCache.decode", "nanokv.cache.Plan.update"),
@@ -45,7 +45,7 @@ STANDS_FOR = (
 DECODES = (pure.GroupedQueryAttention, pure.MultiHeadLatentAttention)
 CLASSES = (GPT, pure.Block, pure.MLP, pure.Attend, pure.RMSNorm, pure.Linear, pure.CausalConv)
 CLASSES += (GPTConfig, KVCache, LayerCache, Plan)
-FUNCTIONS = attrgetter("rotate", "rope_frequencies", "rope_angles", "rope_scaling.scale", "visible")
+FUNCTIONS = attrgetter("rotate", "rope_frequencies", "rope_angles", "rope_scaling.scale", "window_mask")
 CACHE = attrgetter("layers", "batch_size", "max_len", "endless")
 PLAN = attrgetter("window", "sinks", "slots", "ring", "last")
 TENSOR = (type, Tensor.data_ptr, Tensor.size, Tensor.is_contiguous, Tensor.is_neg, attrgetter("dtype"))

@@ -18,7 +18,7 @@ from equivalence import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import ATTENTIONS, GPT, Attend, Linear, rope_angles, rotate, visible
+from model import ATTENTIONS, GPT, Attend, Linear, rope_angles, rotate, window_mask
 from nanokv.metrics import flops_per_token, n_params
 
 # The parts: attention, RoPE, latents
@@ -42,7 +42,7 @@ def test_attend_over_a_cache_is_not_causal_from_the_top_left(n, v_width, factor)
     H, G, D, start = 4, 2, 8, 5
     q, k, v = torch.randn(1, H, n, D), torch.randn(1, G, start + n, D), torch.randn(1, G, start + n, v_width)
     positions = torch.arange(start + n)
-    mask = visible(positions[None, None, start:, None], positions[None, None, None], 0, 0)
+    mask = window_mask(positions[None, None, start:, None], positions[None, None, None], 0, 0)
     wide_k, wide_v = k[0].repeat_interleave(H // G, 0), v[0].repeat_interleave(H // G, 0)
     key_factor = torch.rand(1, H, start + n) + 0.5 if factor else None
     y = Attend(D**-0.5)(q, k, v, mask, key_factor=key_factor)
