@@ -108,6 +108,9 @@ def cli(main: Callable[[list[str]], Any], ranks: bool = False) -> None:
             raise UserError(f"{sys.argv[0]} is one process; run it without torchrun")
         main(sys.argv[1:])
         sys.stdout.flush()
+        if ranks and "TORCHELASTIC_RUN_ID" in os.environ:
+            sys.stderr.flush()
+            os._exit(0)  # all is written; a thread of torch may abort a rank while Python takes itself down
     except UserError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)

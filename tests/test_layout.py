@@ -83,6 +83,7 @@ def test_the_model_and_the_library_name_no_backend():
 # Private attributes that files read of modules of torch, or of the operating system. backends/cpu_checks.py asks for
 # torch's hidden states, and nanokv/torch_private.py calls private functions of torch by name, each with a stand-in.
 PRIVATE = {"model.py": {"_forward_hooks", "_forward_pre_hooks"}, "nanokv/watchdogs.py": {"_exit"}}
+PRIVATE["nanokv/config.py"] = {"_exit"}
 PRIVATE |= {"backends/cpu_decode.py": {"_parameters", "_modules"}}
 BY_NAME = ("getattr", "hasattr", "setattr", "delattr", "attrgetter", "methodcaller", "import_module")
 GUARDED = {"backends/cpu_checks.py", "nanokv/torch_private.py"}  # which hold such names as text
