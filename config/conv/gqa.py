@@ -6,7 +6,7 @@ attention = "gqa"
 n_kv_head = 2
 intermediate_size = 360  # equal parameters, within 1 %, in this folder's four files
 qk_norm = True
-kv_conv = 2  # what is cached also takes from the two tokens before, per channel, see CausalConv in model.py
+kv_conv = 2  # mixes the two previous vectors, per channel, into what is cached: see CausalConv in model.py
 
 dataset = "stdlib"
 block_size = 256

@@ -5,7 +5,7 @@ out_dir = "out/conv-mha"
 attention = "mha"
 intermediate_size = 320  # equal parameters, within 1 %, in this folder's four files
 qk_norm = True
-kv_conv = 2  # what is cached also takes from the two tokens before, per channel, see CausalConv in model.py
+kv_conv = 2  # mixes the two previous vectors, per channel, into what is cached: see CausalConv in model.py
 
 dataset = "stdlib"
 block_size = 256

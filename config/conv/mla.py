@@ -8,7 +8,7 @@ qk_rope_head_dim = 32
 qk_nope_head_dim = 16  # with the rope key as wide as the value, as fused attention kernels want
 v_head_dim = 48
 qk_norm = False  # 0.9 to 1.2 % better than with norms at 900 steps (docs/lab_log.md); export needs it too
-kv_conv = 2  # what is cached also takes from the two tokens before, per channel, see CausalConv in model.py
+kv_conv = 2  # mixes the two previous vectors, per channel, into what is cached: see CausalConv in model.py
 intermediate_size = 288  # equal parameters, within 1 %, in this folder's four files
 
 dataset = "stdlib"
